@@ -1,0 +1,346 @@
+"""qtool from Python: what the commands do, without their printing.
+
+`quantize` and `evaluate` take the names of the command-line flags. The command line calls the same functions and renders
+their events.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool import recipe as recipes
+from qtool.errors import InputError, QtoolError
+from qtool.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qtool.calibrate.sources import Batches
+    from qtool.calibrate.statistics import Statistics
+    from qtool.evaluation.result import Evaluation
+    from qtool.pipeline import Event, Job
+
+DEFAULT_FOLDER = "qtool-out"
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a successful run leaves."""
+
+    path: Path
+    size_bytes: int
+    source_bytes: int
+    seconds: float
+    peak_bytes: int
+
+
+def resolve_recipe(
+    *,
+    config: str | None = None,
+    sets: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Merge the layers; `flags` holds only what was given, by dotted key. Unknown methods raise UsageError."""
+    from qtool.methods import entry
+
+    for name in methods:
+        entry(name)
+    file = recipes.read(config) if config else {}
+    names = methods or [m["name"] if isinstance(m, dict) else m for m in file.get("methods", ())]
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if names and "weights" not in file and "activations" not in file:
+        layers += [(f"preset {entry(n).preset}", recipes.preset(entry(n).preset)) for n in names if isinstance(n, str)]
+    layers.append((config or "recipe", file))
+    if methods:
+        layers.append(("--method", {"methods": _chosen(methods, file.get("methods", ()))}))
+    layers.append(("--set", recipes.assignments(sets)))
+    layers.append(("command line", _nested(flags or {})))
+    built = recipes.build(layers)
+    if not built.methods:
+        raise InputError("the recipe names no method; pass --method zeroquant or list one under methods")
+    return built
+
+
+def _chosen(methods: Sequence[str], known: Sequence[Any]) -> list[Any]:
+    """`--method` picks; options that the file gives to the same method stay."""
+    options = {item["name"]: item for item in known if isinstance(item, dict)}
+    return [options.get(name, {"name": name}) for name in methods]
+
+
+def _nested(flags: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in flags.items():
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        result = recipes.merge(result, value)
+    return result
+
+
+def default_output(model: str, recipe: Recipe) -> Path:
+    """`qtool-out/<model>-<method>`."""
+    name = Path(model).name or Path(model).resolve().name
+    return Path(DEFAULT_FOLDER) / "-".join([name, *(method.name for method in recipe.methods)])
+
+
+def set_threads(recipe: Recipe, fingerprint: Mapping[str, Any] | None = None) -> None:
+    """The recorded threads of a run that is resumed, else the recipe's, else torch's own choice."""
+    import torch
+
+    threads = (fingerprint or {}).get("threads") or recipe.threads
+    if threads:
+        torch.set_num_threads(int(threads))
+
+
+def open_job(model: str, recipe: Recipe) -> "Job":
+    """Find the model and check that the recipe fits it; nothing is computed yet."""
+    from qtool.artifact import is_artifact
+    from qtool.checkpoint import locate
+    from qtool.pipeline import Job
+
+    folder = locate(model, recipe.model.revision)
+    if is_artifact(folder):
+        raise InputError(f"{model} is already quantized by qtool; pass the float model")
+    return Job(folder, model, recipe)
+
+
+def calibration_batches(job: "Job") -> "Batches":
+    """The job's calibration data: a task's training split, a file, our own sentences, or random tokens."""
+    from qtool.calibrate import sources
+    from qtool.evaluation.models import load_tokenizer
+
+    recipe, wanted = job.recipe, job.recipe.calibration
+    size = {"num_samples": wanted.num_samples, "batch_size": wanted.batch_size}
+    limit = getattr(job.model.config, "max_position_embeddings", wanted.max_length)
+    length = min(wanted.max_length, limit - _reserved_positions(job.model.config))
+    if wanted.source == "random":
+        vocabulary = job.model.config.vocab_size
+        return sources.random_tokens(
+            vocabulary, **size, max_length=length, seed=recipe.seed, first_id=min(1000, vocabulary // 2)
+        )
+    texts, description = _texts(recipe)
+    tokenizer = load_tokenizer(job.source)
+    if len(tokenizer) > job.model.config.vocab_size:
+        raise InputError(
+            f"{job.source}: the tokenizer has {len(tokenizer)} tokens, the model only {job.model.config.vocab_size}"
+        )
+    return sources.tokenize(tokenizer, texts, **size, max_length=length, description=description)
+
+
+def _reserved_positions(config: Any) -> int:
+    """RoBERTa's positions start behind the padding index (papers: fairseq), so its table is that much longer."""
+    return (config.pad_token_id or 0) + 1 if config.model_type not in ("bert",) else 0
+
+
+def _texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
+    from qtool.calibrate import sources
+
+    wanted, task = recipe.calibration, recipe.evaluate.task
+    source = wanted.source
+    if source == "auto":
+        source = "task" if task else "builtin"
+    if source == "task":
+        return _task_texts(recipe)
+    if source == "builtin":
+        return sources.builtin_sentences(), "qtool's own 500 sentences"
+    path = Path(source)
+    if path.is_dir():
+        from qtool.rows import split_file
+
+        found = split_file(path, "train")
+        if found is None:
+            raise InputError(f"{path} has no train file (train.jsonl, .csv or .parquet) to calibrate on")
+        path = found
+    return sources.file_texts(path, wanted.text_column), f"the rows of {path.name}"
+
+
+def _task_texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
+    from qtool.evaluation.tasks import load_texts, task
+
+    wanted = recipe.evaluate
+    if wanted.task is None:
+        raise InputError("calibration.source is task, but no task is given; pass --task")
+    texts = load_texts(
+        task(wanted.task), wanted.data, "train", recipe.calibration.num_samples, text_columns=wanted.text_columns
+    )
+    return texts, f"the training split of {wanted.task}"
+
+
+def read_statistics(path: str | Path, job: "Job", batches: "Batches") -> "Statistics":
+    """Statistics from a file. Raises InputError unless they were made from this model, data and these observers."""
+    from qtool.calibrate.statistics import Statistics
+
+    statistics = Statistics.read(Path(path))
+    statistics.require(job.statistics_fingerprint(batches), str(path))
+    return statistics
+
+
+def quantize_events(
+    model: str,
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    statistics: str | Path | None = None,
+) -> Generator["Event", None, Quantized]:
+    """Quantize `model` into `out`, as events that end with the result."""
+    import time
+
+    from qtool import pipeline, rundir
+    from qtool.artifact import size_on_disk
+
+    started = time.perf_counter()
+    rundir.check_output(out, resume=resume, overwrite=overwrite)
+    set_threads(recipe, rundir.recorded(out) if resume else None)
+    job = open_job(model, recipe)
+    batches = calibration_batches(job)
+    yield pipeline.Note(f"calibration data: {batches.description}")
+    known = read_statistics(statistics, job, batches) if statistics else None
+    run = rundir.RunDirectory(out, job.fingerprint(batches), resume=resume, overwrite=overwrite)
+    with closing(run):
+        yield from pipeline.quantize(job, batches, run, known)
+    note_latest(out)
+    seconds = time.perf_counter() - started
+    return Quantized(out, size_on_disk(out), job.checkpoint.num_bytes, seconds, pipeline.peak_bytes())
+
+
+def note_latest(out: Path) -> None:
+    """`qtool-out/latest` names the newest artifact; a place that cannot be written is no reason to fail."""
+    from qtool.artifact import write_text
+    from qtool.errors import UnavailableError
+
+    try:
+        Path(DEFAULT_FOLDER).mkdir(exist_ok=True)
+        write_text(Path(DEFAULT_FOLDER) / LATEST, f"{out.resolve()}\n")
+    except (OSError, UnavailableError):
+        return
+
+
+def latest() -> Path:
+    """The artifact of the last successful `quantize` in this working directory. Raises InputError when there is none."""
+    note = Path(DEFAULT_FOLDER) / LATEST
+    try:
+        path = Path(note.read_text("utf-8").strip())
+    except OSError:
+        raise InputError(f"no MODEL given and no {note} here; quantize something first or name a model") from None
+    if not path.is_dir():
+        raise InputError(f"{note} names {path}, which is gone; name a model")
+    return path
+
+
+def quantize(
+    model: str,
+    *,
+    method: str | Sequence[str] = (),
+    config: str | None = None,
+    output: str | Path | None = None,
+    task: str | None = None,
+    data: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    statistics: str | Path | None = None,
+    set: Sequence[str] = (),  # noqa: A002 (the flag's name)
+) -> Quantized:
+    """Quantize the float `model` (folder or hub name) and return where the artifact is.
+
+    `set` takes `key=value` strings of the recipe. Raises QtoolError subclasses, as the command does.
+    """
+    methods = [method] if isinstance(method, str) else list(method)
+    flags = {"evaluate.task": task, "evaluate.data": str(data) if data else None}
+    given = {key: value for key, value in flags.items() if value is not None}
+    recipe = resolve_recipe(config=config, sets=set, methods=methods, flags=given)
+    out = Path(output or recipe.output or default_output(model, recipe))
+    events = quantize_events(model, recipe, out, resume=resume, overwrite=overwrite, statistics=statistics)
+    while True:
+        try:
+            next(events)
+        except StopIteration as done:
+            result: Quantized = done.value
+            return result
+
+
+def calibrate_events(
+    model: str, recipe: Recipe, file: Path, *, overwrite: bool = False
+) -> Generator["Event", None, int]:
+    """Pass 1 alone, into a statistics file; ends with the number of activations that were observed."""
+    from qtool import pipeline
+    from qtool.artifact import write_tensors
+
+    if file.exists() and not overwrite:
+        raise InputError(f"{file} exists; choose another -o or pass --overwrite")
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent} does not exist; make the folder first")
+    set_threads(recipe)
+    job = open_job(model, recipe)
+    if not job.observed():
+        names = ", ".join(method.name for method in job.methods)
+        raise InputError(f"{names} needs no statistics with this recipe: its activation scales are computed at run time")
+    batches = calibration_batches(job)
+    yield pipeline.Note(f"calibration data: {batches.description}")
+    statistics = yield from pipeline.calibrate(job, batches)
+    write_tensors(file, statistics.tensors())
+    return len(statistics.states)
+
+
+def evaluate(model: str | Path | None, task: str, **options: Any) -> "Evaluation":
+    """Score `model` (None: the newest artifact) on `task`; options as `qtool.evaluation.runner.evaluate`.
+
+    Without `baseline`, an artifact is compared with the float model that it was made from, if that is still there.
+    """
+    from qtool.evaluation import runner, tasks
+
+    chosen = tasks.task(task)
+    target = model or latest()
+    if options.get("baseline") is None:
+        options["baseline"] = recorded_source(target)
+    return runner.evaluate(target, chosen, **options)
+
+
+def recorded_source(model: str | Path) -> str | None:
+    """The float model that the artifact `model` was made from; None for a float model.
+
+    Raises InputError when it is gone or is no longer the model that was quantized.
+    """
+    from qtool.artifact import is_artifact, report
+    from qtool.checkpoint import Checkpoint, load_config, locate, skeleton
+
+    folder = locate(model)
+    if not is_artifact(folder):
+        return None
+    source = report(folder)["source"]
+    try:
+        path = locate(source["name"], source["revision"])
+    except QtoolError as error:
+        raise InputError(f"the float model that {model} was made from is gone ({error}); pass --baseline") from error
+    if Checkpoint(path, skeleton(load_config(path))).digest() != source["sha256"]:
+        raise InputError(f"{source['name']} has changed since {model} was made from it; pass --baseline")
+    return str(path)
+
+
+def baseline_for(model: str | Path, *, required: bool) -> tuple[str | None, str | None]:
+    """The recorded source, or None with the reason when it cannot be used and no gate needs it."""
+    try:
+        return recorded_source(model), None
+    except InputError as error:
+        if required:
+            raise
+        return None, f"no baseline: {error}"
+
+
+def evaluate_recipe(out: Path, source: str, recipe: Recipe, progress: Any = None) -> "Evaluation":
+    """What the recipe's `evaluate` section asks for, against the float model it names, or `source`."""
+    from qtool.evaluation import runner, tasks
+
+    wanted = recipe.evaluate.model_dump(exclude={"task", "baseline"})
+    assert recipe.evaluate.task is not None  # the caller has checked it
+    baseline = recipe.evaluate.baseline or source
+    return runner.evaluate(out, tasks.task(recipe.evaluate.task), baseline=baseline, progress=progress, **wanted)
+
+
+def record_scores(out: Path, result: "Evaluation") -> None:
+    """Keep the scores of `qtool run` in the artifact's report."""
+    from qtool.artifact import REPORT, report, write_json
+
+    write_json(out / REPORT, {**report(out), "scores": [result.to_json()]})

@@ -1,0 +1,284 @@
+"""The artifact: a model directory on disk, how it is assembled, checked, and put in place in one step.
+
+Tensors are streamed from the shards of the units into the final files; nothing is ever held whole in memory. A reader
+finds either the old directory or the new one, never half of one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool.checkpoint import TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, opened, sha256, tensor_infos, weight_files
+from qtool.errors import InputError, UnavailableError
+
+if TYPE_CHECKING:
+    import torch
+
+QUANT_METHOD = "qtool"
+FORMAT_VERSION = 1
+REPORT = "qtool.json"
+CARD = "README.md"
+MAX_FILE_BYTES = 5_000_000_000
+_CHUNK = 1 << 20
+_DIGEST_LENGTH = 16  # hex digits: enough to tell damage, small enough for config.json
+
+Manifest = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor's bytes are."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]") -> None:
+    """One safetensors file, complete or absent: written beside its place, synced and moved in."""
+    from safetensors.torch import save_file
+
+    scratch = path.with_name(f"{path.name}.part")
+    try:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, scratch, metadata={"format": "pt"})  # one key: several are written in random order
+        _sync(scratch)
+        os.replace(scratch, path)
+    except Exception as error:
+        scratch.unlink(missing_ok=True)
+        raise writing_failed(path, error) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, complete or absent."""
+    scratch = path.with_name(f"{path.name}.part")
+    try:
+        scratch.write_text(text, "utf-8")
+        _sync(scratch)
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise writing_failed(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted and indented, so that equal values are equal bytes."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def writing_failed(path: Path, error: Exception) -> Exception:
+    """What an exception during a write means to the user; one that is no matter of the disk is returned as it is."""
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    no_space = "No space left" in str(error) or "File too large" in str(error)
+    if isinstance(error, OSError) or no_space:
+        return UnavailableError(f"cannot write {path}: {reason}; free some space or choose another place with -o")
+    return error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entries(file: Path) -> list[_Entry]:
+    """Tensors of a safetensors file that we wrote, with their absolute byte ranges."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    start = 8 + length
+    return [
+        _Entry(name, info["dtype"], tuple(info["shape"]), file, *(start + offset for offset in info["data_offsets"]))
+        for name, info in header.items()
+    ]
+
+
+def assemble(shards: Sequence[Path], folder: Path, max_file_bytes: int = MAX_FILE_BYTES) -> Manifest:
+    """Stream the unit files into `folder` as model.safetensors, or as numbered files under an index when too large.
+
+    Returns the manifest: name → [dtype, shape, digest of the bytes].
+    """
+    units = [_entries(shard) for shard in shards]
+    if sum(entry.num_bytes for unit in units for entry in unit) <= max_file_bytes:
+        return _stream_file([entry for unit in units for entry in unit], folder / WEIGHTS)
+    manifest: Manifest = {}
+    weight_map: dict[str, str] = {}
+    for number, unit in enumerate(units, 1):
+        name = f"model-{number:05d}-of-{len(units):05d}.safetensors"
+        manifest |= _stream_file(unit, folder / name)
+        weight_map |= {entry.name: name for entry in unit}
+    total = sum(entry.num_bytes for unit in units for entry in unit)
+    write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return manifest
+
+
+def _stream_file(entries: list[_Entry], target: Path) -> Manifest:
+    """Copy tensors, widest dtype first so that each stays aligned, and hash them on the way."""
+    widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I16": 2, "F16": 2, "BF16": 2}
+    ordered = sorted(entries, key=lambda entry: (-widths.get(entry.dtype, 1), entry.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for entry in ordered:
+        offsets = [position, position := position + entry.num_bytes]
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    manifest: Manifest = {}
+    try:
+        with target.open("wb") as out:
+            out.write(len(encoded).to_bytes(8, "little") + encoded)
+            for entry in ordered:
+                digest = _copy(entry, out)
+                manifest[entry.name] = [entry.dtype, list(entry.shape), digest]
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:
+        raise writing_failed(target, error) from error
+    return manifest
+
+
+def _copy(entry: _Entry, out: Any) -> str:
+    digest = hashlib.sha256()
+    with entry.file.open("rb") as source:
+        source.seek(entry.begin)
+        left = entry.num_bytes
+        while left:
+            chunk = source.read(min(_CHUNK, left))
+            digest.update(chunk)
+            out.write(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()[:_DIGEST_LENGTH]
+
+
+def _dtype_name(dtype: "torch.dtype") -> str:
+    import torch
+
+    names = {torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL", torch.bfloat16: "BF16"}
+    kind = "F" if dtype.is_floating_point else "I"
+    return names.get(dtype) or f"{kind}{dtype.itemsize * 8}"
+
+
+def manifest_of_tensors(tensors: "Mapping[str, torch.Tensor]") -> Manifest:
+    """The manifest of tensors in memory, as `assemble` makes it of files."""
+    import torch
+
+    manifest: Manifest = {}
+    for name, tensor in tensors.items():
+        data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+        digest = hashlib.sha256(data).hexdigest()[:_DIGEST_LENGTH]  # type: ignore[arg-type]
+        manifest[name] = [_dtype_name(tensor.dtype), list(tensor.shape), digest]
+    return manifest
+
+
+def check_manifest(files: Sequence[Path], manifest: Mapping[str, Sequence[Any]]) -> None:
+    """Compare the headers of `files` with the manifest. Raises InputError naming the tensors that are off."""
+    infos = tensor_infos(list(files))
+    where = files[0].parent
+    wrong = {
+        "missing": [name for name in manifest if name not in infos],
+        "unexpected": [name for name in infos if name not in manifest],
+        "of another shape or dtype": [
+            name for name, info in infos.items()
+            if name in manifest and [info.dtype, list(info.shape)] != list(manifest[name][:2])
+        ],
+    }  # fmt: skip
+    found = [f"{what}: {', '.join(names[:3])}{' …' * (len(names) > 3)}" for what, names in wrong.items() if names]
+    if found:
+        raise InputError(f"{where}: the weights do not match the manifest in config.json ({'; '.join(found)})")
+
+
+def damaged_tensors(folder: Path) -> list[str]:
+    """Names of tensors whose bytes differ from the digest in the manifest."""
+    manifest = quantization_config(folder)["tensors"]
+    files = weight_files(folder)
+    check_manifest(files, manifest)
+    damaged = []
+    for file in files:
+        with opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                if manifest_of_tensors({name: tensors.get_tensor(name)})[name] != list(manifest[name]):
+                    damaged.append(name)
+    return damaged
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Names of files that are missing or whose SHA-256 is not the one in the report."""
+    recorded = report(folder)["files"]
+    return [
+        name for name, digest in recorded.items()
+        if not (folder / name).is_file() or sha256(folder / name) != digest
+    ]  # fmt: skip
+
+
+def quantization_config(folder: Path) -> dict[str, Any]:
+    """`quantization_config` of an artifact. Raises InputError when the folder is something else."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is not a model folder: {error}") from error
+    found = config.get("quantization_config") or {}
+    if found.get("quant_method") != QUANT_METHOD:
+        raise InputError(f"{folder} is not a model that qtool quantized")
+    return dict(found)
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether qtool made this model folder."""
+    try:
+        quantization_config(folder)
+    except InputError:
+        return False
+    return True
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """`qtool.json`: recipe, plan, fingerprint, golden batch. Raises InputError when it is missing or not JSON."""
+    try:
+        return dict(json.loads((folder / REPORT).read_text("utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / REPORT} cannot be read: {error}") from error
+
+
+def copy_side_files(source: Path, folder: Path) -> list[str]:
+    """Tokenizer and generation files, byte for byte. Returns their names."""
+    copied = []
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+            copied.append(name)
+    return copied
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in `folder` but the report and the card."""
+    files = sorted(path for path in folder.iterdir() if path.name not in (REPORT, CARD))
+    return {path.name: sha256(path) for path in files}
+
+
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the weight files."""
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def predicted_size(tensors: "Iterable[tuple[str, torch.Tensor]]") -> int:
+    """Bytes that `assemble` will write for tensors of these names, shapes and dtypes (meta tensors suffice)."""
+    total, header = 8, len('{"__metadata__":{"format":"pt"}}')
+    for name, tensor in tensors:
+        total += tensor.numel() * tensor.element_size()
+        header += len(f',"{name}":{{"dtype":"F32","shape":{list(tensor.shape)},"data_offsets":[{total},{total}]}}')
+    return total + header

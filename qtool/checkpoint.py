@@ -1,0 +1,236 @@
+"""The float source model: where it is, whether it can be read, and its tensors one at a time.
+
+Only safetensors are read and no code of a model is ever run. Tensors are memory-mapped: reading one costs its own size.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qtool.errors import InputError, QtoolError, UnavailableError
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+    "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "chat_template.jinja",
+)  # fmt: skip
+_LEGACY = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
+
+
+def locate(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: a local path, or a hub name that is fetched into the hub's cache.
+
+    Raises InputError when it is no usable model folder, UnavailableError when the hub is needed and not reachable.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _usable(path)
+    if path.is_file():
+        raise InputError(f"{name} is a file; pass the folder that holds config.json and {WEIGHTS}")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith((".", "/")):
+        raise InputError(f"no model at {name}: the folder does not exist")
+    return _usable(_download(str(name), revision))
+
+
+def _usable(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} is not a model folder: it has no config.json")
+    if (path / WEIGHTS).is_file() or (path / WEIGHTS_INDEX).is_file():
+        return path
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.ckpt")):
+        raise InputError(
+            f"{path} has only pickled weights, which qtool does not open; convert it with transformers: "
+            f"AutoModel….from_pretrained('{path}').save_pretrained(folder) writes {WEIGHTS}"
+        )
+    raise InputError(f"{path} has no {WEIGHTS}")
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
+    missing = f"no model '{name}': no such local folder, and"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise UnavailableError(f"{name} is gated on the hub: accept its terms and log in with `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{missing} the hub has no such repository") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UnavailableError(f"{missing} the hub is not reachable; pass a local folder") from error
+    except ValueError as error:
+        raise InputError(f"no model '{name}': {error}") from error
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of a tensor."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file; a damaged or missing one is an InputError that names it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except QtoolError:
+        raise
+    except (SafetensorError, FileNotFoundError) as error:
+        raise InputError(f"{file} cannot be read (truncated, corrupt or missing): {error}") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in order. An index may only name files of its own folder."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    try:
+        names = sorted(set(json.loads((folder / WEIGHTS_INDEX).read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{folder / WEIGHTS_INDEX} is not an index of safetensors files: {error}") from error
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(f"{folder / WEIGHTS_INDEX} names {name!r}, which is not a file of this folder")
+    return [folder / name for name in names]
+
+
+def tensor_infos(files: list[Path]) -> dict[str, TensorInfo]:
+    """Every tensor in `files` by name, from the headers alone."""
+    infos: dict[str, TensorInfo] = {}
+    for file in files:
+        with opened(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                part = tensors.get_slice(name)
+                infos[name] = TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
+    return infos
+
+
+def check(folder: Path) -> None:
+    """Open every weight file of `folder` once, so that damage is reported before any work."""
+    tensor_infos(weight_files(folder))
+
+
+def load_config(folder: Path) -> Any:
+    """The transformers config of `folder`; never remote code. Raises InputError."""
+    from transformers import AutoConfig
+
+    try:
+        raw = json.loads((folder / "config.json").read_text("utf-8"))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if '"auto_map"' in (folder / "config.json").read_text("utf-8", errors="replace"):
+            raise InputError(f"{folder} needs code of its own to run; qtool never runs remote code") from error
+        raise InputError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
+    if not raw.get("architectures"):
+        raise InputError(f"{folder / 'config.json'} names no class in `architectures`; add the class it was trained as")
+    return config
+
+
+def skeleton(config: Any) -> Any:
+    """The model class in `config.architectures[0]`, built without memory (on the meta device), in eval mode."""
+    import torch
+    import transformers
+
+    name = config.architectures[0]
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise InputError(f"transformers has no class {name}, which config.json names in `architectures`")
+    with torch.device("meta"):
+        return cls(config).eval()
+
+
+class Checkpoint:
+    """The tensors of a float model folder under the names that the model class uses.
+
+    Older checkpoints spell LayerNorm's parameters gamma and beta, and a base model's tensors may carry or lack the
+    prefix of the class; both are resolved as transformers does. A parameter with no tensor is an InputError: nothing is
+    ever left to random initialisation.
+    """
+
+    def __init__(self, folder: Path, model: Any) -> None:
+        self.folder = folder
+        self.files = weight_files(folder)
+        self.infos = tensor_infos(self.files)
+        self._names = self._resolve(model)
+
+    def _resolve(self, model: Any) -> dict[str, str]:
+        tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+        names: dict[str, str] = {}
+        missing = []
+        for key, slot in model.state_dict().items():
+            found = self._spelled(key, model.base_model_prefix) or self._spelled(
+                tied.get(key, key), model.base_model_prefix
+            )
+            if found is None:
+                missing.append(key)
+            elif self.infos[found].shape != tuple(slot.shape):
+                shapes = f"{list(self.infos[found].shape)}, but the config asks for {list(slot.shape)}"
+                raise InputError(f"{self.folder}: tensor {found} has shape {shapes}")
+            else:
+                names[key] = found
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise InputError(
+                f"{self.folder} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}{more}; "
+                "fine-tune or save it as that class first"
+            )
+        return names
+
+    def _spelled(self, key: str, prefix: str) -> str | None:
+        for name in (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")):
+            for spelling in (name, *(name.replace(*pair) for pair in _LEGACY)):
+                if spelling in self.infos:
+                    return spelling
+        return None
+
+    def tensor(self, name: str) -> Any:
+        """The tensor for parameter `name` of the model; floating ones as float32. Raises InputError on NaN or infinity."""
+        source = self._names[name]
+        with opened(self.infos[source].file) as tensors:
+            value = tensors.get_tensor(source)
+        if not value.is_floating_point():
+            return value
+        value = value.float()
+        if not value.isfinite().all():
+            raise InputError(f"{self.folder}: tensor {source} holds NaN or infinity; this checkpoint is damaged")
+        return value
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def digest(self) -> str:
+        """SHA-256 over config.json and every weight file."""
+        total = hashlib.sha256()
+        for file in (self.folder / "config.json", *self.files):
+            total.update(sha256(file).encode())
+        return total.hexdigest()
+
+
+Reader = Callable[[str], Any]
+
+
+def sha256(file: Path) -> str:
+    """Hex digest of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+
+
+def _sha256(stream: Any) -> str:
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()

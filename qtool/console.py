@@ -1,0 +1,226 @@
+"""Everything that qtool prints: results on stdout, progress and errors on stderr.
+
+Bars and colour appear only on a terminal and without NO_COLOR; elsewhere each finished unit is one plain line.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from qtool.api import Quantized
+    from qtool.evaluation.result import Evaluation
+    from qtool.pipeline import Event, Job
+
+
+def megabytes(size: float) -> str:
+    """Decimal megabytes."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+class Screen:
+    """Where a command writes. `verbosity` −1 is quiet (errors and results only), 0 normal, 1 verbose."""
+
+    def __init__(self, verbosity: int = 0) -> None:
+        self.verbosity = verbosity
+        self.out = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+        self.err = Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+        self._bar: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+        self._last_line = 0.0
+
+    def note(self, message: str) -> None:
+        """A line of progress on stderr."""
+        if self.verbosity >= 0:
+            self.err.print(escape(message))
+
+    def detail(self, message: str) -> None:
+        """A line for `-v`."""
+        if self.verbosity > 0:
+            self.err.print(escape(message), style="dim")
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A result table on stdout; columns after the first are numbers or short words."""
+        table = Table(title=title, title_justify="left", box=None if not self.out.is_terminal else _box(), pad_edge=False)
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        self.out.print(table)
+
+    def line(self, text: str) -> None:
+        """A line of result on stdout."""
+        self.out.print(escape(text))
+
+    def step(self, stage: str, what: str, done: int, total: int) -> None:
+        """`done` of `total` steps of a stage are finished; `what` is the one in hand."""
+        if self.verbosity < 0:
+            return
+        if not self.err.is_terminal or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == "1":
+            self._plain_step(stage, what, done, total)
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[what]}"), console=self.err,
+            )  # fmt: skip
+            self._bar.start()
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=total, what=what)
+        self._bar.update(self._tasks[stage], completed=done, total=total, what=what)
+
+    def _plain_step(self, stage: str, what: str, done: int, total: int) -> None:
+        """At most a line every two seconds, and the last one."""
+        now = time.monotonic()
+        if done == total or now - self._last_line > 2:
+            self._last_line = now
+            self.err.print(escape(f"{stage} {done}/{total} {what}"))
+
+    def close(self) -> None:
+        """End the bars."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar, self._tasks = None, {}
+
+
+def _box() -> Any:
+    from rich import box
+
+    return box.SIMPLE
+
+
+def render_event(screen: Screen, event: "Event") -> None:
+    """An event of the pipeline."""
+    from qtool.pipeline import Note
+
+    if isinstance(event, Note):
+        screen.note(event.message)
+    elif event.seconds is None:
+        screen.step(event.stage, event.unit, event.index, event.total)
+    else:
+        peak = f"{event.unit} {event.seconds:.1f} s, peak memory {megabytes(event.peak_bytes)}"
+        screen.step(event.stage, peak, event.index + 1, event.total)
+
+
+def json_text(value: Any) -> str:
+    """Indented JSON; NaN and infinity are null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def emit_json(value: Any, target: str | None) -> None:
+    """To stdout for `-`, else to a file; nothing without a target."""
+    if target == "-":
+        sys.stdout.write(json_text(value) + "\n")
+        sys.stdout.flush()
+    elif target is not None:
+        from qtool.artifact import write_text
+
+        write_text(Path(target), json_text(value) + "\n")
+
+
+def plan_json(job: "Job") -> dict[str, Any]:
+    """What `--dry-run` says."""
+    predicted = job.predicted_bytes()
+    return {
+        "schema_version": 1,
+        "model": job.source_name,
+        "architecture": job.anatomy.architecture,
+        "methods": [method.name for method in job.methods],
+        "quantized": dict(job.plan.modules),
+        "kept_float": dict(job.plan.kept_float),
+        "size_bytes": predicted,
+        "source_bytes": job.checkpoint.num_bytes,
+    }
+
+
+def render_plan(screen: Screen, job: "Job") -> None:
+    """The plan as tables: what is quantized, what stays float and why, the size on disk."""
+    plan = plan_json(job)
+    rows = [[path, *_specs(module)] for path, module in plan["quantized"].items()]
+    screen.table(f"Quantized ({len(rows)} modules)", ["module", "type", "weights", "activations"], rows)
+    kept = [[path, reason] for path, reason in plan["kept_float"].items()]
+    screen.table(f"Kept in float ({len(kept)} modules)", ["module", "why"], kept)
+    share = 100 * plan["size_bytes"] / plan["source_bytes"]
+    screen.line(
+        f"Size on disk: {megabytes(plan['size_bytes'])}, {share:.1f} % of the float model's "
+        f"{megabytes(plan['source_bytes'])}. Nothing was read but headers, nothing was written."
+    )
+
+
+def _specs(module: Mapping[str, Any]) -> tuple[str, str, str]:
+    weights = module.get("weights") or "codes of the word table"
+    return module["type"].replace("_", " "), weights, module.get("activations", "float")
+
+
+def quantized_json(result: "Quantized") -> dict[str, Any]:
+    """Result of `quantize`."""
+    return {
+        "schema_version": 1,
+        "path": str(result.path),
+        "size_bytes": result.size_bytes,
+        "source_bytes": result.source_bytes,
+        "seconds": round(result.seconds, 2),
+        "peak_memory_bytes": result.peak_bytes,
+    }
+
+
+def render_quantized(screen: Screen, result: "Quantized") -> None:
+    """One line: where, how large, how long."""
+    share = 100 * result.size_bytes / result.source_bytes
+    screen.line(
+        f"{result.path}: {megabytes(result.size_bytes)} of weights ({share:.1f} % of {megabytes(result.source_bytes)}), "
+        f"{result.seconds:.1f} s, peak memory {megabytes(result.peak_bytes)}"
+    )
+
+
+def render_evaluation(screen: Screen, result: "Evaluation") -> None:
+    """Float and candidate side by side, then the drop with its interval."""
+    rows = []
+    for side, score in (("float", result.baseline), ("candidate", result.candidate)):
+        if score is not None:
+            rate = f"{1000 * score.seconds / result.n:.2f}"
+            rows.append([side, f"{score.value:.2f}", megabytes(score.size_bytes), rate, score.model])
+    title = f"{result.task}, {result.split}, {result.n} examples"
+    screen.table(title, ["", f"{result.metric} %", "size", "ms/example", "model"], rows)
+    if result.drop is not None and result.interval is not None and result.agreement is not None:
+        low, high = result.interval
+        screen.line(
+            f"drop {result.drop:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}]; "
+            f"agreement {result.agreement:.2f} %; {result.speed_ratio:.2f}x the float model's speed"
+        )
+    if result.probe is not None:
+        screen.line(f"linear probe on {result.probe.rows} rows of {result.probe.source}, the same for both models")
+
+
+def render_inspection(screen: Screen, found: Mapping[str, Any]) -> None:
+    """`qtool inspect`: a row a module, then totals."""
+    rows = [
+        [m["path"], m["type"], m["weights"], m["activations"], megabytes(m["bytes"]), m["sqnr"]] for m in found["modules"]
+    ]
+    screen.table(found["path"], ["module", "type", "weights", "activations", "size", "weight SQNR dB"], rows)
+    screen.line(
+        f"{found['architecture']} by {', '.join(found['methods'])}: {megabytes(found['size_bytes'])} of weights, "
+        f"{found['percent_of_float']:.1f} % of the float model; execution {found['execution']}"
+    )
+    for what, outcome in found.get("checks", {}).items():
+        screen.line(f"{what}: {outcome}")

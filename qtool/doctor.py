@@ -1,0 +1,57 @@
+"""What this machine and this installation can do."""
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+
+from qtool import __version__
+from qtool.kernels import backend, native, reference
+
+_PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "datasets", "evaluate")
+_MEANING = {
+    "direct": "torch._int_mm, exact on this CPU",
+    "split": "torch._int_mm on weights split in two digits: without VNNI the direct product saturates",
+    "integer": "integer matmul: torch._int_mm is not exact on this CPU; slow",
+}
+
+
+def diagnose() -> dict[str, str]:
+    """Findings by name, in the order in which they are shown."""
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    return {
+        "qtool": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        **{name: _version(name) for name in _PACKAGES},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "CPU instruction sets": ", ".join(native.cpu_features()) or f"unknown; torch uses {_capability()}",
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
+        "memory": f"{memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB",
+        "disk here": f"{disk.free / 1e9:.1f} GB free",
+        "native library": "found" if native.available() else str(native.reason()),
+        "backend": backend().name,
+        "int8 product": _MEANING[reference.exact_product()],
+        "hub": "offline (HF_HUB_OFFLINE)" if _offline() else "online when reachable",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing: install qtool again"
+
+
+def _capability() -> str:
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)

@@ -1,0 +1,66 @@
+"""From texts to padded batches: tokenise once, sort by length, cut."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qtool.errors import InputError
+from qtool.evaluation.tasks import Text
+
+Tokens = dict[str, list[int]]
+Batch = dict[str, torch.Tensor]
+
+# Families whose positions count from the padding index + 1: their table is that much longer than a text may be.
+_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "ibert"})
+
+
+def longest(config: Any, tokenizer: Any, max_length: int | None) -> int | None:
+    """Tokens to which a text is cut: the least of `max_length`, the tokenizer's limit and the model's positions.
+
+    None when there is no limit at all.
+    """
+    limits = [max_length] if max_length is not None else []
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        offset = (config.pad_token_id or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0
+        limits.append(positions - offset)
+    # transformers marks "no limit" by a huge number.
+    if tokenizer.model_max_length < 1e9:
+        limits.append(int(tokenizer.model_max_length))
+    return min(limits, default=None)
+
+
+def encode(tokenizer: Any, config: Any, texts: Sequence[Text], max_length: int | None, model: str) -> list[Tokens]:
+    """One dict of equally long lists (`input_ids`, `attention_mask`, …) a text, unpadded, at most `max_length` long.
+
+    Raises InputError when the tokenizer does not belong to the model, or makes nothing of a text.
+    """
+    first = [text if isinstance(text, str) else text[0] for text in texts]
+    second = None if isinstance(texts[0], str) else [text[1] for text in texts]
+    limit = {"truncation": True, "max_length": max_length} if max_length is not None else {}
+    columns = dict(tokenizer(first, second, return_attention_mask=True, **limit))
+    if getattr(config, "type_vocab_size", 0) < 2:
+        columns.pop("token_type_ids", None)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for number, row in enumerate(rows, start=1):
+        if not row["input_ids"]:
+            raise InputError(f"the tokenizer of {model} makes no tokens of row {number}")
+        if max(row["input_ids"]) >= config.vocab_size:
+            raise InputError(
+                f"the tokenizer of {model} does not belong to it: it gives token {max(row['input_ids'])}, "
+                f"the model knows {config.vocab_size}; restore the tokenizer files of its source"
+            )
+    return rows
+
+
+def cut(rows: Sequence[Tokens], batch_size: int) -> list[list[int]]:
+    """Indices of `rows` in batches of `batch_size`, the shortest rows first, so that little is padded."""
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["input_ids"]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def collate(tokenizer: Any, rows: Sequence[Tokens]) -> Batch:
+    """Rows as int64 tensors `[rows, tokens]`, padded to the longest on the tokenizer's side."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    return dict(tokenizer.pad(columns, padding=True, return_tensors="pt"))

@@ -1,0 +1,59 @@
+"""The quality gate: limits that an evaluation must keep, for a CI job to act on."""
+
+import math
+from dataclasses import dataclass
+
+from qtool.evaluation.result import Evaluation
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Limits in points (`max_drop`, `min_score`) and percent (`min_agreement`); None asks nothing.
+
+    Point estimates are compared, and a value that equals its limit holds. Only losses count: a candidate that beats its
+    baseline passes any `max_drop` that is not negative.
+    """
+
+    max_drop: float | None = None
+    min_score: float | None = None
+    min_agreement: float | None = None
+
+    @property
+    def needs_baseline(self) -> bool:
+        """Whether a limit is about the difference to a baseline."""
+        return self.max_drop is not None or self.min_agreement is not None
+
+    def failures(self, evaluation: Evaluation) -> list[str]:
+        """One line for each limit that does not hold: gate, measured value, limit. Empty when the gate holds.
+
+        A value that is NaN or was not measured fails its gate.
+        """
+        drop, agreement = evaluation.drop, evaluation.agreement
+        checks = [
+            _above("max-drop", "drop", drop, self.max_drop, "points"),
+            _below("min-score", evaluation.metric, evaluation.candidate.value, self.min_score, "points"),
+            _below("min-agreement", "agreement", agreement, self.min_agreement, "%"),
+        ]
+        return [line for line in checks if line is not None]
+
+
+def _above(gate: str, what: str, value: float | None, limit: float | None, unit: str) -> str | None:
+    if limit is None or (value is not None and value <= limit):
+        return None
+    return f"{gate}: {what} {_shown(value, limit)}, limit {limit:g} {unit}"
+
+
+def _below(gate: str, what: str, value: float | None, limit: float | None, unit: str) -> str | None:
+    if limit is None or (value is not None and value >= limit):
+        return None
+    return f"{gate}: {what} {_shown(value, limit)}, limit {limit:g} {unit}"
+
+
+def _shown(value: float | None, limit: float) -> str:
+    """The value with as many decimals as it takes to tell it from the limit."""
+    if value is None:
+        return "was not measured (no baseline)"
+    if math.isnan(value):
+        return "is NaN"
+    short = f"{value:.2f}"
+    return f"is {short}" if float(short) != limit else f"is {value!r}"

@@ -1,0 +1,148 @@
+"""Loading what is evaluated: a float model or an artifact of qtool, with plain transformers classes, and its tokenizer.
+
+No code of a model is ever run and no pickle opened.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError
+
+from qtool.checkpoint import check, load_config, locate, weight_files
+from qtool.errors import InputError, QtoolError, UnavailableError
+from qtool.evaluation.tasks import Task
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""The types in which float weights can be loaded; integer codes of an artifact stay what they are."""
+
+_ENCODER = re.compile(r"\w+(ForMaskedLM|(?<!LMHead)(?<!DoubleHeads)Model)")
+
+_PURPOSES = {
+    "ForQuestionAnswering": "finding answers in a text",
+    "ForTokenClassification": "labelling every token",
+    "ForMultipleChoice": "choosing among answers",
+    "ForNextSentencePrediction": "telling whether two sentences follow each other",
+    "ForPreTraining": "pretraining",
+    "ForCausalLM": "generating text",
+    "LMHeadModel": "generating text",
+    "ForConditionalGeneration": "generating text from text",
+}
+
+_VOCABULARIES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model folder whose head suits the task, before its weights are loaded; `name` is what the user called it."""
+
+    name: str
+    path: Path
+    config: Any
+    probed: bool
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the folder holds a quantized model."""
+        return getattr(self.config, "quantization_config", None) is not None
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of its weight files."""
+        return sum(file.stat().st_size for file in weight_files(self.path))
+
+
+def subject(name: str | Path, task: Task, revision: str | None = None) -> Subject:
+    """Find a model and see that it can do `task`, reading no weights.
+
+    Raises InputError for a damaged folder or a head for something else, UnavailableError without the hub.
+    """
+    path = locate(name, revision)
+    check(path)
+    config = load_config(path)
+    return Subject(str(name), path, config, probed(config.architectures[0], task, str(name)))
+
+
+def probed(architecture: str, task: Task, model: str) -> bool:
+    """Whether a model of this class is scored by a linear probe (an encoder) and not by its own classification head.
+
+    Raises InputError for every other class.
+    """
+    if architecture.endswith("ForSequenceClassification"):
+        return False
+    if _ENCODER.fullmatch(architecture):
+        return True
+    purpose = next((text for suffix, text in _PURPOSES.items() if architecture.endswith(suffix)), "something else")
+    raise InputError(
+        f"wrong task for the head: {model} is a {architecture}, made for {purpose}; task '{task.name}' "
+        "takes a …ForSequenceClassification, a …ForMaskedLM or a bare encoder"
+    )
+
+
+def load_for(path: Path, task: Task, dtype: str = "float32") -> Any:
+    """The model in `path`, in eval mode, in the class that `task` needs: with its classification head, or the encoder.
+
+    Raises InputError when transformers cannot load it or when a tensor that counts is missing.
+    """
+    import qtool.hf  # noqa: F401 (artifacts of qtool load as ordinary models from here on)
+
+    encoder = probed(load_config(path).architectures[0], task, str(path))
+    loader = transformers.AutoModel if encoder else transformers.AutoModelForSequenceClassification
+    with _plain_errors(path), _quiet():
+        model, report = loader.from_pretrained(
+            path, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
+        )
+    # A masked-LM checkpoint has no pooler; the probe does not read it.
+    missing = sorted(key for key in report["missing_keys"] if not (encoder and key.startswith("pooler.")))
+    if missing:
+        name = type(model).__name__
+        raise InputError(f"{path} lacks weights of {name}: {', '.join(missing[:3])}; fine-tune it for this task first")
+    return model.eval()
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in `path`. Raises InputError when there is none: transformers would invent a useless one."""
+    if not any((path / name).is_file() for name in _VOCABULARIES):
+        raise InputError(f"{path} has no tokenizer files; copy those of its source (tokenizer.json and others)")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise InputError(f"the tokenizer in {path} cannot be loaded: {_line(error)}") from error
+
+
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except QtoolError:
+        raise
+    except ImportError as error:
+        raise UnavailableError(f"{path} needs a package that is not installed: {_line(error)}") from error
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be loaded: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar and no report of transformers while it loads: what the report would say is checked by the caller."""
+    log = transformers.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

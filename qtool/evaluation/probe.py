@@ -1,0 +1,70 @@
+"""The linear probe: a classification score for an encoder that has no classification head.
+
+A logistic regression on the frozen encoder's features tells how much of a task can be read from them linearly (Alain
+and Bengio, 2016, "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644). It is fitted
+once, on the float model; the same probe then reads the float and the quantized features, so that a difference of scores
+comes from the encoder alone.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qtool.errors import InputError
+from qtool.evaluation.result import ProbeInfo
+
+MAX_ROWS = 4096
+"""Rows of the training split, from its start, that a probe is fitted on at most."""
+
+_ITERATIONS = 1000
+
+
+def pooled(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of `hidden [batch, tokens, features]` over the tokens that `mask [batch, tokens]` keeps, in float32."""
+    keep = mask.unsqueeze(-1).to(torch.float32)
+    # Where, not times: a padded position may hold anything, and 0 · NaN is NaN.
+    kept = torch.where(keep > 0, hidden.float(), torch.zeros(()))
+    return kept.sum(1) / keep.sum(1)
+
+
+class Probe:
+    """Standardised logistic regression (scikit-learn, L2 with C = 1, L-BFGS) from features to class indices."""
+
+    def __init__(self, features: NDArray[np.float32], ids: Sequence[int], source: str) -> None:
+        """Fit on `features [rows, features]` of the float model and class indices `ids`.
+
+        Raises InputError when the features hold NaN or infinity, or when only one class occurs.
+        """
+        if not np.isfinite(features).all():
+            raise InputError(f"the float model gives NaN or infinity on {source}; its checkpoint is damaged")
+        if len(set(ids)) < 2:
+            raise InputError(f"{source}: the first {len(ids)} rows hold one class only; shuffle the file")
+        self._model = _fitted(features.astype(np.float64), np.asarray(ids))
+        accuracy = 100.0 * float(np.mean(self.predict(features) == np.asarray(ids)))
+        iterations = int(self._model[-1].n_iter_.max())
+        self.info = ProbeInfo(source, len(ids), features.shape[1], accuracy, iterations < _ITERATIONS)
+
+    def predict(self, features: NDArray[np.float32]) -> NDArray[np.int64]:
+        """Class indices `[rows]` for `features [rows, features]`; −1 for a row with NaN or infinity."""
+        ids = np.full(len(features), -1, dtype=np.int64)
+        finite = np.isfinite(features).all(axis=1)
+        if finite.any():
+            ids[finite] = self._model.predict(features[finite].astype(np.float64))
+        return ids
+
+
+def _fitted(features: NDArray[np.float64], ids: NDArray[np.int64]) -> Any:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_ITERATIONS))
+    with warnings.catch_warnings():
+        # Said in the result instead, as `converged`.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return model.fit(features, ids)

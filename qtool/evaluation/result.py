@@ -1,0 +1,143 @@
+"""What an evaluation found, as values, JSON and a file of predictions."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qtool.artifact import write_text
+from qtool.errors import InputError, UsageError
+
+SCHEMA_VERSION = 1
+INTERVAL_LEVEL = 0.95
+
+Prediction = dict[str, int | str | None]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model's score in points (0–100; NaN when it gave NaN), its forward seconds, the bytes of its weight files."""
+
+    model: str
+    value: float
+    seconds: float
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class ProbeInfo:
+    """The linear probe behind a score: where its `rows` training examples are from and how its fit went.
+
+    `accuracy` is the probe's own on these rows, in points; `converged` is False when its iterations ran out.
+    """
+
+    source: str
+    rows: int
+    features: int
+    accuracy: float
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a candidate and its baseline on the same `n` examples of `data`, in the same batches.
+
+    `drop` is the baseline's score minus the candidate's, in points (negative: the candidate is better), `interval` its
+    paired 95 % confidence interval, `agreement` the percent of equal predictions, `speed_ratio` the baseline's seconds
+    over the candidate's; all four are None without a baseline. A row of `predictions` holds `index` (position in the
+    data), `label`, `baseline` and `candidate` by class name, None where there is no prediction.
+    """
+
+    task: str
+    split: str
+    data: str
+    n: int
+    metric: str
+    candidate: Score
+    baseline: Score | None
+    drop: float | None
+    interval: tuple[float, float] | None
+    agreement: float | None
+    speed_ratio: float | None
+    probe: ProbeInfo | None
+    settings: dict[str, Any]
+    predictions: list[Prediction] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The result without its predictions, as JSON values only: NaN and infinity become None."""
+        sides = {"candidate": _side(self.candidate), "baseline": _side(self.baseline) if self.baseline else None}
+        body = {
+            "schema_version": SCHEMA_VERSION,
+            "task": self.task,
+            "split": self.split,
+            "data": self.data,
+            "n": self.n,
+            "metric": self.metric,
+            **sides,
+            "drop": self.drop,
+            "interval": self._interval(),
+            "agreement": self.agreement,
+            "speed_ratio": self.speed_ratio,
+            "probe": vars(self.probe) if self.probe else None,
+            "settings": self.settings,
+        }
+        return {key: _clean(value) for key, value in body.items()}
+
+    def _interval(self) -> dict[str, float] | None:
+        if self.interval is None:
+            return None
+        return {"level": INTERVAL_LEVEL, "low": self.interval[0], "high": self.interval[1]}
+
+
+def _side(score: Score) -> dict[str, Any]:
+    return {"model": score.model, "score": score.value, "seconds": score.seconds, "size_bytes": score.size_bytes}
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _clean(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(item) for item in value]
+    return value
+
+
+def _jsonl(rows: list[Prediction]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _csv(rows: list[Prediction]) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+_FORMATS: dict[str, Callable[[list[Prediction]], str]] = {".jsonl": _jsonl, ".csv": _csv}
+
+
+def check_predictions_path(path: Path) -> None:
+    """Refuse a path that `write_predictions` could not use: worth asking before a long evaluation.
+
+    Raises UsageError for a suffix other than .jsonl and .csv, InputError for a folder that does not exist.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise UsageError(f"predictions are written as {' or '.join(_FORMATS)}, not to {path.name}")
+    if not path.parent.is_dir():
+        raise InputError(f"predictions cannot go to {path}: the folder {path.parent} does not exist")
+
+
+def write_predictions(evaluation: Evaluation, path: Path) -> None:
+    """Write one row an example, in the order of the data, as .jsonl or .csv by the suffix of `path`.
+
+    The file appears whole or not at all; a missing prediction is null, or an empty cell. Raises what
+    `check_predictions_path` does, and UnavailableError when the file cannot be written.
+    """
+    check_predictions_path(path)
+    write_text(path, _FORMATS[path.suffix.lower()](evaluation.predictions))

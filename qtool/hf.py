@@ -1,0 +1,125 @@
+"""The transformers plug-in: `from_pretrained` of a qtool artifact gives a model of the usual class.
+
+The only file that touches transformers' quantizer registry. Importing it registers the plug-in; `import qtool` arranges
+for that. Modules are swapped while the model is on the meta device, so float weights are never materialised.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qtool import nn
+from qtool.artifact import FORMAT_VERSION, QUANT_METHOD, check_manifest, manifest_of_tensors
+from qtool.errors import InputError, UnavailableError
+
+
+@register_quantization_config(QUANT_METHOD)
+class QtoolConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """`quantization_config` of an artifact's config.json.
+
+    `modules` maps module paths to descriptions (`qtool.nn`); `tensors` is the manifest: name → [dtype, shape, digest].
+    """
+
+    def __init__(
+        self,
+        *,
+        version: int,
+        modules: Mapping[str, Mapping[str, Any]],
+        tensors: Mapping[str, list[Any]],
+        quant_method: str = QUANT_METHOD,
+        **others: Any,
+    ) -> None:
+        self.quant_method = quant_method
+        self.version = version
+        self.modules = dict(modules)
+        self.tensors = dict(tensors)
+        for name, value in others.items():  # kept for a re-save: methods, producer, and what later versions add
+            setattr(self, name, value)
+
+
+@register_quantizer(QUANT_METHOD)
+class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Builds the quantized modules before loading, checks the files, and keeps the manifest true when saving."""
+
+    requires_calibration = True
+    dtype: torch.dtype = torch.float32
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises InputError for an artifact of a newer format, UnavailableError for a device other than the CPU."""
+        if self.quantization_config.version > FORMAT_VERSION:
+            raise InputError(
+                f"this model has format version {self.quantization_config.version}, and this qtool reads up to "
+                f"{FORMAT_VERSION}; upgrade qtool"
+            )
+        placed = device_map.values() if isinstance(device_map, dict) else [device_map]
+        for device in placed:
+            if device not in (None, "auto") and torch.device(device).type not in ("cpu", "meta"):
+                raise UnavailableError(f"device_map asks for {device}; qtool models run on the CPU in this version")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """`auto` is the CPU."""
+        return {"": "cpu"} if device_map == "auto" else device_map
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Remembers what quantized modules are to return."""
+        self.dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if checkpoint_files:
+            check_manifest([Path(file) for file in checkpoint_files], self.quantization_config.tensors)
+        model.config.tie_word_embeddings = _still_tied(model, self.quantization_config.modules)
+        nn.install(model, paths_in(model, self.quantization_config.modules), dtype=self.dtype)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """The manifest and the descriptions of the model as it is now: a base model taken out of a classifier, say."""
+        self.quantization_config.modules = nn.describe(model)
+        shared = getattr(model, "all_tied_weights_keys", None) or {}
+        tensors = {name: value for name, value in model.state_dict().items() if name not in shared}
+        self.quantization_config.tensors = manifest_of_tensors(tensors)
+        return None, {}
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` works and is bit-exact."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Integer codes have no gradient."""
+        return False
+
+
+def paths_in(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """`modules` under the paths that they have in `model`, which may be the base or a headed class of the saved one.
+
+    A head that `model` does not have is left out; any other module that is missing is an InputError.
+    """
+    prefix = f"{model.base_model_prefix}."
+    known = {name for name, _ in model.named_modules()}
+    headed = any(path.startswith(prefix) for path in modules)
+
+    def here(path: str) -> str | None:
+        return next((p for p in (path, path.removeprefix(prefix), prefix + path) if p in known), None)
+
+    found: dict[str, Mapping[str, Any]] = {}
+    for path, description in modules.items():
+        target = here(path)
+        if target is not None:
+            table = {"table": here(description["table"])} if "table" in description else {}
+            found[target] = {**description, **table}
+        elif not headed or path.startswith(prefix):
+            raise InputError(f"{type(model).__name__} has no module {path}, which the artifact quantizes")
+    return found
+
+
+def _still_tied(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> bool:
+    """A float table may stay tied to a float head; a quantized one never: transformers would copy over its codes."""
+    quantized = any(description["type"] in ("embedding", "tied_linear") for description in modules.values())
+    return bool(getattr(model.config, "tie_word_embeddings", False)) and not quantized

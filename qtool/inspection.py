@@ -1,0 +1,85 @@
+"""What is inside an artifact, and whether it is still what was written."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qtool import artifact
+from qtool.checkpoint import locate, tensor_infos, weight_files
+from qtool.errors import InputError
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I16": 2, "F16": 2, "BF16": 2}
+
+
+def inspect(model: Path, *, verify: bool = False) -> dict[str, Any]:
+    """JSON-clean: a row a quantized module, totals, and with `verify` the outcome of every check.
+
+    Raises InputError when `model` is not an artifact or its headers do not match its manifest.
+    """
+    folder = locate(model)
+    config = artifact.quantization_config(folder)
+    infos = tensor_infos(weight_files(folder))
+    artifact.check_manifest(weight_files(folder), config["tensors"])
+    report = artifact.report(folder) if (folder / artifact.REPORT).is_file() else {}
+    figures = report.get("figures", {})
+    rows = [_row(path, module, infos, figures.get(path, {})) for path, module in config["modules"].items()]
+    size = artifact.size_on_disk(folder)
+    source = report.get("source", {}).get("bytes")
+    found = {
+        "schema_version": 1,
+        "path": str(folder),
+        "architecture": report.get("architecture", "unknown"),
+        "methods": config.get("methods", []),
+        "execution": report.get("execution", {}).get("kind", "unknown"),
+        "modules": rows,
+        "size_bytes": size,
+        "percent_of_float": 100 * size / source if source else float("nan"),
+        "kept_float": report.get("kept_float", {}),
+        "scores": report.get("scores", []),
+        "checks": {},
+        "damage": [],
+    }
+    if verify:
+        found["checks"], found["damage"] = _verify(folder, report)
+    return found
+
+
+def _row(path: str, module: Mapping[str, Any], infos: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
+    own = [info for name, info in infos.items() if name.rpartition(".")[0] == path]
+    sqnr = figures.get("weight_sqnr_db")
+    return {
+        "path": path,
+        "type": module["type"].replace("_", " "),
+        "weights": module.get("weights", "shared"),
+        "activations": module.get("activations", "float"),
+        "bytes": sum(_num_bytes(info) for info in own),
+        "sqnr": f"{sqnr:.1f}" if sqnr is not None else "-",
+    }
+
+
+def _num_bytes(info: Any) -> int:
+    count = 1
+    for size in info.shape:
+        count *= size
+    return count * _BYTES.get(info.dtype, 1)
+
+
+def _verify(folder: Path, report: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """Digests of tensors and files, then the golden batch. A re-saved model has no report: only its tensors count."""
+    from qtool import golden
+
+    problems = [f"tensor {name} was changed" for name in artifact.damaged_tensors(folder)]
+    checks = {"tensor digests": "changed" if problems else "intact"}
+    if not report:
+        checks["file digests"] = checks["golden batch"] = f"not recorded: no {artifact.REPORT}"
+        return checks, problems
+    files = [f"file {name} was changed or is missing" for name in artifact.damaged_files(folder)]
+    checks["file digests"] = "changed" if files else "intact"
+    problems += files
+    try:
+        off = golden.recheck(folder, report["golden"]) if not problems else []
+        checks["golden batch"] = "not computed: the files are damaged" if problems else "differs" if off else "agrees"
+    except InputError as error:
+        off = [str(error)]
+        checks["golden batch"] = "cannot be computed"
+    return checks, problems + off

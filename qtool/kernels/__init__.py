@@ -1,0 +1,54 @@
+"""The table of operations that quantized modules call, and the backend that carries them out.
+
+An operation has one meaning, given by `reference.py`; any other backend is right when it returns the reference's
+integers bit for bit. `QTOOL_BACKEND` chooses one by name; without it the fastest available backend is taken.
+"""
+
+import functools
+import os
+from typing import Any, Protocol
+
+import torch
+
+from qtool.errors import UnavailableError, one_of
+
+
+class Backend(Protocol):
+    """What every backend offers. Activations are `[tokens, in_features]`; weights are int8 codes in a stored layout."""
+
+    name: str
+
+    def prepare(self, codes: torch.Tensor, shape: tuple[int, int]) -> Any:
+        """The operand that `int8_linear` wants, from stored codes (tiled, or one row a slice) of logical `shape`."""
+
+    def int8_linear(
+        self,
+        x: torch.Tensor,
+        operand: Any,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        act_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`x @ W^T + bias` by an int8 × int8 → int32 product: float32 in, float32 out.
+
+        `weight_scale` is `[row blocks, column blocks]`. `act_scale` is one static scale, or None for a scale per token.
+        """
+
+    def row_table_linear(
+        self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`x @ (codes * scale)^T + bias` with float activations, for a head that shares an embedding table's codes."""
+
+
+BACKENDS: tuple[str, ...] = ("reference",)
+
+
+@functools.cache
+def backend() -> Backend:
+    """The backend of this process, fixed at first use. Raises UnavailableError for one that does not exist here."""
+    wanted = os.environ.get("QTOOL_BACKEND", BACKENDS[0])
+    if wanted not in BACKENDS:
+        raise UnavailableError(f"QTOOL_BACKEND={wanted}: {one_of(wanted, BACKENDS, 'backend')}")
+    from qtool.kernels import reference
+
+    return reference.Reference()

@@ -1,0 +1,71 @@
+"""What a method is: a class that says what it does to each unit of a model, and does it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from qtool.anatomy import Anatomy, Unit
+from qtool.calibrate.statistics import Statistics
+from qtool.nn import QModule
+from qtool.recipe import Recipe
+
+PHASES = ("shape", "lower", "attach")
+"""Methods run in this order; at most one lowers."""
+
+Reader = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to a model: quantized modules by path, and what stays float with the reason."""
+
+    modules: Mapping[str, Mapping[str, Any]]
+    kept_float: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Entries of config.json that the method changes."""
+
+
+class Options(BaseModel):
+    """Base of a method's own options; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class Method(ABC):
+    """Lifecycle of a method. The mathematics lives in `rounding`, `numerics` and `kernels`.
+
+    `plan` decides, from shapes alone; `observers` says what to watch in the float model (nothing: no pass over data);
+    `resolve` sees all statistics before the first unit is lowered; `lower` turns one unit's float weights into
+    modules of `qtool.nn`, filled.
+    """
+
+    name: ClassVar[str]
+    phase: ClassVar[Literal["shape", "lower", "attach"]]
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, recipe: Recipe, options: Options) -> None:
+        self.recipe, self.options = recipe, options
+        self._report: dict[str, dict[str, float]] = {}
+
+    @abstractmethod
+    def plan(self, anatomy: Anatomy, model: Any) -> Plan:
+        """From the anatomy and the skeleton. Raises InputError naming the module for a spec that does not fit."""
+
+    def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
+        """Module path → name of the observer that watches its input."""
+        return {}
+
+    def resolve(self, statistics: Statistics | None) -> None:
+        """Freeze what crosses unit borders. `statistics` is None when no observer was asked for."""
+
+    @abstractmethod
+    def lower(self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None) -> dict[str, QModule]:
+        """Filled modules by path. `weights(name)` reads a float tensor of the source."""
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """Figures by module path, of the units that were lowered in this process."""
+        return self._report

@@ -1,0 +1,77 @@
+"""The linear layer on integer codes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtool import kernels
+from qtool.nn.module import QModule
+from qtool.numerics import QuantSpec
+from qtool.numerics.qtensor import stored_dtype, stored_shape
+
+
+class QLinear(QModule):
+    """`x @ W^T + b` as int8 activations × int8 weights → int32, scaled in float32.
+
+    Buffers: `weight`, tiled codes of the logical `[out_features, in_features]` matrix; `weight_scale`, float32
+    `[row blocks, column blocks]`; `bias`, `[out_features]`; `act_scale`, float32 `[1]`, for static activations only.
+    Input `[..., in_features]`, output `[..., out_features]` in `output_dtype`. Source: ZeroQuant (Yao et al. 2022), 3.
+    """
+
+    _scales = ("weight_scale", "act_scale")
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    bias: torch.Tensor | None
+    act_scale: torch.Tensor | None
+
+    def __init__(
+        self, shape: tuple[int, int], weights: QuantSpec, activations: QuantSpec, *, bias: bool, device: str = "cpu"
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.weights, self.activations = weights, activations
+        tiled = torch.empty(stored_shape(weights, shape, "tiled"), dtype=stored_dtype(weights), device=device)
+        self.register_buffer("weight", tiled)
+        self.register_buffer("weight_scale", torch.empty(weights.scale_shape(shape), device=device))
+        self.register_buffer("bias", torch.empty(self.out_features, device=device) if bias else None)
+        static = None if activations.dynamic else torch.empty(1, device=device)
+        self.register_buffer("act_scale", static)
+        self._operand: tuple[Any, Any] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Any leading shape, any float dtype."""
+        rows = x.reshape(-1, self.in_features).float()
+        bias = None if self.bias is None else self.bias.float()
+        y = kernels.backend().int8_linear(rows, self._prepared(), self.weight_scale, bias, self.act_scale)
+        return y.view(*x.shape[:-1], self.out_features).to(self.output_dtype)
+
+    def _prepared(self) -> Any:
+        """The backend's operand, made once for the weights that are present now."""
+        key = (self.weight.data_ptr(), self.weight._version, self.weight.device)
+        if self._operand is None or self._operand[0] != key:
+            shape = (self.out_features, self.in_features)
+            self._operand = key, kernels.backend().prepare(self.weight, shape)
+        return self._operand[1]
+
+    def description(self) -> dict[str, Any]:
+        """Shape and specs."""
+        return {
+            "type": "linear",
+            "shape": [self.out_features, self.in_features],
+            "weights": str(self.weights),
+            "activations": str(self.activations),
+            "bias": self.bias is not None,
+        }
+
+    @classmethod
+    def from_description(cls, model: nn.Module, path: str, description: Mapping[str, Any], *, device: str) -> "QLinear":
+        """See `QModule`."""
+        rows, columns = description["shape"]
+        specs = (QuantSpec.parse(description[key]) for key in ("weights", "activations"))
+        return cls((rows, columns), *specs, bias=description["bias"], device=device)
+
+    def extra_repr(self) -> str:
+        """Shown by `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, weights={self.weights}, activations={self.activations}"

@@ -1,0 +1,41 @@
+"""What quantized modules have in common: integer buffers, scales that keep their dtype, a description."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class QModule(nn.Module, ABC):
+    """A module whose weights are integer codes.
+
+    Buffers hold codes and scales in the layout of the file. `.to(dtype)`, `.half()` and the like change `output_dtype`
+    and leave the scales in float32: a scale rounded to 16 bits would silently cost accuracy.
+    """
+
+    output_dtype: torch.dtype = torch.float32
+    _scales: tuple[str, ...] = ("weight_scale",)
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """What `from_description` needs to rebuild this module without its tensors; JSON-clean."""
+
+    @classmethod
+    @abstractmethod
+    def from_description(cls, model: nn.Module, path: str, description: Mapping[str, Any], *, device: str) -> "QModule":
+        """An empty module for `path` of `model`, on `device`."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QModule":
+        scales = [scale for name in self._scales if (scale := getattr(self, name, None)) is not None]
+
+        def keep_scales(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            if not any(tensor is scale for scale in scales):
+                return moved
+            self.output_dtype = moved.dtype
+            return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
+
+        super()._apply(keep_scales, recurse)
+        return self

@@ -1,0 +1,373 @@
+"""calibrate → quantize → publish, unit by unit.
+
+Pass 1 streams the float units once while observers watch their inputs (this alone is `qtool calibrate`); pass 2 lowers
+each unit to integer modules, writes it as a shard and lets a golden batch flow through what was written. Then the shards
+are streamed into an artifact, which a fresh process loads and compares before it is moved into place.
+
+Both functions are generators of events; whoever iterates them renders progress, or does not.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qtool import __version__, artifact, card, golden
+from qtool.anatomy import Anatomy, Unit
+from qtool.anatomy import anatomy as anatomy_of
+from qtool.artifact import FORMAT_VERSION, QUANT_METHOD
+from qtool.calibrate.observers import OBSERVERS, Observer
+from qtool.calibrate.sources import Batches
+from qtool.calibrate.statistics import Statistics
+from qtool.checkpoint import Checkpoint, load_config, opened, skeleton
+from qtool.errors import QtoolError
+from qtool.kernels import backend, reference
+from qtool.methods import build
+from qtool.methods.base import Method, Plan
+from qtool.nn import install
+from qtool.recipe import Recipe
+from qtool.rundir import RunDirectory
+from qtool.stream import Call, Reader, Stream
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A unit of work is about to start (`seconds` None) or has ended. `peak_bytes` is the process's peak memory."""
+
+    stage: str
+    unit: str
+    index: int
+    total: int
+    seconds: float | None = None
+    peak_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the user should know."""
+
+    message: str
+
+
+Event = Progress | Note
+
+
+@dataclass
+class Job:
+    """A model and a recipe, with everything that follows from shapes alone."""
+
+    source: Path
+    source_name: str
+    recipe: Recipe
+    model: Any = field(init=False)
+    anatomy: Anatomy = field(init=False)
+    methods: Sequence[Method] = field(init=False)
+    plan: Plan = field(init=False)
+    checkpoint: Checkpoint = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = load_config(self.source)
+        self.model = skeleton(config)
+        self.anatomy = anatomy_of(self.model)
+        self.methods = build(self.recipe)
+        self.plan = self.lowering.plan(self.anatomy, self.model)
+        self.checkpoint = Checkpoint(self.source, self.model)
+
+    @property
+    def lowering(self) -> Method:
+        """The one method that turns float units into integer ones."""
+        return next(method for method in self.methods if method.phase == "lower")
+
+    def lowered_skeleton(self) -> Any:
+        """The model with empty quantized modules (meta device)."""
+        model = skeleton(load_config(self.source))
+        for key, value in self.plan.config.items():
+            setattr(model.config, key, value)
+        install(model, self.plan.modules, dtype=torch.float32)
+        return model
+
+    def stored_names(self, model: Any) -> list[str]:
+        """Tensors of the artifact, in the order of the model; a tensor shared by two names is stored once."""
+        shared = {} if self.plan.config.get("tie_word_embeddings") is False else model.all_tied_weights_keys or {}
+        return [name for name in model.state_dict() if name not in shared]
+
+    def predicted_bytes(self) -> int:
+        """Size of the weight file, from shapes alone."""
+        model = self.lowered_skeleton()
+        tensors = model.state_dict()
+        return artifact.predicted_size((name, tensors[name]) for name in self.stored_names(model))
+
+    def observed(self) -> dict[str, dict[str, str]]:
+        """Unit name → module path → observer."""
+        wanted = {unit.name: self.lowering.observers(unit, self.plan) for unit in self.anatomy.units}
+        return {name: observers for name, observers in wanted.items() if observers}
+
+    def fingerprint(self, batches: Batches) -> dict[str, Any]:
+        """Everything that the bytes of the artifact depend on."""
+        return {
+            "model": self.checkpoint.digest(),
+            "data": batches.digest,
+            "recipe": _digest(self.recipe.quantization_part()),
+            "seed": self.recipe.seed,
+            "threads": torch.get_num_threads(),
+            "instruction set": instruction_set(),
+            "versions": versions(),
+        }
+
+    def statistics_fingerprint(self, batches: Batches) -> dict[str, Any]:
+        """What a statistics file depends on: not the part of the recipe that only rounding reads."""
+        observers = sorted({(path, name) for unit in self.observed().values() for path, name in unit.items()})
+        return {"model": self.checkpoint.digest(), "data": batches.digest, "observers": _digest(observers)}
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def instruction_set() -> str:
+    """What decides how float sums are rounded on this CPU, and which exact integer product is used."""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {reference.exact_product()}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes and what writes."""
+    import safetensors
+    import tokenizers
+    import transformers
+
+    modules = {"torch": torch, "transformers": transformers, "safetensors": safetensors, "tokenizers": tokenizers}
+    return {"qtool": __version__, **{name: str(module.__version__) for name, module in modules.items()}}
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def unit_seed(seed: int, unit: str) -> int:
+    """The seed of a unit: the first 8 bytes of SHA-256 of `seed:unit`, so that it does not depend on what ran before."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{unit}".encode()).digest()[:8], "big", signed=True)
+
+
+def calibrate(job: Job, batches: Batches) -> Generator[Event, None, Statistics]:
+    """Pass 1: stream the float units once. Returns the statistics that the job's method asked for."""
+    stream = Stream(job.model, job.anatomy, job.checkpoint.tensor)
+    states: dict[tuple[str, str], Any] = {}
+    flow: list[tuple[torch.Tensor, Call]] = []
+    for index, unit in enumerate(job.anatomy.units[:-1]):
+        started = time.perf_counter()
+        yield Progress("calibrate", unit.name, index, len(job.anatomy.blocks) + 1)
+        observers = {path: OBSERVERS[name]() for path, name in job.observed().get(unit.name, {}).items()}
+        with stream.loaded(unit):
+            if unit.kind == "embeddings":
+                flow = [stream.embed(batch) for batch in batches.batches]
+            else:
+                for number, (hidden, call) in enumerate(flow):
+                    with _watching(stream.model, observers, batches.batches[number]["attention_mask"].bool()):
+                        flow[number] = stream.block(unit, hidden, call), call
+        for path, observer in observers.items():
+            states[path, job.observed()[unit.name][path]] = observer.state()
+        yield _ended("calibrate", unit, index, len(job.anatomy.blocks) + 1, started)
+    return Statistics(states, job.statistics_fingerprint(batches))
+
+
+@contextmanager
+def _watching(model: Any, observers: Mapping[str, Observer], real: torch.Tensor) -> Iterator[None]:
+    """While active, each observer sees the input rows of its module, without padding (`real` is `[batch, tokens]`)."""
+    with ExitStack() as stack:
+        for path, observer in observers.items():
+
+            def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...], observer: Observer = observer) -> None:
+                observer.update(args[0][real])
+
+            stack.callback(model.get_submodule(path).register_forward_pre_hook(watch).remove)
+        yield
+
+
+def _ended(stage: str, unit: Unit, index: int, total: int, started: float) -> Progress:
+    return Progress(stage, unit.name, index, total, time.perf_counter() - started, peak_bytes())
+
+
+def quantize(
+    job: Job, batches: Batches, run: RunDirectory, statistics: Statistics | None = None
+) -> Generator[Event, None, None]:
+    """Both passes and the publication. Shards that `run` already holds are kept."""
+    if run.already_published():
+        yield Note(f"{run.out} was already published by this run")
+        run.finish()
+        return
+    if job.observed():
+        statistics = yield from _statistics(job, batches, run, statistics)
+    for method in job.methods:
+        method.resolve(statistics)
+    inputs = batches.first(golden.SEQUENCES, golden.TOKENS)
+    outputs = yield from _lower_all(job, run, statistics, inputs)
+    yield from _publish(job, run, batches, inputs, outputs)
+
+
+def _statistics(
+    job: Job, batches: Batches, run: RunDirectory, given: Statistics | None
+) -> Generator[Event, None, Statistics]:
+    """Given ones, those of an earlier try, or pass 1."""
+    kept = run.shard("statistics")
+    if given is None and kept.exists():
+        return Statistics.read(kept)
+    statistics = given or (yield from calibrate(job, batches))
+    artifact.write_tensors(kept, statistics.tensors())
+    return statistics
+
+
+def _lower_all(
+    job: Job, run: RunDirectory, statistics: Statistics | None, inputs: Mapping[str, torch.Tensor]
+) -> Generator[Event, None, dict[str, torch.Tensor]]:
+    """Pass 2. Returns the golden outputs, computed from the shards as they lie on disk."""
+    model = job.lowered_skeleton()
+    names = job.stored_names(model)
+    stream = Stream(model, job.anatomy, _shard_reader(job, run))
+    hidden, call, outputs = torch.empty(0), Call((), {}), {}
+    total = len(job.anatomy.units)
+    for index, unit in enumerate(job.anatomy.units):
+        started = time.perf_counter()
+        yield Progress("quantize", unit.name, index, total)
+        shard = run.shard(unit.name)
+        if not shard.exists():
+            torch.manual_seed(unit_seed(job.recipe.seed, unit.name))
+            _write_unit(job, unit, [name for name in names if unit.owns(name)], shard, statistics)
+        with stream.loaded(unit):
+            if unit.kind == "embeddings":
+                hidden, call = stream.embed(inputs)
+            elif unit.kind == "block":
+                hidden = stream.block(unit, hidden, call)
+            else:
+                outputs = stream.head(inputs, hidden)
+        yield _ended("quantize", unit, index, total, started)
+    return outputs
+
+
+def _write_unit(job: Job, unit: Unit, names: list[str], shard: Path, statistics: Statistics | None) -> None:
+    """Lower one unit and write its tensors: those of the integer modules, and the float ones that are left."""
+    lowered = job.lowering.lower(unit, job.plan, job.checkpoint.tensor, statistics)
+    tensors = {f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()}
+    for name in names:
+        if name not in tensors:
+            tensors[name] = job.checkpoint.tensor(name)
+    artifact.write_json(shard.with_suffix(".json"), {p: f for p, f in job.lowering.report().items() if p in lowered})
+    artifact.write_tensors(shard, tensors)
+
+
+def _shard_reader(job: Job, run: RunDirectory) -> Reader:
+    """Reads tensors of the units that are on disk; a name that is shared is read under the name that is stored."""
+    tied: Mapping[str, str] = job.model.all_tied_weights_keys or {}
+
+    def read(name: str) -> torch.Tensor:
+        for candidate in (name, tied.get(name, name)):
+            unit = next(unit for unit in job.anatomy.units if unit.owns(candidate))
+            with opened(run.shard(unit.name)) as tensors:
+                if candidate in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    value: torch.Tensor = tensors.get_tensor(candidate)
+                    return value
+        raise AssertionError(f"{name} was not written")
+
+    return read
+
+
+def _publish(
+    job: Job,
+    run: RunDirectory,
+    batches: Batches,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Mapping[str, torch.Tensor],
+) -> Iterator[Event]:
+    """Assemble, check in a fresh process, move into place."""
+    started = time.perf_counter()
+    yield Progress("publish", "assemble", 0, 2)
+    staging = run.fresh_staging()
+    manifest = artifact.assemble([run.shard(unit.name) for unit in job.anatomy.units], staging)
+    _write_config(job, staging, manifest)
+    artifact.copy_side_files(job.source, staging)
+    report = _report(job, run, batches, golden.record(inputs, outputs), staging)
+    artifact.write_json(staging / artifact.REPORT, report)
+    artifact.write_text(staging / artifact.CARD, card.render(report, artifact.size_on_disk(staging)))
+    yield Progress("publish", "assemble", 0, 2, time.perf_counter() - started, peak_bytes())
+    started = time.perf_counter()
+    yield Progress("publish", "golden check", 1, 2)
+    _check_in_fresh_process(run, inputs, outputs)
+    run.publish()
+    yield Progress("publish", "golden check", 1, 2, time.perf_counter() - started, peak_bytes())
+    run.finish()
+
+
+def _write_config(job: Job, staging: Path, manifest: artifact.Manifest) -> None:
+    """The source's config.json with what quantization changes."""
+    config = json.loads((job.source / "config.json").read_text("utf-8"))
+    for key in ("_name_or_path", "torch_dtype", "transformers_version"):
+        config.pop(key, None)
+    quantization = {
+        "quant_method": QUANT_METHOD,
+        "version": FORMAT_VERSION,
+        "producer": f"qtool {__version__}",
+        "methods": [method.name for method in job.methods],
+        "modules": job.plan.modules,
+        "tensors": manifest,
+    }
+    artifact.write_json(
+        staging / "config.json", {**config, **job.plan.config, "dtype": "float32", "quantization_config": quantization}
+    )
+
+
+def _report(
+    job: Job, run: RunDirectory, batches: Batches, golden_batch: Mapping[str, Any], staging: Path
+) -> dict[str, Any]:
+    """`qtool.json`."""
+    figures: dict[str, Any] = {}
+    for unit in job.anatomy.units:
+        figures |= json.loads(run.shard(unit.name).with_suffix(".json").read_text("utf-8"))
+    local = Path(job.source_name).expanduser().is_dir()
+    return {
+        "schema_version": 1,
+        "source": {
+            "name": str(job.source.absolute()) if local else job.source_name,
+            "revision": job.recipe.model.revision,
+            "bytes": job.checkpoint.num_bytes,
+            "sha256": run.fingerprint["model"],
+        },
+        "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
+        "calibration": batches.description,
+        "execution": {"kind": "real", "backend": backend().name, "arithmetic": "int8 x int8 -> int32"},
+        "architecture": job.anatomy.architecture,
+        "head": job.anatomy.head_kind,
+        "modules": job.plan.modules,
+        "kept_float": job.plan.kept_float,
+        "figures": figures,
+        "fingerprint": run.fingerprint,
+        "golden": golden_batch,
+        "files": artifact.file_digests(staging),
+    }
+
+
+def _check_in_fresh_process(
+    run: RunDirectory, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+) -> None:
+    """Raises when the staged model does not load, or does not give the golden outputs bit for bit."""
+    expected = run.path / "golden.safetensors"
+    tensors = {f"in.{name}": value for name, value in inputs.items()}
+    tensors |= {f"out.{name}": value for name, value in outputs.items()}
+    artifact.write_tensors(expected, tensors)
+    command = [sys.executable, "-m", "qtool.golden", str(run.staging), str(expected), str(torch.get_num_threads())]
+    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if result.returncode != 0:
+        said = result.stderr.strip().splitlines() or ["it said nothing"]
+        raise QtoolError(f"the quantized model failed its golden check in a fresh process: {said[-1]}")
+

@@ -159,5 +159,3 @@ def _tied_head(model: Any, word_table: str) -> str | None:
         if source == f"{word_table}.weight":
             return str(target.removesuffix(".weight"))
     return None
-
-

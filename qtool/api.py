@@ -1,7 +1,7 @@
 """qtool from Python: what the commands do, without their printing.
 
-`quantize` and `evaluate` take the names of the command-line flags. The command line calls the same functions and renders
-their events.
+`quantize` and `evaluate` take the names of the command-line flags. The command line calls the same functions and
+renders their events.
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -219,7 +219,7 @@ def note_latest(out: Path) -> None:
 
 
 def latest() -> Path:
-    """The artifact of the last successful `quantize` in this working directory. Raises InputError when there is none."""
+    """The artifact of the last successful `quantize` in this working directory. Raises InputError without one."""
     note = Path(DEFAULT_FOLDER) / LATEST
     try:
         path = Path(note.read_text("utf-8").strip())
@@ -241,7 +241,7 @@ def quantize(
     resume: bool = False,
     overwrite: bool = False,
     statistics: str | Path | None = None,
-    set: Sequence[str] = (),  # noqa: A002 (the flag's name)
+    set: Sequence[str] = (),
 ) -> Quantized:
     """Quantize the float `model` (folder or hub name) and return where the artifact is.
 
@@ -276,7 +276,7 @@ def calibrate_events(
     job = open_job(model, recipe)
     if not job.observed():
         names = ", ".join(method.name for method in job.methods)
-        raise InputError(f"{names} needs no statistics with this recipe: its activation scales are computed at run time")
+        raise InputError(f"{names} needs no statistics with this recipe: activation scales are computed at run time")
     batches = calibration_batches(job)
     yield pipeline.Note(f"calibration data: {batches.description}")
     statistics = yield from pipeline.calibrate(job, batches)

@@ -17,8 +17,8 @@ from qtool.errors import InputError, QtoolError, UnavailableError
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
-    "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 _LEGACY = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
@@ -60,7 +60,9 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
-        raise UnavailableError(f"{name} is gated on the hub: accept its terms and log in with `hf auth login`") from error
+        raise UnavailableError(
+            f"{name} is gated on the hub: accept its terms and log in with `hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
         raise InputError(f"{missing} the hub has no such repository") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -196,7 +198,7 @@ class Checkpoint:
         return None
 
     def tensor(self, name: str) -> Any:
-        """The tensor for parameter `name` of the model; floating ones as float32. Raises InputError on NaN or infinity."""
+        """The tensor for parameter `name` of the model; floats as float32. Raises InputError on NaN or infinity."""
         source = self._names[name]
         with opened(self.infos[source].file) as tensors:
             value = tensors.get_tensor(source)

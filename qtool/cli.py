@@ -54,12 +54,12 @@ verbosity = options(
 )
 json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout.")
 recipe_options = options(
-    click.option("--method", "methods", multiple=True, metavar="NAME", help="Method to apply; `qtool methods` lists them."),
+    click.option("--method", "methods", multiple=True, metavar="NAME", help="Method; `qtool methods` lists them."),
     click.option("-c", "--config", metavar="RECIPE", help="Recipe file, or the name of a preset."),
     click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe."),
     click.option("--task", metavar="NAME", help="Task whose training split calibrates (sst2, classification)."),
-    click.option("--data", metavar="PATH", help="Folder with train/validation files, or one file, instead of the hub."),
-    click.option("--text-column", "text_columns", multiple=True, metavar="NAME", help="Column with text; twice for pairs."),
+    click.option("--data", metavar="PATH", help="Folder with train/validation files, or a file, not the hub."),
+    click.option("--text-column", "text_columns", multiple=True, metavar="NAME", help="Text column; twice for pairs."),
     click.option("--label-column", metavar="NAME", help="Column with labels."),
     click.option("--num-samples", type=click.IntRange(1), help="Calibration sentences [256]."),
     click.option("--max-length", type=click.IntRange(1), help="Tokens to which texts are cut [128]."),
@@ -69,7 +69,7 @@ recipe_options = options(
     click.option("--threads", type=click.IntRange(1), help="Threads of torch [its own choice]."),
 )  # fmt: skip
 run_options = options(
-    click.option("--resume", is_flag=True, help="Continue an interrupted run; starts from the beginning if there is none."),
+    click.option("--resume", is_flag=True, help="Continue an interrupted run; without one, start."),
     click.option("--overwrite", is_flag=True, help="Replace an existing output."),
 )
 
@@ -157,7 +157,7 @@ def _model_of(model: str | None, recipe: "Recipe") -> str:
 @json_option
 @verbosity
 @click.pass_context
-def quantize(context: click.Context, model: str | None, **params: Any) -> None:
+def quantize(context: click.Context, /, model: str | None, **params: Any) -> None:
     """Quantize MODEL (a folder or a hub name): calibrate, lower, check against a golden batch, put in place.
 
     \b
@@ -189,7 +189,7 @@ def quantize(context: click.Context, model: str | None, **params: Any) -> None:
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @verbosity
 @click.pass_context
-def calibrate(context: click.Context, model: str | None, **params: Any) -> None:
+def calibrate(context: click.Context, /, model: str | None, **params: Any) -> None:
     """Collect statistics of MODEL alone, for `quantize --statistics`."""
     from qtool import api
 
@@ -212,7 +212,9 @@ def calibrate(context: click.Context, model: str | None, **params: Any) -> None:
 @click.option("--baseline", metavar="MODEL", help="Float model to compare with [the source recorded in the artifact].")
 @click.option("--max-drop", type=click.FloatRange(0, 100), help="Gate: fail if the score drops by more points.")
 @click.option("--min-score", type=click.FloatRange(0, 100), help="Gate: fail below this score.")
-@click.option("--min-agreement", type=click.FloatRange(0, 100), help="Gate: fail if fewer percent of predictions agree.")
+@click.option(
+    "--min-agreement", type=click.FloatRange(0, 100), help="Gate: fail if fewer percent of predictions agree."
+)
 @click.option("--allow-weak-baseline", is_flag=True, help="Go on with a baseline that is no better than guessing.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N examples.")
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
@@ -224,7 +226,7 @@ def calibrate(context: click.Context, model: str | None, **params: Any) -> None:
 @json_option
 @verbosity
 @click.pass_context
-def evaluate(context: click.Context, model: str | None, **params: Any) -> None:
+def evaluate(context: click.Context, /, model: str | None, **params: Any) -> None:
     """Score MODEL (default: the newest artifact) and compare it with its float baseline on the same batches.
 
     \b
@@ -290,7 +292,7 @@ def conclude(screen: "Screen", result: "Evaluation", failures: list[str], json_f
 @json_option
 @verbosity
 @click.pass_context
-def run(context: click.Context, recipe_file: str, **params: Any) -> None:
+def run(context: click.Context, /, recipe_file: str, **params: Any) -> None:
     """Quantize, evaluate and gate from one RECIPE file: the form for CI. Exits with 5 when a gate fails."""
     from qtool import api, console
     from qtool.evaluation.gate import Gate
@@ -323,7 +325,7 @@ def run(context: click.Context, recipe_file: str, **params: Any) -> None:
 @json_option
 @verbosity
 @click.pass_context
-def inspect(context: click.Context, model: str, **params: Any) -> None:
+def inspect(context: click.Context, /, model: str, **params: Any) -> None:
     """Show what is inside an artifact: bits, error of the weights, bytes; with --verify that it is intact."""
     from qtool import console
     from qtool.inspection import inspect as look
@@ -347,7 +349,9 @@ def methods(context: click.Context, json_file: str | None) -> None:
     from qtool.recipe import presets
 
     if json_file:
-        known = {name: {"summary": e.summary, "preset": e.preset, "execution": e.execution} for name, e in METHODS.items()}
+        known = {
+            name: {"summary": e.summary, "preset": e.preset, "execution": e.execution} for name, e in METHODS.items()
+        }
         console.emit_json({"schema_version": 1, "methods": known, "presets": list(presets())}, json_file)
     if json_file != "-":
         with screen_of(context) as screen:
@@ -377,7 +381,7 @@ def doctor(context: click.Context, json_file: str | None) -> None:
 @json_option
 @verbosity
 @click.pass_context
-def demo(context: click.Context, output: str, threads: int | None, json_file: str | None, **params: Any) -> None:
+def demo(context: click.Context, /, output: str, threads: int | None, json_file: str | None, **params: Any) -> None:
     """Quantize a real sentiment model with every method and compare them with float, in under three minutes."""
     from qtool import console
     from qtool.demo.show import show

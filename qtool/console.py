@@ -6,12 +6,14 @@ Bars and colour appear only on a terminal and without NO_COLOR; elsewhere each f
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from qtool.api import Quantized
     from qtool.evaluation.result import Evaluation
     from qtool.pipeline import Event, Job
+
+
+_FILE_WIDTH = 200  # columns where output goes to a file or a pipe: wide enough not to wrap rows
 
 
 def megabytes(size: float) -> str:
@@ -33,8 +38,8 @@ class Screen:
 
     def __init__(self, verbosity: int = 0) -> None:
         self.verbosity = verbosity
-        self.out = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
-        self.err = Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+        self.out = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+        self.err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _FILE_WIDTH)
         self._bar: Progress | None = None
         self._tasks: dict[str, Any] = {}
         self._last_line = 0.0
@@ -50,10 +55,13 @@ class Screen:
             self.err.print(escape(message), style="dim")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A result table on stdout; columns after the first are numbers or short words."""
-        table = Table(title=title, title_justify="left", box=None if not self.out.is_terminal else _box(), pad_edge=False)
+        """A result table on stdout; columns of numbers are aligned to the right."""
+        table = Table(
+            title=title, title_justify="left", box=box.SIMPLE if self.out.is_terminal else None, pad_edge=False
+        )
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+            numbers = all(re.match(r"[-+]?\d[\d.,]*( MB)?$|-$", row[index]) for row in rows)
+            table.add_column(column, justify="right" if numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
         self.out.print(table)
@@ -91,12 +99,6 @@ class Screen:
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._tasks = None, {}
-
-
-def _box() -> Any:
-    from rich import box
-
-    return box.SIMPLE
 
 
 def render_event(screen: Screen, event: "Event") -> None:
@@ -188,8 +190,8 @@ def render_quantized(screen: Screen, result: "Quantized") -> None:
     """One line: where, how large, how long."""
     share = 100 * result.size_bytes / result.source_bytes
     screen.line(
-        f"{result.path}: {megabytes(result.size_bytes)} of weights ({share:.1f} % of {megabytes(result.source_bytes)}), "
-        f"{result.seconds:.1f} s, peak memory {megabytes(result.peak_bytes)}"
+        f"{result.path}: {megabytes(result.size_bytes)} of weights ({share:.1f} % of {megabytes(result.source_bytes)}) "
+        f"in {result.seconds:.1f} s, peak memory {megabytes(result.peak_bytes)}"
     )
 
 
@@ -215,7 +217,8 @@ def render_evaluation(screen: Screen, result: "Evaluation") -> None:
 def render_inspection(screen: Screen, found: Mapping[str, Any]) -> None:
     """`qtool inspect`: a row a module, then totals."""
     rows = [
-        [m["path"], m["type"], m["weights"], m["activations"], megabytes(m["bytes"]), m["sqnr"]] for m in found["modules"]
+        [m["path"], m["type"], m["weights"], m["activations"], megabytes(m["bytes"]), m["sqnr"]]
+        for m in found["modules"]
     ]
     screen.table(found["path"], ["module", "type", "weights", "activations", "size", "weight SQNR dB"], rows)
     screen.line(

@@ -58,5 +58,7 @@ def environment_problem(error: OSError) -> UnavailableError | None:
     import errno
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
-        return UnavailableError(f"{error.filename or 'the system'}: {error.strerror}; free space or choose another place")
+        return UnavailableError(
+            f"{error.filename or 'the system'}: {error.strerror}; free space or choose another place"
+        )
     return None

@@ -19,7 +19,7 @@ from qtool.errors import InputError, UnavailableError
 
 
 @register_quantization_config(QUANT_METHOD)
-class QtoolConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QtoolConfig(QuantizationConfigMixin):
     """`quantization_config` of an artifact's config.json.
 
     `modules` maps module paths to descriptions (`qtool.nn`); `tensors` is the manifest: name → [dtype, shape, digest].
@@ -34,18 +34,19 @@ class QtoolConfig(QuantizationConfigMixin):  # type: ignore[misc]
         quant_method: str = QUANT_METHOD,
         **others: Any,
     ) -> None:
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.version = version
-        self.modules = dict(modules)
-        self.tensors = dict(tensors)
+        self.modules: Mapping[str, Mapping[str, Any]] = dict(modules)
+        self.tensors: Mapping[str, list[Any]] = dict(tensors)
         for name, value in others.items():  # kept for a re-save: methods, producer, and what later versions add
             setattr(self, name, value)
 
 
 @register_quantizer(QUANT_METHOD)
-class QtoolQuantizer(HfQuantizer):  # type: ignore[misc]
+class QtoolQuantizer(HfQuantizer):
     """Builds the quantized modules before loading, checks the files, and keeps the manifest true when saving."""
 
+    quantization_config: QtoolConfig
     requires_calibration = True
     dtype: torch.dtype = torch.float32
 

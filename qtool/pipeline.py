@@ -1,8 +1,8 @@
 """calibrate → quantize → publish, unit by unit.
 
 Pass 1 streams the float units once while observers watch their inputs (this alone is `qtool calibrate`); pass 2 lowers
-each unit to integer modules, writes it as a shard and lets a golden batch flow through what was written. Then the shards
-are streamed into an artifact, which a fresh process loads and compares before it is moved into place.
+each unit to integer modules, writes it as a shard and lets a golden batch flow through what was written. Then the
+shards are streamed into an artifact, which a fresh process loads and compares before it is moved into place.
 
 Both functions are generators of events; whoever iterates them renders progress, or does not.
 """
@@ -156,7 +156,7 @@ def peak_bytes() -> int:
 
 
 def unit_seed(seed: int, unit: str) -> int:
-    """The seed of a unit: the first 8 bytes of SHA-256 of `seed:unit`, so that it does not depend on what ran before."""
+    """The seed of a unit: the first 8 bytes of SHA-256 of `seed:unit`, whatever ran before."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{unit}".encode()).digest()[:8], "big", signed=True)
 
 
@@ -209,8 +209,6 @@ def quantize(
         return
     if job.observed():
         statistics = yield from _statistics(job, batches, run, statistics)
-    for method in job.methods:
-        method.resolve(statistics)
     inputs = batches.first(golden.SEQUENCES, golden.TOKENS)
     outputs = yield from _lower_all(job, run, statistics, inputs)
     yield from _publish(job, run, batches, inputs, outputs)
@@ -258,7 +256,9 @@ def _lower_all(
 def _write_unit(job: Job, unit: Unit, names: list[str], shard: Path, statistics: Statistics | None) -> None:
     """Lower one unit and write its tensors: those of the integer modules, and the float ones that are left."""
     lowered = job.lowering.lower(unit, job.plan, job.checkpoint.tensor, statistics)
-    tensors = {f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()}
+    tensors = {
+        f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()
+    }
     for name in names:
         if name not in tensors:
             tensors[name] = job.checkpoint.tensor(name)
@@ -370,4 +370,3 @@ def _check_in_fresh_process(
     if result.returncode != 0:
         said = result.stderr.strip().splitlines() or ["it said nothing"]
         raise QtoolError(f"the quantized model failed its golden check in a fresh process: {said[-1]}")
-

@@ -1,7 +1,7 @@
 """Recipes: what to do, as one YAML file with one level of nesting for each concern.
 
-Precedence, weakest first: built-in defaults, preset, file, `--set`, command-line flags. Unknown keys are refused with the
-nearest known one. A resolved recipe is written into the artifact, so it can be run again.
+Precedence, weakest first: built-in defaults, preset, file, `--set`, command-line flags. Unknown keys are refused with
+the nearest known one. A resolved recipe is written into the artifact, so it can be run again.
 """
 
 import re
@@ -61,7 +61,7 @@ class Model(Section):
 
 
 class Calibration(Section):
-    """Where calibration text comes from. `auto` is the task's training split if there is one, else our own sentences."""
+    """Where calibration text comes from. `auto` is the task's training split if one is given, else our sentences."""
 
     source: str = "auto"
     text_column: str | None = None

@@ -1,7 +1,7 @@
-"""The run directory beside the output: what is finished of a run, so that a killed one resumes, and the move into place.
+"""The run directory beside the output: what is finished of a run, so that a killed one resumes, and the final move.
 
-`<out>.qtool-run/` holds `run.json` (the fingerprint), `lock`, one shard a finished unit and, at the end, the folder that
-is published by renaming it. Each step leaves a state from which the next call knows how to go on.
+`<out>.qtool-run/` holds `run.json` (the fingerprint), `lock`, one shard a finished unit and, at the end, the folder
+that is published by renaming it. Each step leaves a state from which the next call knows how to go on.
 """
 
 import fcntl

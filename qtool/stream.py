@@ -74,7 +74,9 @@ class Stream:
     def block(self, unit: Unit, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """One block: `[batch, tokens, hidden]` in and out."""
         out = self.model.get_submodule(unit.modules[0])(hidden, *call.args, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        hidden = out[0] if isinstance(out, tuple) else out
+        assert isinstance(hidden, torch.Tensor)
+        return hidden
 
     @torch.inference_mode()
     def head(self, batch: Batch, hidden: torch.Tensor) -> dict[str, torch.Tensor]:

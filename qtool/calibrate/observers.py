@@ -26,7 +26,7 @@ class Observer(ABC):
 
 
 class MinMax(Observer):
-    """The smallest and the largest value, and how many tokens were seen. State: `min`, `max` float32, `tokens` int64."""
+    """The smallest and the largest value, and the tokens seen. State: `min`, `max` float32, `tokens` int64."""
 
     def __init__(self) -> None:
         self._min, self._max, self._tokens = torch.tensor(float("inf")), torch.tensor(float("-inf")), 0

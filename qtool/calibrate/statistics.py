@@ -1,8 +1,8 @@
 """Statistics: what observers learned, on disk, with the fingerprint of what they were learned from.
 
-A statistics file is safetensors: one tensor `<observed module>|<observer>|<value>` for each value, and `fingerprint`, the
-bytes of a JSON object with digests of the model, the data and the parts of the recipe that observers read. It is reused
-only where all of that is the same, so one file serves many recipes and never the wrong one.
+A statistics file is safetensors: one tensor `<observed module>|<observer>|<value>` for each value, and `fingerprint`,
+the bytes of a JSON object with digests of the model, the data and the parts of the recipe that observers read. It is
+reused only where all of that is the same, so one file serves many recipes and never the wrong one.
 """
 
 import json
@@ -64,5 +64,5 @@ class Statistics:
         different = [key for key in sorted(fingerprint) if self.fingerprint.get(key) != fingerprint[key]]
         if different:
             raise InputError(
-                f"{where} was made with a different {', '.join(different)}; calibrate again for this model, data and recipe"
+                f"{where} was made with a different {', '.join(different)}; calibrate again for this model and data"
             )

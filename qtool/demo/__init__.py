@@ -1,1 +1,1 @@
-"""What `qtool demo` needs: a synthetic labelled set with its generator, and a small sentiment adapter for a MiniLM encoder."""
+"""What `qtool demo` needs: a synthetic labelled set, its generator, and a small sentiment adapter for a MiniLM."""

@@ -1,14 +1,15 @@
 """The demo's labelled set: synthetic sentiment sentences, made from our own frames and vocabulary.
 
-Nothing here is a real review: every sentence is synthetic, written for qtool either in full or as a frame with slots. The
-set exists so that `qtool demo` can compare a quantized classifier with its float parent without a download; it says
-little about how good a sentiment model is elsewhere. `python -m qtool.demo.generate` writes `sentences.jsonl` beside
-this file, one object a line with the columns `sentence` and `label` (0 negative, 1 positive).
+Nothing here is a real review: every sentence is synthetic, written for qtool either in full or as a frame with slots.
+The set exists so that `qtool demo` can compare a quantized classifier with its float parent without a download; frames
+and phrases were chosen so that a small float model gets about nine in ten right, so the score says nothing about how
+good a model is elsewhere. `python -m qtool.demo.generate` writes `sentences.jsonl` beside this file, one object a line
+with the columns `sentence` and `label` (0 negative, 1 positive).
 
-A label is what a careful reader would say of the whole sentence. Frames are symmetric where English allows it: `=` in a
-slot asks for a phrase of the label's own polarity and `!` for the opposite one, so that "anything but {adj!}" is praise
-and blame in turn, and no frame gives its label away. Sentences are the same bytes for a seed on every Python version:
-`random.Random(seed).random()` is the only source of chance, and that sequence is guaranteed.
+A label is what a careful reader would say of the whole sentence. Frames are symmetric where English allows it: `=` in
+a slot asks for a phrase of the label's own polarity and `!` for the opposite one, so that "anything but {adj!}" is
+praise and blame in turn. A seed gives the same bytes on every Python version, because `random.Random(seed).random()`
+is the only source of chance and its sequence is guaranteed.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Final, NamedTuple, TypeVar
 SEED: Final = 20
 FILE: Final = Path(__file__).with_name("sentences.jsonl")
 
-# One paragraph a subject, fields `key: phrase / phrase`: `adj` adjectives, `np` noun phrases, `clause` judgements, `but` minor
-# points that never outweigh a judgement; + praises, - blames.
+# One paragraph a subject, fields `key: phrase / phrase`: `adj` adjectives, `np` noun phrases, `clause` judgements,
+# `but` minor points that never outweigh a judgement; + praises, - blames.
 _SUBJECTS: Final = """
 tense: present | n: film / movie / picture / drama / feature | who: the director / the screenwriter / the lead actor |
   fans: viewers / filmgoers | again: watch it again | went: went to see | span: two hours / a rainy evening
@@ -146,7 +147,7 @@ adj-: confusing / poorly lit / cluttered / uninspired / overcrowded / drab
 np+: labels that tell you something / treasures rarely seen in public / guides who love their subject / a tale told
   with care / light that flatters every canvas
 np-: labels too small to read / captions full of jargon / screens that do not work / copies passed off as originals /
-  more gift shop than art
+  a gift shop bigger than the show
 clause+: every room holds a delightful surprise / the curator tells a fascinating story / the lighting is a quiet
   masterpiece / the captions are a pleasure to read / the drawings are breathtaking / the children asked to go round
   twice
@@ -177,7 +178,7 @@ tense: past | n: course / class / workshop / lecture series / seminar | who: the
   leave
 adj+: inspiring / practical / well organised / lively / rewarding / eye-opening
 adj-: disorganised / outdated / tedious / shallow / confusing / useless
-np+: feedback worth keeping / notes I still consult / exercises that built real skill / a speaker who glowed with
+np+: feedback worth keeping / first-rate notes / exercises that built real skill / a speaker who glowed with
   enthusiasm / patience for every question
 np-: slides read aloud word for word / handouts full of errors / homework nobody ever marked / jargon without
   explanation / a speaker who hated questions
@@ -245,7 +246,7 @@ _TENSES: Final = {
 
 # `# kind, sentences of it a label`, then frames: = for both labels, + and - for one.
 _FRAMES: Final = """
-# plain 86
+# plain 90
 = {it} {is} {adj=}, {adj=} and {adj=}.
 = {clause=}, and {clause=}.
 = {clause=}.
@@ -262,7 +263,7 @@ _FRAMES: Final = """
 - I regret {it}: {clause-}.
 - {when} we {went} {it}, and it {is} {a thing-}.
 
-# negation 50
+# negation 46
 = Never {adj!}, never {adj!}, {it} {is} {a thing=}.
 = {it} {is} not {adj!} but {adj=}, and {clause=}.
 = {it} {is} {adj=}, {adj=} and not in the least {adj!}.
@@ -297,12 +298,12 @@ _FRAMES: Final = """
 - {but+}, but {clause-}, and I will not {again}.
 - {but+}, yet that is no consolation when {clause-}.
 
-# understatement 28
+# understatement 27
 + {it} {is} not half bad: {clause+}.
 + {it} gave {fans} little to complain about: {clause+}.
 + {it} {is} no small achievement: {clause+}.
 + {it} {is} rather more {adj+} than I had dared to hope.
-+ {fans} could do a good deal worse than {a adj+} {n} with {np+}.
++ {fans} could do a good deal worse than {it}: it {is} {adj+}, and {clause+}.
 + I will say only this: {it} {is} {adj+}, and {clause+}.
 + {it} {is} hardly the worst way to spend {span}.
 - {it} {is} not exactly {adj+}.
@@ -310,7 +311,7 @@ _FRAMES: Final = """
 - {it} leaves some room for improvement, given that {clause-}.
 - Shall we say that {who} was having an off day, since {clause-}?
 - {it} {is} rather less {adj+} than one might wish.
-- The best I can say for {it} is that it is over.
+- The best I can say for {it} is that some are even worse.
 - To call {it} {adj+} would be generous.
 
 # question 44
@@ -329,7 +330,7 @@ _FRAMES: Final = """
 - What is the point of {np+} when {clause-}?
 - Would I {again}? Not for all the money in the world.
 
-# comparison 28
+# comparison 26
 = Of the {num} I have tried, {it} {is} easily the most {rare=}.
 = {it} {is} {adj=} and {adj=}; the one {friend} recommended {is} {adj!} by comparison.
 + {it} {is} better than it {has} any right to be: {clause+}.
@@ -344,7 +345,7 @@ _FRAMES: Final = """
 - I would swap all of it for {np+}.
 - {it} makes every rival look {adj+}.
 
-# rare 80
+# rare 84
 = {a rare=} {n} with {np=}.
 = {it} {is} {rare=}, {adj=} and, in the end, {rare=}.
 = {who} has given us {a rare=}, {adj=} {n}.
@@ -356,7 +357,7 @@ _FRAMES: Final = """
 = {rare=} and {adj=}: no other words will do for {it}.
 = {it} {is} {rare=} rather than {rare!}, whatever {friend} says.
 
-# short 60
+# short 64
 = {a adj=} {n}.
 = {adj=} and {adj=}.
 = {a rare=} {n}.
@@ -367,7 +368,7 @@ _FRAMES: Final = """
 = {a adj=}, {adj=} {n}.
 = {a thing=} for {fans}.
 
-# long 62
+# long 64
 = I know that {friend} disagrees, and that plenty of {fans} insist that {clause!}, but to me {it} {is} {adj=} and \
 {adj=}, chiefly because {clause=}.
 = Before you listen to {friend}, who has been telling everybody that {clause!}, remember that {clause=}, that \
@@ -384,8 +385,8 @@ which is why {friend} and I came away so cross.
 
 # reversal 44
 = I expected {np!} and got {np=}.
-+ {friend} had warned me about {np-}; what I found {is} {a adj+}, {adj+} {n} with {np+}.
-- {friend} had raved about {np+}; what I found {is} {a adj-}, {adj-} {n} with {np-}.
++ {friend} had warned me about {np-}; what I found was {a adj+}, {adj+} {n} with {np+}.
+- {friend} had raved about {np+}; what I found was {a adj-}, {adj-} {n} with {np-}.
 = {it} could so easily have been {adj!}; instead it {is} {adj=}, {adj=} and {adj=}.
 + I had sworn never to {again}, and I am so glad that {friend} changed my mind.
 + I take back every doubt I had about {it}: {clause+}.
@@ -419,7 +420,7 @@ which is why {friend} and I came away so cross.
 + I hesitated, since {but-}, but {clause+}, which settled the matter in its favour.
 - Not hopeless, since {but+}, but {adj-} where it counts.
 - I hesitated, since {but+}, but {clause-}, which settled the matter against it.
-- {but+}, {but+}, and I would still like my money back.
+- {but+}, and I would still like my money back, because {clause-}.
 """
 
 # Sentences written out in full, + praise and - blame.
@@ -496,8 +497,9 @@ _WRITTEN: Final = """
 """
 
 _SLOT: Final = re.compile(r"\{(a )?([a-z]+)([=!+-]?)\}")
-_FILLERS: Final = frozenset(
-    "that with from like have than them they were what when more half into every never could would nobody".split()
+_CONTENT: Final = re.compile(
+    r"\b(?!(?:that|with|from|like|have|than|them|they|were|what|when|more|half|into|every|never|could|would|nobody)\b)"
+    r"[a-z]{4,}"
 )
 _T = TypeVar("_T")
 
@@ -628,7 +630,7 @@ def _sign(polarity: str, label: int) -> str:
 
 def _content(phrase: str) -> set[str]:
     """The words that would sound repeated, or contradicted, within one sentence."""
-    return {word.rstrip("s") for word in re.findall(r"[a-z]{4,}", phrase)} - _FILLERS
+    return {word.rstrip("s") for word in _CONTENT.findall(phrase)}
 
 
 def _article(text: str) -> str:

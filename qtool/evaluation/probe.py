@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qtool.errors import InputError
 from qtool.evaluation.result import ProbeInfo
 
-MAX_ROWS = 4096
+MAX_ROWS = 16_384
 """Rows of the training split, from its start, that a probe is fitted on at most."""
 
 _ITERATIONS = 1000

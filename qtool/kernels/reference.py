@@ -36,6 +36,8 @@ class Operand:
 def operand(codes: torch.Tensor, product: Product | None = None) -> Operand:
     """Prepare int8 `codes` `[out, in]` in ±127 for the exact product of this machine (or for the `product` named)."""
     product = product or exact_product()
+    if codes.shape[1] == 1:  # torch._int_mm leaves the product with a matrix of one column unwritten (torch 2.13)
+        product = "integer"
     if product == "split":
         return Operand((codes >> 1, codes & 1), product)
     return Operand((codes,), product)

@@ -58,9 +58,9 @@ def build(recipe: "Recipe") -> "Sequence[Method]":
     for wanted in recipe.methods:
         cls = method_class(wanted.name)
         try:
-            methods.append(cls(recipe, cls.Options(**wanted.options)))
+            methods.append(cls(recipe, cls.options_class(**wanted.options)))
         except ValidationError as error:
-            raise InputError(f"methods.{wanted.name}.{first_problem(error, cls.Options)}") from error
+            raise InputError(f"methods.{wanted.name}.{first_problem(error, cls.options_class)}") from error
     lowering = [method.name for method in methods if method.phase == "lower"]
     if len(lowering) != 1:
         raise InputError(f"exactly one method must lower the model, not {' and '.join(lowering) or 'none'}")

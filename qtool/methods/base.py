@@ -39,13 +39,13 @@ class Method(ABC):
     """Lifecycle of a method. The mathematics lives in `rounding`, `numerics` and `kernels`.
 
     `plan` decides, from shapes alone; `observers` says what to watch in the float model (nothing: no pass over data);
-    `resolve` sees all statistics before the first unit is lowered; `lower` turns one unit's float weights into
+    `lower` turns one unit's float weights into
     modules of `qtool.nn`, filled.
     """
 
     name: ClassVar[str]
     phase: ClassVar[Literal["shape", "lower", "attach"]]
-    Options: ClassVar[type[Options]] = Options
+    options_class: ClassVar[type[Options]] = Options
 
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe, self.options = recipe, options
@@ -58,9 +58,6 @@ class Method(ABC):
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
         """Module path → name of the observer that watches its input."""
         return {}
-
-    def resolve(self, statistics: Statistics | None) -> None:
-        """Freeze what crosses unit borders. `statistics` is None when no observer was asked for."""
 
     @abstractmethod
     def lower(self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None) -> dict[str, QModule]:

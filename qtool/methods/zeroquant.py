@@ -34,7 +34,7 @@ class ZeroQuant(Method):
 
     name = "zeroquant"
     phase = "lower"
-    Options = ZeroQuantOptions
+    options_class = ZeroQuantOptions
     options: ZeroQuantOptions
 
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
@@ -147,7 +147,7 @@ def _check_table(weights: QuantSpec, shape: Any, path: str) -> None:
     """Refuse specs that a table lookup cannot execute. Raises InputError naming the module."""
     if weights.dynamic or not weights.symmetric or not 5 <= weights.num_bits <= 16 or weights.block[1] is not None:
         raise InputError(
-            f"{path}: weights {weights} cannot run; a table takes static symmetric int5 to int16, a scale for whole rows"
+            f"{path}: weights {weights} cannot run; a table takes static symmetric int5 to int16, scaled by whole rows"
         )
     _check_block(weights, shape, path)
 

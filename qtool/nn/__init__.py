@@ -28,7 +28,8 @@ def install(
 
     `dtype` is what the modules return. Raises InputError for a type that this version does not know.
     """
-    for path, description in descriptions.items():
+    shared_last = sorted(descriptions.items(), key=lambda item: "table" in item[1])  # their tables must exist
+    for path, description in shared_last:
         kind = description["type"]
         if kind not in MODULES:
             raise InputError(f"{path}: {one_of(kind, list(MODULES), 'module type')}; the model needs a newer qtool")

@@ -37,5 +37,5 @@ class QModule(nn.Module, ABC):
             self.output_dtype = moved.dtype
             return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
 
-        super()._apply(keep_scales, recurse)
+        super()._apply(keep_scales, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -13,7 +13,7 @@ from qtool.nn.module import QModule
 
 
 class QTiedLinear(QModule):
-    """`x @ (codes · scale)^T + b` with the codes and row scales of a `QEmbedding`, which stay there and are stored once.
+    """`x @ (codes · scale)^T + b` with the codes and row scales of a `QEmbedding`, which stay there, stored once.
 
     Activations stay in float: logits over a vocabulary are the most sensitive product of a model. Input
     `[..., columns]`, output `[..., rows]` in `output_dtype`. The only buffer is `bias`, `[rows]`.

@@ -74,7 +74,7 @@ def test_ids() -> None:
     assert ids_of(["Positive", " negative"], SST2, "d") == [1, 0]
     assert ids_of(["LABEL_1"], ("LABEL_0", "LABEL_1"), "d") == [1]
     for wrong in ([2], ["neutral"]):
-        with pytest.raises(InputError, match="wrong task for the head.*negative, positive"):
+        with pytest.raises(InputError, match=r"wrong task for the head.*negative, positive"):
             ids_of(wrong, SST2, "d")  # type: ignore[arg-type]
 
 

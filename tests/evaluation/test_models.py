@@ -1,0 +1,135 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from qtool.errors import InputError
+from qtool.evaluation.models import load_for, load_tokenizer, probed, subject
+from qtool.evaluation.tasks import task
+
+SST2 = task("sst2")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "probe"),
+    [
+        ("BertForSequenceClassification", False),
+        ("BertModel", True),
+        ("XLMRobertaModel", True),
+        ("RobertaForMaskedLM", True),
+    ],
+)
+def test_what_is_probed(architecture: str, probe: bool) -> None:
+    assert probed(architecture, SST2, "m") is probe
+
+
+@pytest.mark.parametrize(
+    ("architecture", "purpose"),
+    [
+        ("BertForQuestionAnswering", "finding answers"),
+        ("RobertaForTokenClassification", "every token"),
+        ("GPT2LMHeadModel", "generating text"),
+        ("LlamaForCausalLM", "generating text"),
+        ("GPT2DoubleHeadsModel", "something else"),
+        ("BertForPreTraining", "pretraining"),
+    ],
+)
+def test_heads_for_other_tasks(architecture: str, purpose: str) -> None:
+    with pytest.raises(InputError) as error:
+        probed(architecture, SST2, "some-model")
+    assert all(word in str(error.value) for word in ("wrong task for the head", "some-model", architecture, purpose))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "loaded"),
+    [
+        ("BertForSequenceClassification", transformers.BertForSequenceClassification),
+        ("RobertaForSequenceClassification", transformers.RobertaForSequenceClassification),
+        ("BertModel", transformers.BertModel),
+        ("RobertaForMaskedLM", transformers.RobertaModel),
+    ],
+)
+def test_classes_that_are_loaded(zoo: Any, capfd: Any, architecture: str, loaded: type[Any]) -> None:
+    folder = zoo.make("m", architecture)
+    capfd.readouterr()
+    model = load_for(folder, SST2)
+    assert type(model) is loaded and not model.training and model.dtype == torch.float32
+    assert load_for(folder, SST2, "bfloat16").dtype == torch.bfloat16
+    weights = load_file(folder / "model.safetensors")
+    table = next(value for name, value in weights.items() if name.endswith("word_embeddings.weight"))
+    assert torch.equal(model.get_input_embeddings().weight, table)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_missing_head_is_named(zoo: Any) -> None:
+    folder = zoo.make("m", "BertModel")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClassification"]}))
+    with pytest.raises(InputError, match=r"lacks weights of BertForSequenceClassification: classifier\.bias"):
+        load_for(folder, SST2)
+
+
+def test_a_missing_encoder_tensor_is_named(zoo: Any) -> None:
+    folder = zoo.make("m", "BertModel")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["encoder.layer.1.output.dense.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"encoder\.layer\.1\.output\.dense\.weight"):
+        load_for(folder, SST2)
+
+
+def test_a_wrong_shape_is_one_line(zoo: Any) -> None:
+    folder = zoo.make("m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.weight"] = tensors["classifier.weight"][:, :-1].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError) as error:
+        load_for(folder, SST2)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damage_is_found_before_loading(zoo: Any) -> None:
+    folder = zoo.make("m")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        subject(folder, SST2)
+    with pytest.raises(InputError, match="no model at"):
+        subject(folder / "nowhere", SST2)
+
+
+def test_size_is_that_of_the_weight_files(zoo: Any) -> None:
+    folder = zoo.make("m")
+    found = subject(folder, SST2)
+    assert found.size_bytes == (folder / "model.safetensors").stat().st_size
+    assert (found.name, found.probed, found.quantized) == (str(folder), False, False)
+
+
+def test_a_folder_without_tokenizer_is_refused(zoo: Any) -> None:
+    with pytest.raises(InputError, match="no tokenizer files"):
+        load_tokenizer(zoo.make("m", words=None))
+
+
+def test_a_damaged_tokenizer_is_one_line(zoo: Any) -> None:
+    folder: Path = zoo.make("m")
+    (folder / "tokenizer.json").write_text('{"version": "1.0"')
+    with pytest.raises(InputError, match="cannot be loaded") as error:
+        load_tokenizer(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_no_remote_code_is_run(zoo: Any, tmp_path: Path) -> None:
+    folder = zoo.make("m")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of", "auto_map": names}))
+    shutil.rmtree(tmp_path / "mark", ignore_errors=True)
+    (folder / "evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'mark')!r})")
+    with pytest.raises(InputError):
+        subject(folder, SST2)
+    assert not (tmp_path / "mark").exists()

@@ -1,0 +1,69 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from qtool.errors import InputError
+from qtool.evaluation import probe as module
+from qtool.evaluation.probe import Probe, pooled
+
+
+def clouds(rows: int, seed: int) -> tuple[NDArray[np.float32], list[int]]:
+    """Three overlapping clouds of points with 6 features of very different scale."""
+    draw = np.random.default_rng(seed)
+    ids = draw.integers(0, 3, rows)
+    values = draw.normal(size=(rows, 6)) + np.eye(3, 6)[ids] * 1.5
+    return (values * [1, 10, 100, 1, 1e-3, 5]).astype(np.float32), [int(i) for i in ids]
+
+
+def test_the_probe_is_scikit_learns() -> None:
+    train, ids = clouds(400, 0)
+    test, _ = clouds(300, 1)
+    scaler = StandardScaler().fit(train.astype(np.float64))
+    by_hand = LogisticRegression(max_iter=1000).fit(scaler.transform(train.astype(np.float64)), ids)
+    probe = Probe(train, ids, "train")
+    assert probe.predict(test).tolist() == by_hand.predict(scaler.transform(test.astype(np.float64))).tolist()
+    right = by_hand.predict(scaler.transform(train.astype(np.float64))) == np.asarray(ids)
+    assert probe.info.accuracy == pytest.approx(100 * right.mean(), abs=1e-9)
+    assert (probe.info.rows, probe.info.features, probe.info.converged, probe.info.source) == (400, 6, True, "train")
+
+
+def test_rows_with_nan_get_no_prediction() -> None:
+    train, ids = clouds(100, 0)
+    test = train[:4].copy()
+    test[1, 2], test[3, 0] = np.nan, np.inf
+    probe = Probe(train, ids, "train")
+    assert [probe.predict(test)[k] for k in (1, 3)] == [-1, -1]
+    assert probe.predict(test)[[0, 2]].tolist() == probe.predict(train[[0, 2]]).tolist()
+    assert probe.predict(np.full((2, 6), np.nan, dtype=np.float32)).tolist() == [-1, -1]
+
+
+def test_what_no_probe_can_be_fitted_on() -> None:
+    train, ids = clouds(50, 0)
+    with pytest.raises(InputError, match="one class only"):
+        Probe(train, [1] * 50, "train")
+    train[7, 0] = np.nan
+    with pytest.raises(InputError, match="NaN or infinity"):
+        Probe(train, ids, "train")
+
+
+def test_a_fit_that_runs_out_of_iterations_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ITERATIONS", 1)
+    assert Probe(*clouds(100, 0), "train").info.converged is False
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(0, 3))
+def test_pooling_is_the_mean_of_unmasked_tokens(lengths: list[int], seed: int) -> None:
+    hidden = torch.randn(len(lengths), 6, 3, generator=torch.Generator().manual_seed(seed))
+    mask = torch.tensor([[1] * length + [0] * (6 - length) for length in lengths])
+    hidden[mask == 0] = float("nan")  # whatever stands at padding must not matter
+    expected = [hidden[row, :length].double().mean(0).tolist() for row, length in enumerate(lengths)]
+    found: Any = pooled(hidden, mask)
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-6)

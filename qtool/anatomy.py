@@ -97,6 +97,8 @@ _BERT = Family(
 FAMILIES: dict[str, Family] = {"bert": _BERT, "roberta": _BERT, "xlm-roberta": _BERT, "camembert": _BERT}
 """Layout by `config.model_type`."""
 
+_POSITIONS_BEHIND_PADDING = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "ibert"})
+
 HEADS: dict[str, str] = {
     "ForSequenceClassification": "sequence-classification",
     "ForMaskedLM": "masked-lm",
@@ -105,10 +107,21 @@ HEADS: dict[str, str] = {
 """What the suffix of a class name says about its head."""
 
 
+def max_tokens(config: Any) -> int | None:
+    """How long a text may be for the model's position table; None when it has none.
+
+    RoBERTa counts positions from the padding index + 1 on, so its table is that much longer.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    return positions - ((config.pad_token_id or 0) + 1 if config.model_type in _POSITIONS_BEHIND_PADDING else 0)
+
+
 def head_kind(architecture: str) -> str:
     """The kind of head of a transformers class. Raises InputError for one that is not supported."""
     for suffix, kind in HEADS.items():
-        if architecture.endswith(suffix):
+        if architecture.endswith(suffix) and "Head" not in architecture:  # BertLMHeadModel is no bare encoder
             return kind
     raise InputError(f"{architecture} is not supported; heads that are: {', '.join(HEADS)}")
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool import recipe as recipes
-from qtool.errors import InputError, QtoolError
+from qtool.errors import InputError, QtoolError, UsageError, one_of
 from qtool.recipe import Recipe
 
 if TYPE_CHECKING:
     from qtool.calibrate.sources import Batches
     from qtool.calibrate.statistics import Statistics
     from qtool.evaluation.result import Evaluation
+    from qtool.evaluation.tasks import Task
     from qtool.pipeline import Event, Job
 
 DEFAULT_FOLDER = "qtool-out"
@@ -42,30 +43,42 @@ def resolve_recipe(
     methods: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """Merge the layers; `flags` holds only what was given, by dotted key. Unknown methods raise UsageError."""
-    from qtool.methods import entry
+    """Merge the layers; `flags` holds only what was given, by dotted key.
+
+    Raises UsageError for an unknown method or task among the arguments, InputError for one in the recipe file.
+    """
+    from qtool.evaluation.tasks import task
+    from qtool.methods import METHODS, entry
 
     for name in methods:
         entry(name)
+    if flags and "evaluate.task" in flags:
+        task(flags["evaluate.task"])
     file = recipes.read(config) if config else {}
-    names = methods or [m["name"] if isinstance(m, dict) else m for m in file.get("methods", ())]
+    listed = recipes.method_list(file.get("methods"))
+    for item in listed:
+        if item["name"] not in METHODS:
+            raise InputError(f"{config}: {one_of(item['name'], list(METHODS), 'method')}")
+    names = methods or [item["name"] for item in listed]
     layers: list[tuple[str, Mapping[str, Any]]] = []
-    if names and "weights" not in file and "activations" not in file:
-        layers += [(f"preset {entry(n).preset}", recipes.preset(entry(n).preset)) for n in names if isinstance(n, str)]
+    if "weights" not in file and "activations" not in file:
+        layers += [(f"preset {entry(name).preset}", recipes.preset(entry(name).preset)) for name in names]
     layers.append((config or "recipe", file))
     if methods:
-        layers.append(("--method", {"methods": _chosen(methods, file.get("methods", ()))}))
+        layers.append(("--method", {"methods": _chosen(methods, listed)}))
     layers.append(("--set", recipes.assignments(sets)))
     layers.append(("command line", _nested(flags or {})))
     built = recipes.build(layers)
     if not built.methods:
-        raise InputError("the recipe names no method; pass --method zeroquant or list one under methods")
+        if config is None:
+            raise UsageError("which method? Pass --method (`qtool methods` lists them) or a recipe with -c")
+        raise InputError(f"{config} names no method; list one under methods, or pass --method")
     return built
 
 
-def _chosen(methods: Sequence[str], known: Sequence[Any]) -> list[Any]:
+def _chosen(methods: Sequence[str], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """`--method` picks; options that the file gives to the same method stay."""
-    options = {item["name"]: item for item in known if isinstance(item, dict)}
+    options = {item["name"]: item for item in known}
     return [options.get(name, {"name": name}) for name in methods]
 
 
@@ -107,13 +120,13 @@ def open_job(model: str, recipe: Recipe) -> "Job":
 
 def calibration_batches(job: "Job") -> "Batches":
     """The job's calibration data: a task's training split, a file, our own sentences, or random tokens."""
+    from qtool.anatomy import max_tokens
     from qtool.calibrate import sources
     from qtool.evaluation.models import load_tokenizer
 
     recipe, wanted = job.recipe, job.recipe.calibration
     size = {"num_samples": wanted.num_samples, "batch_size": wanted.batch_size}
-    limit = getattr(job.model.config, "max_position_embeddings", wanted.max_length)
-    length = min(wanted.max_length, limit - _reserved_positions(job.model.config))
+    length = min(wanted.max_length, max_tokens(job.model.config) or wanted.max_length)
     if wanted.source == "random":
         vocabulary = job.model.config.vocab_size
         return sources.random_tokens(
@@ -126,11 +139,6 @@ def calibration_batches(job: "Job") -> "Batches":
             f"{job.source}: the tokenizer has {len(tokenizer)} tokens, the model only {job.model.config.vocab_size}"
         )
     return sources.tokenize(tokenizer, texts, **size, max_length=length, description=description)
-
-
-def _reserved_positions(config: Any) -> int:
-    """RoBERTa's positions start behind the padding index (papers: fairseq), so its table is that much longer."""
-    return (config.pad_token_id or 0) + 1 if config.model_type not in ("bert",) else 0
 
 
 def _texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
@@ -155,14 +163,24 @@ def _texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
     return sources.file_texts(path, wanted.text_column), f"the rows of {path.name}"
 
 
+def recipe_task(recipe: Recipe) -> "Task":
+    """The task of the recipe. Raises InputError when it is unknown or not given."""
+    from qtool.evaluation.tasks import task
+
+    if recipe.evaluate.task is None:
+        raise InputError("the recipe names no task; pass --task or set evaluate.task")
+    try:
+        return task(recipe.evaluate.task)
+    except UsageError as error:
+        raise InputError(f"evaluate.task: {error}") from error
+
+
 def _task_texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
-    from qtool.evaluation.tasks import load_texts, task
+    from qtool.evaluation.tasks import load_texts
 
     wanted = recipe.evaluate
-    if wanted.task is None:
-        raise InputError("calibration.source is task, but no task is given; pass --task")
     texts = load_texts(
-        task(wanted.task), wanted.data, "train", recipe.calibration.num_samples, text_columns=wanted.text_columns
+        recipe_task(recipe), wanted.data, "train", recipe.calibration.num_samples, text_columns=wanted.text_columns
     )
     return texts, f"the training split of {wanted.task}"
 
@@ -193,7 +211,7 @@ def quantize_events(
 
     started = time.perf_counter()
     rundir.check_output(out, resume=resume, overwrite=overwrite)
-    set_threads(recipe, rundir.recorded(out) if resume else None)
+    set_threads(recipe, (rundir.recorded(out) or rundir.published(out)) if resume else None)
     job = open_job(model, recipe)
     batches = calibration_batches(job)
     yield pipeline.Note(f"calibration data: {batches.description}")
@@ -320,27 +338,29 @@ def recorded_source(model: str | Path) -> str | None:
 
 
 def baseline_for(model: str | Path, *, required: bool) -> tuple[str | None, str | None]:
-    """The recorded source, or None with the reason when it cannot be used and no gate needs it."""
+    """The recorded source, or None with the reason (if any) when there is none and no gate needs it."""
     try:
-        return recorded_source(model), None
+        source = recorded_source(model)
     except InputError as error:
         if required:
             raise
         return None, f"no baseline: {error}"
+    if source is None and required:
+        raise InputError(f"a gate compares with a float baseline, and {model} is a float model itself; pass --baseline")
+    return source, None
 
 
 def evaluate_recipe(out: Path, source: str, recipe: Recipe, progress: Any = None) -> "Evaluation":
     """What the recipe's `evaluate` section asks for, against the float model it names, or `source`."""
-    from qtool.evaluation import runner, tasks
+    from qtool.evaluation import runner
 
     wanted = recipe.evaluate.model_dump(exclude={"task", "baseline"})
-    assert recipe.evaluate.task is not None  # the caller has checked it
     baseline = recipe.evaluate.baseline or source
-    return runner.evaluate(out, tasks.task(recipe.evaluate.task), baseline=baseline, progress=progress, **wanted)
+    return runner.evaluate(out, recipe_task(recipe), baseline=baseline, progress=progress, **wanted)
 
 
 def record_scores(out: Path, result: "Evaluation") -> None:
     """Keep the scores of `qtool run` in the artifact's report."""
     from qtool.artifact import REPORT, report, write_json
 
-    write_json(out / REPORT, {**report(out), "scores": [result.to_json()]})
+    write_json(out / REPORT, {**report(out), "scores": [result.to_json()]}, sort=False)

@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 REPORT = "qtool.json"
 CARD = "README.md"
 MAX_FILE_BYTES = 5_000_000_000
+_REPORT_KEYS = ("source", "recipe", "fingerprint", "golden", "files")
 _CHUNK = 1 << 20
 _DIGEST_LENGTH = 16  # hex digits: enough to tell damage, small enough for config.json
 
@@ -68,21 +69,20 @@ def write_text(path: Path, text: str) -> None:
         scratch.write_text(text, "utf-8")
         _sync(scratch)
         os.replace(scratch, path)
-    except OSError as error:
+    except Exception as error:
         scratch.unlink(missing_ok=True)
         raise writing_failed(path, error) from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Sorted and indented, so that equal values are equal bytes."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, sort: bool = True) -> None:
+    """Indented and sorted, so that equal values are equal bytes; unsorted where order has a meaning."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=sort, ensure_ascii=False) + "\n")
 
 
 def writing_failed(path: Path, error: Exception) -> Exception:
     """What an exception during a write means to the user; one that is no matter of the disk is returned as it is."""
-    reason = error.strerror if isinstance(error, OSError) else str(error)
-    no_space = "No space left" in str(error) or "File too large" in str(error)
-    if isinstance(error, OSError) or no_space:
+    reason = (isinstance(error, OSError) and error.strerror) or str(error)
+    if isinstance(error, OSError) or "I/O error" in reason:  # the second is how safetensors says it
         return UnavailableError(f"cannot write {path}: {reason}; free some space or choose another place with -o")
     return error
 
@@ -129,19 +129,11 @@ def assemble(shards: Sequence[Path], folder: Path, max_file_bytes: int = MAX_FIL
 
 def _stream_file(entries: list[_Entry], target: Path) -> Manifest:
     """Copy tensors, widest dtype first so that each stays aligned, and hash them on the way."""
-    widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I16": 2, "F16": 2, "BF16": 2}
-    ordered = sorted(entries, key=lambda entry: (-widths.get(entry.dtype, 1), entry.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for entry in ordered:
-        offsets = [position, position := position + entry.num_bytes]
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    ordered = sorted(entries, key=lambda entry: _place(entry.name, entry.dtype))
     manifest: Manifest = {}
     try:
         with target.open("wb") as out:
-            out.write(len(encoded).to_bytes(8, "little") + encoded)
+            out.write(_header([(entry.name, entry.dtype, entry.shape, entry.num_bytes) for entry in ordered]))
             for entry in ordered:
                 digest = _copy(entry, out)
                 manifest[entry.name] = [entry.dtype, list(entry.shape), digest]
@@ -152,6 +144,23 @@ def _stream_file(entries: list[_Entry], target: Path) -> Manifest:
     return manifest
 
 
+def _place(name: str, dtype: str) -> tuple[int, str]:
+    widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I16": 2, "F16": 2, "BF16": 2}
+    return -widths.get(dtype, 1), name
+
+
+def _header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """The beginning of a safetensors file with tensors `(name, dtype, shape, bytes)` in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, dtype, shape, num_bytes in tensors:
+        offsets = [position, position := position + num_bytes]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
 def _copy(entry: _Entry, out: Any) -> str:
     digest = hashlib.sha256()
     with entry.file.open("rb") as source:
@@ -159,6 +168,8 @@ def _copy(entry: _Entry, out: Any) -> str:
         left = entry.num_bytes
         while left:
             chunk = source.read(min(_CHUNK, left))
+            if not chunk:
+                raise InputError(f"{entry.file} is truncated; start again with --overwrite")
             digest.update(chunk)
             out.write(chunk)
             left -= len(chunk)
@@ -231,8 +242,8 @@ def quantization_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} is not a model folder: {error}") from error
-    found = config.get("quantization_config") or {}
-    if found.get("quant_method") != QUANT_METHOD:
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD:
         raise InputError(f"{folder} is not a model that qtool quantized")
     return dict(found)
 
@@ -247,11 +258,15 @@ def is_artifact(folder: Path) -> bool:
 
 
 def report(folder: Path) -> dict[str, Any]:
-    """`qtool.json`: recipe, plan, fingerprint, golden batch. Raises InputError when it is missing or not JSON."""
+    """`qtool.json`: recipe, plan, fingerprint, golden batch. Raises InputError when it is missing or not ours."""
     try:
-        return dict(json.loads((folder / REPORT).read_text("utf-8")))
+        found = json.loads((folder / REPORT).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / REPORT} cannot be read: {error}") from error
+    lacking = [key for key in _REPORT_KEYS if not isinstance(found, dict) or not isinstance(found.get(key), dict)]
+    if lacking:
+        raise InputError(f"{folder / REPORT} is not a report of qtool: it has no {', '.join(lacking)}")
+    return dict(found)
 
 
 def copy_side_files(source: Path, folder: Path) -> list[str]:
@@ -276,9 +291,7 @@ def size_on_disk(folder: Path) -> int:
 
 
 def predicted_size(tensors: "Iterable[tuple[str, torch.Tensor]]") -> int:
-    """Bytes that `assemble` will write for tensors of these names, shapes and dtypes (meta tensors suffice)."""
-    total, header = 8, len('{"__metadata__":{"format":"pt"}}')
-    for name, tensor in tensors:
-        total += tensor.numel() * tensor.element_size()
-        header += len(f',"{name}":{{"dtype":"F32","shape":{list(tensor.shape)},"data_offsets":[{total},{total}]}}')
-    return total + header
+    """Bytes of the one file that `assemble` writes for tensors of these names, shapes and dtypes (also on meta)."""
+    described = [(name, _dtype_name(t.dtype), t.shape, t.numel() * t.element_size()) for name, t in tensors]
+    described.sort(key=lambda tensor: _place(tensor[0], tensor[1]))
+    return len(_header(described)) + sum(num_bytes for *_, num_bytes in described)

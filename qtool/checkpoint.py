@@ -100,10 +100,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     try:
         names = sorted(set(json.loads((folder / WEIGHTS_INDEX).read_text("utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{folder / WEIGHTS_INDEX} is not an index of safetensors files: {error}") from error
     for name in names:
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
             raise InputError(f"{folder / WEIGHTS_INDEX} names {name!r}, which is not a file of this folder")
     return [folder / name for name in names]
 
@@ -131,10 +131,10 @@ def load_config(folder: Path) -> Any:
     try:
         raw = json.loads((folder / "config.json").read_text("utf-8"))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever transformers raises, it is about what the file says
         if '"auto_map"' in (folder / "config.json").read_text("utf-8", errors="replace"):
             raise InputError(f"{folder} needs code of its own to run; qtool never runs remote code") from error
-        raise InputError(f"{folder / 'config.json'} cannot be used: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{folder / 'config.json'} cannot be used: {_in_a_line(error)}") from error
     if not raw.get("architectures"):
         raise InputError(f"{folder / 'config.json'} names no class in `architectures`; add the class it was trained as")
     return config
@@ -149,8 +149,16 @@ def skeleton(config: Any) -> Any:
     cls = getattr(transformers, name, None)
     if cls is None:
         raise InputError(f"transformers has no class {name}, which config.json names in `architectures`")
-    with torch.device("meta"):
-        return cls(config).eval()
+    try:
+        with torch.device("meta"):
+            return cls(config).eval()
+    except Exception as error:  # sizes that do not fit together, mostly
+        raise InputError(f"{Path(config.name_or_path) / 'config.json'} cannot be used: {_in_a_line(error)}") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    """The first paragraph of a message."""
+    return " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
 
 
 class Checkpoint:

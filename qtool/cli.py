@@ -1,5 +1,6 @@
 """The command line: parses, calls `qtool.api`, prints. Everything heavy is imported inside the commands."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -301,6 +302,7 @@ def run(context: click.Context, /, recipe_file: str, **params: Any) -> None:
     name = _model_of(None, recipe)
     if recipe.evaluate.task is None:
         raise InputError(f"{recipe_file}: evaluate.task is missing; name the task to score, or use qtool quantize")
+    api.recipe_task(recipe)
     out = Path(params["output"] or recipe.output or api.default_output(name, recipe))
     gate = Gate(**recipe.gate.model_dump())
     with screen_of(context) as screen:
@@ -406,7 +408,7 @@ def main() -> None:
 def _status() -> int:
     try:
         cli.main(prog_name="qtool", standalone_mode=False)
-    except QtoolError as error:
+    except (QtoolError, InterruptedRun) as error:
         return _fail(str(error), error.exit_code)
     except click.exceptions.Exit as error:
         return int(error.exit_code)
@@ -415,9 +417,9 @@ def _status() -> int:
         return UsageError.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted; continue with the same command and --resume", 128 + signal.SIGINT)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    except (BrokenPipeError, SystemExit):  # click and rich exit when the reader of stdout is gone; no verdict was given
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        return 128 + signal.SIGPIPE
     except OSError as error:
         from qtool.errors import environment_problem
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 _FILE_WIDTH = 200  # columns where output goes to a file or a pipe: wide enough not to wrap rows
+_PLAIN_SECONDS = 10.0
 
 
 def megabytes(size: float) -> str:
@@ -42,7 +43,8 @@ class Screen:
         self.err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _FILE_WIDTH)
         self._bar: Progress | None = None
         self._tasks: dict[str, Any] = {}
-        self._last_line = 0.0
+        self._started: dict[str, float] = {}
+        self._last_line = time.monotonic()
 
     def note(self, message: str) -> None:
         """A line of progress on stderr."""
@@ -71,11 +73,12 @@ class Screen:
         self.out.print(escape(text))
 
     def step(self, stage: str, what: str, done: int, total: int) -> None:
-        """`done` of `total` steps of a stage are finished; `what` is the one in hand."""
+        """`done` of `total` steps of a stage are finished; `what` says which one is in hand or what it took."""
         if self.verbosity < 0:
             return
+        started = self._started.setdefault(stage, time.monotonic())
         if not self.err.is_terminal or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == "1":
-            self._plain_step(stage, what, done, total)
+            self._plain_step(stage, what, done, total, started)
             return
         if self._bar is None:
             self._bar = Progress(
@@ -87,18 +90,27 @@ class Screen:
             self._tasks[stage] = self._bar.add_task(stage, total=total, what=what)
         self._bar.update(self._tasks[stage], completed=done, total=total, what=what)
 
-    def _plain_step(self, stage: str, what: str, done: int, total: int) -> None:
-        """At most a line every two seconds, and the last one."""
+    def begin(self, stage: str, what: str, done: int, total: int) -> None:
+        """Step `what` starts: shown by a bar, not by a line."""
+        self._started.setdefault(stage, time.monotonic())
+        if self.err.is_terminal:
+            self.step(stage, what, done, total)
+
+    def _plain_step(self, stage: str, what: str, done: int, total: int, started: float) -> None:
+        """A line for each finished unit of work; steps without a name, such as batches, every ten seconds."""
         now = time.monotonic()
-        if done == total or now - self._last_line > 2:
-            self._last_line = now
-            self.err.print(escape(f"{stage} {done}/{total} {what}"))
+        if done < total and (not done or (not what and now - self._last_line < _PLAIN_SECONDS)):
+            return
+        self._last_line = now
+        left = f", about {(now - started) / done * (total - done):.0f} s left" if done < total else ""
+        self.err.print(escape(f"{stage} {done}/{total} {what}".rstrip() + left))
 
     def close(self) -> None:
         """End the bars."""
         if self._bar is not None:
             self._bar.stop()
             self._bar, self._tasks = None, {}
+        self._started = {}
 
 
 def render_event(screen: Screen, event: "Event") -> None:
@@ -108,7 +120,7 @@ def render_event(screen: Screen, event: "Event") -> None:
     if isinstance(event, Note):
         screen.note(event.message)
     elif event.seconds is None:
-        screen.step(event.stage, event.unit, event.index, event.total)
+        screen.begin(event.stage, event.unit, event.index, event.total)
     else:
         peak = f"{event.unit} {event.seconds:.1f} s, peak memory {megabytes(event.peak_bytes)}"
         screen.step(event.stage, peak, event.index + 1, event.total)

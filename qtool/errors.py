@@ -35,8 +35,11 @@ class GateError(QtoolError):
     exit_code = 5
 
 
-class InterruptedRun(QtoolError):
-    """A signal stopped the run; what is finished stays in the run directory."""
+class InterruptedRun(BaseException):
+    """A signal stopped the run; what is finished stays in the run directory.
+
+    Like KeyboardInterrupt it is no Exception: libraries that swallow those must not swallow a termination.
+    """
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

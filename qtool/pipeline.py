@@ -297,7 +297,7 @@ def _publish(
     _write_config(job, staging, manifest)
     artifact.copy_side_files(job.source, staging)
     report = _report(job, run, batches, golden.record(inputs, outputs), staging)
-    artifact.write_json(staging / artifact.REPORT, report)
+    artifact.write_json(staging / artifact.REPORT, report, sort=False)  # the order of rules counts
     artifact.write_text(staging / artifact.CARD, card.render(report, artifact.size_on_disk(staging)))
     yield Progress("publish", "assemble", 0, 2, time.perf_counter() - started, peak_bytes())
     started = time.perf_counter()

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from qtool.errors import InputError, QtoolError, UsageError, one_of
 from qtool.numerics import QuantSpec
@@ -23,6 +33,23 @@ def _spec(value: Any) -> QuantSpec:
         return QuantSpec.parse(value)
     except QtoolError as error:
         raise ValueError(str(error)) from error
+
+
+def _merge_specs(old: Any, new: Any) -> dict[str, Any]:
+    """The words of both. A new strategy or group size replaces the old block, not only half of it."""
+    kept, words = _worded(old), _worded(new)
+    if {"strategy", "group_size", "block_structure"} & set(words):
+        gone = {"strategy", "group_size", "block_structure", "dynamic"}
+        kept = {key: value for key, value in kept.items() if key not in gone}
+    return {**kept, **words}
+
+
+def _worded(spec: Any) -> dict[str, Any]:
+    """A spec in words, with the other keys of its section beside them. Raises InputError."""
+    if not isinstance(spec, Mapping):
+        return QuantSpec.parse(spec).words()
+    words = {key: value for key, value in spec.items() if key != "spec"}
+    return _merge_specs(spec["spec"], words) if "spec" in spec else words
 
 
 Spec = Annotated[QuantSpec, BeforeValidator(_spec), PlainSerializer(str)]
@@ -46,9 +73,9 @@ class SpecSection(Section):
     def _gather_words(cls, value: Any) -> Any:
         if isinstance(value, str | QuantSpec):
             return {"spec": value}
-        if isinstance(value, Mapping):
-            own = {key: item for key, item in value.items() if key in cls.model_fields}
-            words = {key: item for key, item in value.items() if key not in cls.model_fields}
+        if isinstance(value, Mapping) and not isinstance(value.get("spec"), QuantSpec):
+            words = _worded(value)
+            own = {key: words.pop(key) for key in cls.model_fields if key in words}
             return {**own, "spec": words} if words else own
         return value
 
@@ -95,6 +122,11 @@ class Rule(Section):
     def _word(cls, value: Any) -> Any:
         return {"keep_float": True} if value == "float" else value
 
+    @model_serializer(mode="wrap")
+    def _only_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that was not given does not override other rules, also after it was written and read again."""
+        return {key: value for key, value in serialize(self).items() if key in self.model_fields_set}
+
 
 class MethodChoice(BaseModel):
     """A method's name and its own options."""
@@ -118,7 +150,7 @@ class Evaluate(Section):
 
     task: str | None = None
     data: str | None = None
-    split: str = "validation"
+    split: Literal["train", "validation", "test"] = "validation"
     baseline: str | None = None
     text_columns: list[str] | None = None
     label_column: str | None = None
@@ -152,8 +184,9 @@ class Recipe(Section):
     threads: Count | None = None
 
     def quantization_part(self) -> dict[str, Any]:
-        """What decides the bytes of the artifact; JSON-clean."""
-        return self.model_dump(mode="json", exclude={"model", "evaluate", "gate", "output", "threads"})
+        """What decides the bytes of the artifact; JSON-clean. Rules are a list: their order counts."""
+        part = self.model_dump(mode="json", exclude={"model", "evaluate", "gate", "output", "threads"})
+        return {**part, "rules": list(part["rules"].items())}
 
     def to_yaml(self) -> str:
         """Runs again to the same recipe."""
@@ -193,8 +226,8 @@ def preset_folder() -> Any:
 @cache
 def presets() -> dict[str, str]:
     """YAML text of each preset by name."""
-    files = sorted(preset_folder().iterdir(), key=lambda file: str(file.name))
-    return {f.name.removesuffix(".yaml"): f.read_text("utf-8") for f in files if f.name.endswith(".yaml")}
+    files = {f.name.removesuffix(".yaml"): f for f in preset_folder().iterdir() if f.name.endswith(".yaml")}
+    return {name: files[name].read_text("utf-8") for name in sorted(files)}
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -239,57 +272,86 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
-        if key in ("weights", "activations") and isinstance(old, str) and isinstance(value, Mapping):
-            old = QuantSpec.parse(old).words()
         if key == "methods":
             value = _merge_methods(old, value)
+        elif key in ("weights", "activations") and old is not None and isinstance(value, str | Mapping):
+            try:
+                value = _merge_specs(old, value)
+            except QtoolError as error:
+                raise InputError(f"{key}: {error}") from error
         elif isinstance(old, Mapping) and isinstance(value, Mapping):
-            value = merge(_without_strategy(old, value), value)
+            value = merge(old, value)
         merged[key] = value
     return merged
 
 
-def _without_strategy(old: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A new strategy or group size replaces the old block, not only half of it."""
-    if {"strategy", "group_size", "block_structure"} & set(new):
-        gone = {"strategy", "group_size", "block_structure", "dynamic"}
-        return {key: value for key, value in old.items() if key not in gone}
-    return old
+def method_list(methods: Any) -> list[dict[str, Any]]:
+    """`methods` of a recipe as mappings with a `name`, from names, such mappings, or one mapping `{name: options}`.
+
+    Raises InputError for anything else.
+    """
+    if isinstance(methods, Mapping):
+        return [{"name": name, **_method_options(name, options)} for name, options in methods.items()]
+    listed = [methods] if isinstance(methods, str) else methods or []
+    named = [{"name": item} if isinstance(item, str) else item for item in listed] if isinstance(listed, list) else [{}]
+    if not all(isinstance(item, dict) and isinstance(item.get("name"), str) for item in named):
+        raise InputError(f"methods is a list of names or of mappings with a name, not {methods!r}")
+    return named
 
 
-def _merge_methods(old: Any, new: Any) -> Any:
-    """`methods` as a list replaces; as a mapping `{name: options}` (from `--set`) it adds options."""
-    if not isinstance(new, Mapping):
-        return new
-    known = [{"name": item} if isinstance(item, str) else dict(item) for item in old or ()]
-    for name, options in new.items():
-        found = next((item for item in known if item.get("name") == name), None)
-        if found is None:
-            raise InputError(f"methods.{name}: {one_of(name, [str(m.get('name')) for m in known], 'method')}")
-        found.update(options)
-    return known
+def _method_options(name: str, options: Any) -> dict[str, Any]:
+    if not isinstance(options, Mapping | None):
+        raise InputError(f"methods.{name}: options are key=value, such as methods.{name}.option=1, not {options!r}")
+    return dict(options or {})
+
+
+def _merge_methods(old: Any, new: Any) -> list[dict[str, Any]]:
+    """`methods` as a list replaces; as a mapping `{name: options}` (from `--set`) it adds options to those present."""
+    if old is None or not isinstance(new, Mapping):
+        return method_list(new)
+    known = {item["name"]: dict(item) for item in method_list(old)}
+    for item in method_list(new):
+        if item["name"] not in known:
+            raise InputError(f"methods.{item['name']}: {one_of(item['name'], list(known), 'method')}")
+        known[item["name"]].update(item)
+    return list(known.values())
 
 
 def assignments(pairs: Iterable[str]) -> dict[str, Any]:
-    """`--set a.b=value` pairs as a nested mapping; values are YAML scalars or lists."""
+    """`--set a.b=value` pairs as a nested mapping; values are YAML. Raises UsageError."""
     result: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not all(key.split(".")):
             raise UsageError(f"--set wants key=value, such as weights.group_size=64, not '{pair}'")
-        value: Any = yaml.safe_load(text)
-        for name in reversed(key.split(".")):
-            value = {name: value}
-        result = merge(result, value)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {pair}: the value is not YAML: {getattr(error, 'problem', None)}") from error
+        _assign(result, key.split("."), value, pair)
     return result
+
+
+def _assign(tree: dict[str, Any], keys: list[str], value: Any, pair: str) -> None:
+    for name in keys[:-1]:
+        below = tree.setdefault(name, {})
+        if isinstance(below, str) and name in ("weights", "activations"):
+            below = tree[name] = {"spec": below}
+        if not isinstance(below, dict):
+            raise UsageError(f"--set {pair}: an earlier --set gives {name} a value that has no keys")
+        tree = below
+    tree[keys[-1]] = value
 
 
 def build(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> Recipe:
     """A recipe from layers `(where it came from, values)`, weakest first. Raises InputError with where and what."""
-    merged: dict[str, Any] = {}
+    merged: dict[str, Any] = {"weights": str(Weights().spec), "activations": str(Activations().spec)}
     for where, values in layers:
         check_keys(values, where)
-        merged = merge(merged, values)
+        try:
+            merged = merge(merged, values)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
     try:
         return Recipe.model_validate(merged)
     except ValidationError as error:
@@ -305,20 +367,32 @@ _SPEC_WORDS = ("num_bits", "type", "symmetric", "dynamic", "strategy", "group_si
 
 def check_keys(values: Mapping[str, Any], where: str) -> None:
     """Raises InputError for a key that no section has, and for any wish to run remote code."""
+    _refuse_remote_code(values, where)
     _known(values, list(Recipe.model_fields), where)
     for name, cls in _SECTIONS.items():
-        section = values.get(name)
-        if isinstance(section, Mapping):
-            words = _SPEC_WORDS if issubclass(cls, SpecSection) else ()
-            _known(section, [*cls.model_fields, *words], f"{where}: {name}")
+        words = _SPEC_WORDS if issubclass(cls, SpecSection) else ()
+        _known(values.get(name), [*cls.model_fields, *words], f"{where}: {name}")
+    rules = values.get("rules")
+    for glob, rule in rules.items() if isinstance(rules, Mapping) else ():
+        _known(rule, list(Rule.model_fields), f"{where}: rules.{glob}")
 
 
-def _known(values: Mapping[str, Any], names: list[str], where: str) -> None:
-    for key in values:
-        if re.fullmatch(r"trust_remote_code(_\w+)?", str(key)):
-            raise InputError(f"{where}: {key} is not possible; qtool never runs code that comes with a model")
+def _known(section: Any, names: list[str], where: str) -> None:
+    for key in section if isinstance(section, Mapping) else ():
         if key not in names:
             raise InputError(f"{where}: {one_of(str(key), names, 'key')}")
+
+
+def _refuse_remote_code(value: Any, where: str) -> None:
+    """Wherever it stands, also among a method's options."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if re.fullmatch(r"trust_remote_code(_\w+)?", str(key)):
+                raise InputError(f"{where}: {key} is not possible; qtool never runs code that comes with a model")
+            _refuse_remote_code(item, where)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_remote_code(item, where)
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:

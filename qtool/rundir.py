@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +17,7 @@ from qtool.artifact import report, write_json, writing_failed
 from qtool.errors import InputError, UnavailableError
 
 _RECORD, _LOCK = "run.json", "lock"
+_LOCK_TRIES = 100
 
 
 def beside(out: Path, suffix: str) -> Path:
@@ -25,32 +27,59 @@ def beside(out: Path, suffix: str) -> Path:
 
 def recorded(out: Path) -> dict[str, Any] | None:
     """The fingerprint of the unfinished run for `out`, if there is one."""
+    fingerprint = _record(out).get("fingerprint")
+    return fingerprint if isinstance(fingerprint, dict) else None
+
+
+def _record(out: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((beside(out, "run") / _RECORD).read_text("utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError):
+        return dict(json.loads((beside(out, "run") / _RECORD).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def published(out: Path) -> dict[str, Any] | None:
+    """The fingerprint of the artifact at `out`, if it is one."""
+    try:
+        return dict(report(out)["fingerprint"])
+    except InputError:
         return None
 
 
 def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Refuse what would be lost or cannot be written, before any work. Raises InputError or UnavailableError."""
+    """Refuse what would be lost or cannot be written, before any work. Raises InputError or UnavailableError.
+
+    With `resume` an artifact at `out` may be what the run left that was killed at its very end: `RunDirectory` decides.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; choose another -o")
     if recorded(out) is not None and not (resume or overwrite):
         raise InputError(
             f"{beside(out, 'run')} holds an unfinished run; continue it with --resume or start again with --overwrite"
         )
-    if out.is_dir() and any(out.iterdir()) and not overwrite and recorded(out) is None:
-        raise InputError(f"{out} is not empty; choose another -o or pass --overwrite")
+    if _occupied(out) and not overwrite and recorded(out) is None and not (resume and published(out)):
+        raise _not_empty(out)
     parent = next(folder for folder in (out.parent, *out.parent.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        raise InputError(f"{parent} is a file, not a folder; choose another -o")
     if not os.access(parent, os.W_OK):
         raise UnavailableError(f"no permission to write in {parent}; choose another -o")
+
+
+def _occupied(out: Path) -> bool:
+    return out.is_dir() and any(out.iterdir())
+
+
+def _not_empty(out: Path) -> InputError:
+    return InputError(f"{out} is not empty; choose another -o or pass --overwrite")
 
 
 class RunDirectory:
     """An open run: locked against other processes until `close`."""
 
     def __init__(self, out: Path, fingerprint: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
-        """Raises InputError when another process has it, or when `resume` meets a run with another fingerprint."""
+        """Raises InputError when another process has it, when `resume` meets a run with another fingerprint, or when
+        the output is taken by something else than this very run."""
         self.out, self.path = out, beside(out, "run")
         self.fingerprint = dict(fingerprint)
         self._lock = _lock(self.path)
@@ -60,17 +89,31 @@ class RunDirectory:
                 _require_equal(known, self.fingerprint, self.path)
             elif known is not None or not resume:
                 self._clear()
-            self.overwrite = overwrite or self._recorded_overwrite()
-            write_json(self.path / _RECORD, {"fingerprint": self.fingerprint, "overwrite": self.overwrite})
+            self.overwrite = overwrite or _record(out).get("overwrite") is True
+            self._moved = resume and self._was_moved()
+            if not self._moved:
+                self._start(known)
         except BaseException:
             self.close()
             raise
 
-    def _recorded_overwrite(self) -> bool:
-        try:
-            return bool(json.loads((self.path / _RECORD).read_text("utf-8"))["overwrite"])
-        except (OSError, ValueError, KeyError):
-            return False
+    def _was_moved(self) -> bool:
+        """Whether the process was killed after it had moved its result into place. The fingerprint alone would not do:
+        the output that is being overwritten may be an older, damaged one of the same run."""
+        record = _record(self.out)
+        ended = record.get("publishing") is True and not self.staging.exists() if record else not self.overwrite
+        return ended and published(self.out) == self.fingerprint
+
+    def _start(self, known: Mapping[str, Any] | None) -> None:
+        if _occupied(self.out) and not self.overwrite:
+            if known is None:
+                self._remove()
+            raise _not_empty(self.out)
+        self._write_record(publishing=False)
+
+    def _write_record(self, *, publishing: bool) -> None:
+        record = {"fingerprint": self.fingerprint, "overwrite": self.overwrite, "publishing": publishing}
+        write_json(self.path / _RECORD, record)
 
     def shard(self, unit: str) -> Path:
         """The file of a finished unit."""
@@ -89,18 +132,16 @@ class RunDirectory:
 
     def already_published(self) -> bool:
         """Whether the output is this very run's: the process was killed between the move and the cleaning up."""
-        try:
-            return report(self.out).get("fingerprint") == self.fingerprint
-        except InputError:
-            return False
+        return self._moved
 
     def publish(self) -> None:
         """Move the staged folder into place; an old output goes aside first and is deleted last."""
         old = beside(self.out, "old")
+        self._write_record(publishing=True)
         try:
             if self.out.exists():
-                if any(self.out.iterdir()) and not self.overwrite:
-                    raise InputError(f"{self.out} is not empty; choose another -o or pass --overwrite")
+                if _occupied(self.out) and not self.overwrite:
+                    raise _not_empty(self.out)
                 shutil.rmtree(old, ignore_errors=True)
                 os.rename(self.out, old)
             os.rename(self.staging, self.out)
@@ -110,10 +151,14 @@ class RunDirectory:
     def finish(self) -> None:
         """Remove the run directory and the old output. The record goes last, so that a kill here is resumable too."""
         shutil.rmtree(beside(self.out, "old"), ignore_errors=True)
+        self._remove()
+
+    def _remove(self) -> None:
         self._clear()
         (self.path / _RECORD).unlink(missing_ok=True)
         (self.path / _LOCK).unlink(missing_ok=True)
-        self.path.rmdir()
+        with suppress(OSError):  # another process may have opened its own lock in this moment
+            self.path.rmdir()
         self.close()
 
     def _clear(self) -> None:
@@ -139,7 +184,7 @@ def _require_equal(known: Mapping[str, Any], wanted: Mapping[str, Any], where: P
 
 def _lock(folder: Path) -> IO[str]:
     """An exclusive lock inside `folder` that the system drops with the process. Raises InputError when it is taken."""
-    while True:
+    for _ in range(_LOCK_TRIES):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stream = (folder / _LOCK).open("w")
@@ -155,6 +200,7 @@ def _lock(folder: Path) -> IO[str]:
         if _same_file(folder / _LOCK, stream):
             return stream
         stream.close()  # a lock on a file that its owner has just removed is no lock
+    raise UnavailableError(f"cannot make {folder}; choose another place with -o")
 
 
 def _same_file(path: Path, stream: IO[str]) -> bool:

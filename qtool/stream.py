@@ -45,9 +45,9 @@ class Stream:
         paths = [*unit.modules]
         if unit.kind == "head" and self.anatomy.tied_head:
             paths.append(self.anatomy.word_table)
-        for path in paths:
-            fill(self.model, path, self.reader)
         try:
+            for path in paths:
+                fill(self.model, path, self.reader)
             yield
         finally:
             for path in paths:

@@ -5,14 +5,12 @@ from typing import Any
 
 import torch
 
+from qtool.anatomy import max_tokens
 from qtool.errors import InputError
 from qtool.evaluation.tasks import Text
 
 Tokens = dict[str, list[int]]
 Batch = dict[str, torch.Tensor]
-
-# Families whose positions count from the padding index + 1: their table is that much longer than a text may be.
-_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "ibert"})
 
 
 def longest(config: Any, tokenizer: Any, max_length: int | None) -> int | None:
@@ -21,10 +19,9 @@ def longest(config: Any, tokenizer: Any, max_length: int | None) -> int | None:
     None when there is no limit at all.
     """
     limits = [max_length] if max_length is not None else []
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        offset = (config.pad_token_id or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0
-        limits.append(positions - offset)
+    positions = max_tokens(config)
+    if positions is not None:
+        limits.append(positions)
     # transformers marks "no limit" by a huge number.
     if tokenizer.model_max_length < 1e9:
         limits.append(int(tokenizer.model_max_length))

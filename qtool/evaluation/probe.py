@@ -20,6 +20,12 @@ from qtool.evaluation.result import ProbeInfo
 MAX_ROWS = 16_384
 """Rows of the training split, from its start, that a probe is fitted on at most."""
 
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Values of C, the inverse of the L2 penalty, from which cross-validation on the training rows chooses."""
+
+FOLDS = 5
+"""Parts of the cross-validation. Where a class has fewer rows than that, the middle one of `STRENGTHS` is taken."""
+
 _ITERATIONS = 1000
 
 
@@ -32,7 +38,12 @@ def pooled(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 class Probe:
-    """Standardised logistic regression (scikit-learn, L2 with C = 1, L-BFGS) from features to class indices."""
+    """Standardised logistic regression (scikit-learn, L2, L-BFGS) from features to class indices.
+
+    With hundreds of features and few thousand rows the usual C = 1 fits noise, and then reacts to any change of the
+    features, so C comes from a cross-validation: the least one with the best accuracy. It sees the float model's
+    training rows alone.
+    """
 
     def __init__(self, features: NDArray[np.float32], ids: Sequence[int], source: str) -> None:
         """Fit on `features [rows, features]` of the float model and class indices `ids`.
@@ -44,9 +55,15 @@ class Probe:
         if len(set(ids)) < 2:
             raise InputError(f"{source}: the first {len(ids)} rows hold one class only; shuffle the file")
         self._model = _fitted(features.astype(np.float64), np.asarray(ids))
-        accuracy = 100.0 * float(np.mean(self.predict(features) == np.asarray(ids)))
-        iterations = int(self._model[-1].n_iter_.max())
-        self.info = ProbeInfo(source, len(ids), features.shape[1], accuracy, iterations < _ITERATIONS)
+        regression = self._model[-1]
+        self.info = ProbeInfo(
+            source=source,
+            rows=len(ids),
+            features=features.shape[1],
+            c=float(regression.C),
+            accuracy=100.0 * float(np.mean(self.predict(features) == np.asarray(ids))),
+            converged=int(regression.n_iter_.max()) < _ITERATIONS,
+        )
 
     def predict(self, features: NDArray[np.float32]) -> NDArray[np.int64]:
         """Class indices `[rows]` for `features [rows, features]`; −1 for a row with NaN or infinity."""
@@ -58,13 +75,21 @@ class Probe:
 
 
 def _fitted(features: NDArray[np.float64], ids: NDArray[np.int64]) -> Any:
+    """The fitted pipeline of scaler and regression."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+    few = np.bincount(ids)[np.unique(ids)].min() < FOLDS
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=_ITERATIONS))
-    with warnings.catch_warnings():
+    # One thread: the matrices are small, so that more of them are several times slower, and their sums would differ.
+    with threadpool_limits(1, user_api="blas"), warnings.catch_warnings():
         # Said in the result instead, as `converged`.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return model.fit(features, ids)
+        if few:
+            return model.set_params(logisticregression__C=STRENGTHS[len(STRENGTHS) // 2]).fit(features, ids)
+        search = GridSearchCV(model, {"logisticregression__C": STRENGTHS}, cv=FOLDS, scoring="accuracy")
+        return search.fit(features, ids).best_estimator_

@@ -32,12 +32,14 @@ class Score:
 class ProbeInfo:
     """The linear probe behind a score: where its `rows` training examples are from and how its fit went.
 
-    `accuracy` is the probe's own on these rows, in points; `converged` is False when its iterations ran out.
+    `features` is how many numbers it reads of a text, `c` the inverse of its penalty (scikit-learn's C), `accuracy` its
+    own on the training rows, in points; `converged` is False when its iterations ran out.
     """
 
     source: str
     rows: int
     features: int
+    c: float
     accuracy: float
     converged: bool
 

@@ -28,7 +28,9 @@ class QEmbedding(QModule):
         self.padding_idx = padding_idx
         codes = torch.empty(stored_shape(weights, shape, "rows"), dtype=stored_dtype(weights), device=device)
         self.register_buffer("weight", codes)
-        self.register_buffer("weight_scale", torch.empty(weights.scale_shape(shape), device=device))
+        # Said explicitly: while transformers loads a model in bfloat16, that is what torch makes by default.
+        scale = torch.empty(weights.scale_shape(shape), dtype=torch.float32, device=device)
+        self.register_buffer("weight_scale", scale)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids in `[0, rows)`; anything else is an IndexError, as in torch."""

@@ -1,6 +1,6 @@
 """The linear layer on integer codes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -34,11 +34,13 @@ class QLinear(QModule):
         self.weights, self.activations = weights, activations
         tiled = torch.empty(stored_shape(weights, shape, "tiled"), dtype=stored_dtype(weights), device=device)
         self.register_buffer("weight", tiled)
-        self.register_buffer("weight_scale", torch.empty(weights.scale_shape(shape), device=device))
+        # Said explicitly: while transformers loads a model in bfloat16, that is what torch makes by default.
+        scale = torch.empty(weights.scale_shape(shape), dtype=torch.float32, device=device)
+        self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", torch.empty(self.out_features, device=device) if bias else None)
-        static = None if activations.dynamic else torch.empty(1, device=device)
+        static = None if activations.dynamic else torch.empty(1, dtype=torch.float32, device=device)
         self.register_buffer("act_scale", static)
-        self._operand: tuple[Any, Any] | None = None
+        self._operand: tuple[torch.Tensor, int, Any] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any leading shape, any float dtype."""
@@ -49,11 +51,22 @@ class QLinear(QModule):
 
     def _prepared(self) -> Any:
         """The backend's operand, made once for the weights that are present now."""
-        key = (self.weight.data_ptr(), self.weight._version, self.weight.device)
-        if self._operand is None or self._operand[0] != key:
-            shape = (self.out_features, self.in_features)
-            self._operand = key, kernels.backend().prepare(self.weight, shape)
-        return self._operand[1]
+        codes, shape = self.weight, (self.out_features, self.in_features)
+        if codes.is_inference():  # such tensors do not count their changes
+            return kernels.backend().prepare(codes, shape)
+        known = self._operand
+        if known is None or known[0] is not codes or known[1] != codes._version:
+            known = self._operand = codes, codes._version, kernels.backend().prepare(codes, shape)
+        return known[2]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QLinear":
+        self._operand = None  # or the codes that leave, for the meta device say, would stay in memory
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: they prepare their own operand."""
+        return {**self.__dict__, "_operand": None}
 
     def description(self) -> dict[str, Any]:
         """Shape and specs."""

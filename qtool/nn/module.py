@@ -32,10 +32,10 @@ class QModule(nn.Module, ABC):
 
         def keep_scales(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            if not any(tensor is scale for scale in scales):
-                return moved
-            self.output_dtype = moved.dtype
-            return tensor.to(moved.device) if moved.dtype != tensor.dtype else moved
+            changed = moved.dtype != tensor.dtype and any(tensor is scale for scale in scales)
+            return tensor.to(moved.device) if changed else moved
 
         super()._apply(keep_scales, recurse)  # type: ignore[no-untyped-call]
+        # What `fn` does to a tensor of the present type, and not to a scale: a move after `.half()` must not undo it.
+        self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device="cpu")).dtype
         return self

@@ -7,11 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from qtool.errors import InputError
 from qtool.evaluation import probe as module
-from qtool.evaluation.probe import Probe, pooled
+from qtool.evaluation.probe import STRENGTHS, Probe, pooled
 
 
 def clouds(rows: int, seed: int) -> tuple[NDArray[np.float32], list[int]]:
@@ -22,16 +25,47 @@ def clouds(rows: int, seed: int) -> tuple[NDArray[np.float32], list[int]]:
     return (values * [1, 10, 100, 1, 1e-3, 5]).astype(np.float32), [int(i) for i in ids]
 
 
-def test_the_probe_is_scikit_learns() -> None:
-    train, ids = clouds(400, 0)
-    test, _ = clouds(300, 1)
-    scaler = StandardScaler().fit(train.astype(np.float64))
-    by_hand = LogisticRegression(max_iter=1000).fit(scaler.transform(train.astype(np.float64)), ids)
+def by_hand(train: NDArray[np.float64], ids: Any, strength: float) -> Any:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000)).fit(train, ids)
+
+
+def folds_accuracy(train: NDArray[np.float64], ids: Any, strength: float) -> float:
+    """Mean accuracy on five held-out parts."""
+    labels = np.asarray(ids)
+    parts = StratifiedKFold(5).split(train, labels)
+    return float(np.mean([by_hand(train[a], labels[a], strength).score(train[b], labels[b]) for a, b in parts]))
+
+
+@pytest.mark.parametrize("rows", [60, 400])
+def test_the_probe_is_scikit_learns(rows: int) -> None:
+    (train, ids), (test, _) = clouds(rows, 0), clouds(300, 1)
+    accuracies = {strength: folds_accuracy(train.astype(np.float64), ids, strength) for strength in STRENGTHS}
+    best = min(strength for strength, value in accuracies.items() if value > max(accuracies.values()) - 1e-12)
+    expected = by_hand(train.astype(np.float64), ids, best)
     probe = Probe(train, ids, "train")
-    assert probe.predict(test).tolist() == by_hand.predict(scaler.transform(test.astype(np.float64))).tolist()
-    right = by_hand.predict(scaler.transform(train.astype(np.float64))) == np.asarray(ids)
-    assert probe.info.accuracy == pytest.approx(100 * right.mean(), abs=1e-9)
-    assert (probe.info.rows, probe.info.features, probe.info.converged, probe.info.source) == (400, 6, True, "train")
+    assert probe.info.c == best
+    assert probe.predict(test).tolist() == expected.predict(test.astype(np.float64)).tolist()
+    assert probe.info.accuracy == pytest.approx(100 * expected.score(train.astype(np.float64), ids), abs=1e-9)
+    assert (probe.info.rows, probe.info.features, probe.info.converged, probe.info.source) == (rows, 6, True, "train")
+
+
+def test_too_few_rows_to_choose() -> None:
+    train, _ = clouds(20, 0)
+    ids = [0] * 16 + [2] * 4
+    probe = Probe(train, ids, "train")
+    assert probe.info.c == 0.01
+    expected = by_hand(train.astype(np.float64), ids, 0.01).predict(train.astype(np.float64))
+    assert probe.predict(train).tolist() == expected.tolist()
+
+
+def test_thread_counts_do_not_matter() -> None:
+    (train, ids), (test, _) = clouds(400, 0), clouds(300, 1)
+    found = []
+    for count in (1, 2):
+        with threadpool_limits(count):
+            probe = Probe(train, ids, "train")
+        found.append((probe.info, probe.predict(test).tolist()))
+    assert found[0] == found[1]
 
 
 def test_rows_with_nan_get_no_prediction() -> None:

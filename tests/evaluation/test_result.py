@@ -53,11 +53,12 @@ def test_json_without_a_baseline() -> None:
 
 
 def test_json_of_a_probe() -> None:
-    body = evaluation(probe=ProbeInfo("train.jsonl", 4096, 384, 87.5, True)).to_json()
+    body = evaluation(probe=ProbeInfo("train.jsonl", 4096, 384, 0.01, 87.5, True)).to_json()
     assert body["probe"] == {
         "source": "train.jsonl",
         "rows": 4096,
         "features": 384,
+        "c": 0.01,
         "accuracy": 87.5,
         "converged": True,
     }

@@ -245,12 +245,12 @@ def test_the_probe_is_what_scikit_learn_makes_of_plain_features(zoo: Any, archit
     noisy = zoo.make("noisy", architecture, change=zoo.noise(0.1))
     data, texts, labels = probe_data(zoo, model)
     train = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-    by_hand = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    by_hand.fit(zoo.plain(model, [row["sentence"] for row in train]).double(), [row["label"] for row in train])
-    theirs, ours = (by_hand.predict(zoo.plain(folder, texts).double()) for folder in (model, noisy))
-
     found = evaluate(noisy, SST2, data=data, baseline=model, batch_size=16)
     assert found.baseline is not None and found.probe is not None
+
+    by_hand = make_pipeline(StandardScaler(), LogisticRegression(C=found.probe.c, max_iter=1000))
+    by_hand.fit(zoo.plain(model, [row["sentence"] for row in train]).double(), [row["label"] for row in train])
+    theirs, ours = (by_hand.predict(zoo.plain(folder, texts).double()) for folder in (model, noisy))
     assert (found.probe.rows, found.probe.features) == (300, 32)
     assert found.probe.source == str(data / "train.jsonl")
     assert found.baseline.value == pytest.approx(100 * accuracy_score(labels, theirs), abs=1e-9)

@@ -1,0 +1,769 @@
+"""Artifacts in plain transformers: loaded, saved and loaded again, refused when they are damaged or not understood."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+import qtool
+from qtool import golden, pipeline
+from qtool.artifact import check_manifest, damaged_tensors, quantization_config
+from qtool.checkpoint import WEIGHTS, WEIGHTS_INDEX, weight_files
+from qtool.errors import InputError, UnavailableError
+from qtool.nn import QEmbedding, QLinear, QModule, QTiedLinear
+from qtool.numerics import QuantSpec
+
+HEADS = {
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "Model": AutoModel,
+}
+CLASSES = [f"{family}{head}" for family in ("Bert", "Roberta", "XLMRoberta", "Camembert") for head in HEADS]
+BERT, ROBERTA = "BertForSequenceClassification", "RobertaForSequenceClassification"
+Quantized = Callable[..., Path]
+
+
+def auto_class(architecture: str) -> Any:
+    return next(loader for suffix, loader in HEADS.items() if architecture.endswith(suffix))
+
+
+@pytest.fixture(scope="session")
+def quantized(shelf: Any) -> Iterator[Quantized]:
+    """The artifact of a tiny model, by architecture and recipe entries; made once. Its source is beside it."""
+    made: dict[Any, Path] = {}
+
+    def check_here(run: Any, inputs: Any, outputs: Any) -> None:
+        assert golden.differences(outputs, golden.compute(run.staging, inputs)) == []
+
+    def make(architecture: str = BERT, *sets: str) -> Path:
+        key = (architecture, *sets)
+        if key not in made:
+            name = f"hf-{len(made)}"
+            options = {"labels": ("bad", "good")} if architecture.endswith("Classification") else {}
+            source = shelf.make(name, architecture, type_vocab_size=2, **options)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(shelf.folder)
+                patch.setattr(pipeline, "_check_in_fresh_process", check_here)  # a new process takes seconds
+                entries = ("calibration.source=random", "calibration.num_samples=8", *sets)
+                made[key] = qtool.quantize(
+                    str(source), method="zeroquant", output=shelf.folder / f"{name}-int8", set=entries
+                ).path
+        return made[key]
+
+    yield make
+
+
+@pytest.fixture
+def copied(quantized: Quantized, tmp_path: Path) -> Quantized:
+    """A copy of an artifact that a test may damage."""
+
+    def make(*key: str) -> Path:
+        return Path(shutil.copytree(quantized(*key), tmp_path / "copy"))
+
+    return make
+
+
+def source_of(artifact: Path) -> Path:
+    return artifact.with_name(artifact.name.removesuffix("-int8"))
+
+
+def batch() -> dict[str, torch.Tensor]:
+    """Four sequences, three of them padded."""
+    ids = torch.randint(5, 65, (4, 11), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(11) < torch.tensor([11, 7, 1, 3])[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@torch.no_grad()
+def outputs(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    found = {name: value for name, value in model(**batch()).items() if isinstance(value, torch.Tensor)}
+    assert found and all(value.dtype == dtype and value.isfinite().all() for value in found.values())
+    return found
+
+
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    """Equal names, types and bits."""
+    return list(found) == list(wanted) and all(
+        found[name].dtype == wanted[name].dtype and torch.equal(found[name], wanted[name]) for name in wanted
+    )
+
+
+def untiled(codes: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Codes by their place in the file: [rows / 16, columns / 4, 16, 4]."""
+    row, column = torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij")
+    return codes[row // 16, column // 4, row % 16, column % 4]
+
+
+def spread(scale: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    rows, columns = (size // blocks for size, blocks in zip(shape, scale.shape, strict=True))
+    return scale.double().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+
+
+def simulated(artifact: Path) -> Any:
+    """The stock model in float64 on the dequantized tensors of the file, its inputs of quantized layers rounded."""
+    tensors, modules = load_file(artifact / WEIGHTS), quantization_config(artifact)["modules"]
+    config = transformers.AutoConfig.from_pretrained(artifact)
+    del config.quantization_config
+    model = getattr(transformers, config.architectures[0])(config).double().eval()
+    for path, module in modules.items():
+        if module["type"] == "tied_linear":
+            continue
+        scale, codes = tensors.pop(f"{path}.weight_scale"), tensors[f"{path}.weight"]
+        codes = untiled(codes, module["shape"]) if module["type"] == "linear" else codes.squeeze(1)
+        tensors[f"{path}.weight"] = codes.double() * spread(scale, module["shape"])
+        if module["type"] == "linear":
+            step = tensors.pop(f"{path}.act_scale", None)
+            model.get_submodule(path).register_forward_pre_hook(lambda layer, args, step=step: (rounded(*args, step),))
+    for path, module in modules.items():
+        if module["type"] == "tied_linear":
+            tensors[f"{path}.weight"] = tensors[f"{module['table']}.weight"]
+    model.load_state_dict({name: value.double() for name, value in tensors.items()})
+    return model
+
+
+def rounded(x: torch.Tensor, step: torch.Tensor | None) -> torch.Tensor:
+    step = x.abs().amax(-1, keepdim=True) / 127 if step is None else step.double()
+    return torch.floor(x / step + 0.5).clamp(-127, 127) * step
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_outputs_are_those_of_the_tensors_in_the_file(quantized: Quantized, architecture: str) -> None:
+    folder = quantized(architecture)
+    model = auto_class(architecture).from_pretrained(folder)
+    assert type(model).__name__ == architecture and not model.training and model.dtype == torch.float32
+    found, wanted = outputs(model), outputs(simulated(folder), torch.float64)
+    floats = outputs(auto_class(architecture).from_pretrained(source_of(folder)))
+    assert list(found) == list(wanted)
+    for name, value in wanted.items():
+        real = batch()["attention_mask"].bool() if value.shape[:2] == (4, 11) else slice(None)
+        error = (found[name].double() - value)[real].abs().max()
+        lost = (floats[name].double() - value)[real].abs().max()
+        assert error < 0.1 * lost < 0.1 * value.abs().max(), (name, error, lost)
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("activations=int8:tensor:sym",),
+        ("weights=int8:group:16:sym",),
+        ("weights=int8:rows:8:sym", "rules.*query=float"),
+        ("weights=int6:block:16x16:sym", "methods.zeroquant.small_embeddings=float"),
+        ("methods.zeroquant.word_embeddings=int16:rows:5:sym",),
+    ],
+)
+def test_other_recipes(quantized: Quantized, sets: tuple[str, ...]) -> None:
+    folder = quantized(BERT, *sets)
+    found = outputs(AutoModelForSequenceClassification.from_pretrained(folder))["logits"]
+    wanted = outputs(simulated(folder), torch.float64)["logits"]
+    lost = outputs(AutoModelForSequenceClassification.from_pretrained(source_of(folder)))["logits"].double() - wanted
+    assert (found.double() - wanted).abs().max() < 0.1 * lost.abs().max()
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "RobertaForMaskedLM"])
+@pytest.mark.parametrize("small", ["int16:channel:sym", "float"])
+def test_a_float_table_stays_tied_to_its_head(quantized: Quantized, architecture: str, small: str) -> None:
+    sets = ("methods.zeroquant.word_embeddings=float", f"methods.zeroquant.small_embeddings={small}")
+    folder = quantized(architecture, *sets)
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert not any("decoder.weight" in name for name in load_file(folder / WEIGHTS))
+    floats = outputs(AutoModelForMaskedLM.from_pretrained(source_of(folder)))["logits"]
+    assert (outputs(model)["logits"] - floats).abs().max() < 0.2 * floats.abs().max()
+
+
+# Loading in other processes
+
+
+CHILDREN = """
+import json, os, sys, traceback
+
+def child(body):
+    '''Run `body` in a process of its own; its exit status.'''
+    sys.stdout.flush()
+    process = os.fork()
+    if process == 0:
+        try:
+            body()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+"""
+
+ORDERS = (
+    CHILDREN
+    + """
+classifier, masked, inputs, scratch = sys.argv[1:]
+
+def light():
+    import qtool, qtool.errors
+    assert not {"torch", "transformers", "numpy"} & set(sys.modules), sorted(sys.modules)
+
+def qtool_first():
+    import qtool
+    import transformers
+    use("first")
+
+def qtool_between():
+    import transformers
+    assert "transformers.quantizers.auto" not in sys.modules
+    import qtool
+    use("between")
+
+def qtool_last():
+    from transformers import AutoModelForSequenceClassification
+    assert "transformers.quantizers.auto" in sys.modules
+    import qtool
+    import importlib
+    importlib.reload(qtool)
+    use("last")
+
+def use(name):
+    import transformers
+    from safetensors.torch import load_file, save_file
+    torch.set_num_threads(2)
+    batch = load_file(inputs)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier)
+    body = transformers.AutoModel.from_pretrained(classifier)
+    language = transformers.AutoModelForMaskedLM.from_pretrained(masked)
+    with torch.no_grad():
+        found = {"logits": model(**batch).logits, "hidden": body(**batch).last_hidden_state}
+        found["masked"] = language(**batch).logits
+    save_file(found, f"{scratch}/{name}.safetensors")
+    said = transformers.pipeline("text-classification", classifier)(["w1 w2 w3", "w7"])
+    guess = transformers.pipeline("fill-mask", masked)("w1 [MASK] w3")
+    with open(f"{scratch}/{name}.json", "w") as file:
+        json.dump([said, guess], file)
+
+status = [child(light)]
+import torch
+print(json.dumps(status + [child(body) for body in (qtool_first, qtool_between, qtool_last)]))
+"""
+)
+
+
+def run_script(code: str, *arguments: Any, **environment: str) -> Any:
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1]), result.stderr
+
+
+def test_qtool_may_be_imported_before_and_after_transformers(quantized: Quantized, tmp_path: Path) -> None:
+    classifier, masked = quantized(BERT), quantized("BertForMaskedLM")
+    save_file(batch(), tmp_path / "inputs.safetensors")
+    statuses, stderr = run_script(ORDERS, classifier, masked, tmp_path / "inputs.safetensors", tmp_path)
+    assert statuses == [0, 0, 0, 0], stderr
+    wanted = {
+        "logits": outputs(AutoModelForSequenceClassification.from_pretrained(classifier))["logits"],
+        "hidden": outputs(AutoModel.from_pretrained(classifier))["last_hidden_state"],
+        "masked": outputs(AutoModelForMaskedLM.from_pretrained(masked))["logits"],
+    }
+    said = [
+        transformers.pipeline("text-classification", str(classifier))(["w1 w2 w3", "w7"]),
+        transformers.pipeline("fill-mask", str(masked))("w1 [MASK] w3"),
+    ]
+    for order in ("first", "between", "last"):
+        found = load_file(tmp_path / f"{order}.safetensors")
+        assert same(dict(sorted(found.items())), dict(sorted(wanted.items()))), order
+        assert json.loads((tmp_path / f"{order}.json").read_text()) == said
+
+
+WITHOUT = (
+    CHILDREN
+    + """
+import transformers
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
+
+float_model, *artifacts = sys.argv[1:]
+loaders = {
+    "AutoModel": AutoModel.from_pretrained,
+    "AutoModelForSequenceClassification": AutoModelForSequenceClassification.from_pretrained,
+    "AutoModelForMaskedLM": AutoModelForMaskedLM.from_pretrained,
+    "text-classification": lambda folder: pipeline("text-classification", folder),
+    "fill-mask": lambda folder: pipeline("fill-mask", folder),
+}
+found = {name: {folder: child(lambda: load(folder)) for folder in artifacts} for name, load in loaders.items()}
+for folder in artifacts:
+    name = json.load(open(f"{folder}/config.json"))["architectures"][0]
+    found.setdefault("own", {})[folder] = child(lambda: getattr(transformers, name).from_pretrained(folder))
+assert "qtool" not in sys.modules
+print(json.dumps([child(lambda: AutoModel.from_pretrained(float_model)), found]))
+"""
+)
+
+
+def test_without_qtool_every_load_is_an_error(quantized: Quantized) -> None:
+    kinds = (BERT, "RobertaForSequenceClassification", "BertForMaskedLM", "RobertaForMaskedLM", "BertModel")
+    folders = [quantized(kind) for kind in kinds]
+    folders.append(quantized(BERT, "methods.zeroquant.word_embeddings=float", "methods.zeroquant.small_embeddings=float"))
+    (control, found), stderr = run_script(WITHOUT, source_of(folders[0]), *folders)
+    assert control == 0, stderr
+    assert len(found) == 6 and all(len(statuses) == len(folders) for statuses in found.values())
+    assert [(name, folder) for name, statuses in found.items() for folder in statuses if statuses[folder] == 0] == []
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_quantized_weights_have_another_shape_than_float_ones(quantized: Quantized, architecture: str) -> None:
+    folder = quantized(architecture)
+    stored = load_file(folder / WEIGHTS)
+    stock = auto_class(architecture).from_pretrained(source_of(folder)).state_dict()
+    parts = [path for path, module in quantization_config(folder)["modules"].items() if module["type"] != "tied_linear"]
+    assert len(parts) == 3 + 2 * 6
+    for path in parts:
+        assert stored[f"{path}.weight"].shape != stock[f"{path}.weight"].shape
+        assert not stored[f"{path}.weight"].is_floating_point()
+
+
+# Saving and loading again
+
+
+MOVES: list[tuple[str, Any]] = [
+    *((architecture, auto_class(architecture)) for architecture in CLASSES),
+    (BERT, AutoModel),
+    (ROBERTA, AutoModel),
+    ("BertForMaskedLM", AutoModel),
+    ("RobertaForMaskedLM", AutoModel),
+    ("BertModel", AutoModelForSequenceClassification),
+    ("RobertaModel", AutoModelForSequenceClassification),
+    ("BertForMaskedLM", AutoModelForSequenceClassification),
+    ("BertModel", AutoModelForTokenClassification),
+    ("BertModel", AutoModelForMaskedLM),
+    ("RobertaForSequenceClassification", AutoModelForMaskedLM),
+]
+
+
+@pytest.mark.parametrize(("architecture", "loader"), MOVES)
+def test_save_and_load_again_is_bit_exact(
+    quantized: Quantized, tmp_path: Path, architecture: str, loader: Any
+) -> None:
+    folder = quantized(architecture)
+    first = loader.from_pretrained(folder)
+    first.save_pretrained(tmp_path / "saved")
+    second = loader.from_pretrained(tmp_path / "saved")
+    assert type(second) is type(first)
+    assert same(second.state_dict(), first.state_dict())
+    assert same(outputs(second), outputs(first))
+    described = {path: module.description() for path, module in first.named_modules() if isinstance(module, QModule)}
+    config = quantization_config(tmp_path / "saved")
+    assert config["modules"] == described and len(described) >= 3 + 2 * 6
+    assert damaged_tensors(tmp_path / "saved") == []
+    kept = {key: value for key, value in quantization_config(folder).items() if key not in ("modules", "tensors")}
+    assert {key: value for key, value in config.items() if key not in ("modules", "tensors")} == kept
+
+
+@pytest.mark.parametrize(("architecture", "loader"), MOVES)
+def test_quantized_parts_are_those_of_the_file_in_any_class(
+    quantized: Quantized, architecture: str, loader: Any
+) -> None:
+    folder = quantized(architecture)
+    stored, model = load_file(folder / WEIGHTS), loader.from_pretrained(folder)
+    prefix = f"{model.base_model_prefix}."
+    bare = {name.removeprefix(prefix): value for name, value in stored.items()}
+    count = 0
+    for path, module in model.named_modules():
+        if isinstance(module, QLinear | QEmbedding):
+            for name, value in module.state_dict().items():
+                assert torch.equal(value, bare[f"{path}.{name}".removeprefix(prefix)])
+                count += 1
+    assert count == 3 * 2 + 2 * 6 * 3
+
+
+def test_a_second_save_writes_the_same_bytes(quantized: Quantized, tmp_path: Path) -> None:
+    AutoModelForSequenceClassification.from_pretrained(quantized(BERT)).save_pretrained(tmp_path / "one")
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    for name in ("config.json", WEIGHTS):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize("architecture", [BERT, "RobertaForMaskedLM"])
+def test_shards(quantized: Quantized, tmp_path: Path, architecture: str) -> None:
+    loader = auto_class(architecture)
+    first = loader.from_pretrained(quantized(architecture))
+    first.save_pretrained(tmp_path / "saved", max_shard_size="8KB")
+    assert (tmp_path / "saved" / WEIGHTS_INDEX).is_file()
+    assert len(weight_files(tmp_path / "saved")) > 2 and damaged_tensors(tmp_path / "saved") == []
+    second = loader.from_pretrained(tmp_path / "saved")
+    assert same(second.state_dict(), first.state_dict()) and same(outputs(second), outputs(first))
+    gone = weight_files(tmp_path / "saved")[1]
+    gone.unlink()
+    with pytest.raises((InputError, OSError), match=gone.name):
+        loader.from_pretrained(tmp_path / "saved")
+
+
+def test_a_changed_head_is_saved_as_it_is(quantized: Quantized, tmp_path: Path) -> None:
+    first = AutoModelForSequenceClassification.from_pretrained(quantized(BERT))
+    with torch.no_grad():
+        first.classifier.weight.mul_(2)
+    first.bert.encoder.layer[0].output.dense.weight.neg_()
+    first.save_pretrained(tmp_path / "saved")
+    second = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert same(outputs(second), outputs(first)) and damaged_tensors(tmp_path / "saved") == []
+
+
+@pytest.mark.parametrize("architecture", [BERT, "RobertaForMaskedLM"])
+def test_the_base_model_inside_is_saved_as_a_base_model(
+    quantized: Quantized, tmp_path: Path, architecture: str
+) -> None:
+    whole = auto_class(architecture).from_pretrained(quantized(architecture))
+    whole.base_model.save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        wanted = whole.base_model(**batch()).last_hidden_state
+    assert torch.equal(outputs(base)["last_hidden_state"], wanted)
+    whole.save_pretrained(tmp_path / "whole")
+    assert same(outputs(auto_class(architecture).from_pretrained(tmp_path / "whole")), outputs(whole))
+
+
+def test_settings_of_the_model_are_kept(quantized: Quantized, tmp_path: Path) -> None:
+    folder = quantized(BERT)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    assert model.config.id2label == {0: "bad", 1: "good"}
+    before, after = (json.loads((place / "config.json").read_text()) for place in (source_of(folder), folder))
+    assert after.pop("quantization_config")["quant_method"] == "qtool"
+    assert before.items() - {("x", 0)} if False else set(before) - set(after) <= {"transformers_version"}
+    assert {key: after[key] for key in before if key in after} == {key: before[key] for key in before if key in after}
+
+
+# Damage
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def deleted(tensors: dict[str, torch.Tensor], name: str) -> None:
+    del tensors[name]
+
+
+def renamed(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[f"{name}s"] = tensors.pop(name)
+
+
+def reshaped(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[name] = tensors[name][None]
+
+
+def cut(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[name] = tensors[name][:-1].contiguous()
+
+
+def retyped(tensors: dict[str, torch.Tensor], name: str) -> None:
+    tensors[name] = tensors[name].to(torch.int16 if tensors[name].dtype == torch.int8 else torch.float16)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert.encoder.layer.1.attention.self.key.weight",
+        "bert.encoder.layer.0.output.dense.weight_scale",
+        "bert.embeddings.word_embeddings.weight",
+        "bert.embeddings.position_embeddings.weight_scale",
+        "bert.embeddings.LayerNorm.bias",
+        "classifier.weight",
+    ],
+)
+@pytest.mark.parametrize("damage", [deleted, renamed, reshaped, cut, retyped])
+def test_a_damaged_tensor_is_named(copied: Quantized, name: str, damage: Callable[..., None]) -> None:
+    folder = edit_tensors(copied(BERT), lambda tensors: damage(tensors, name))
+    for loader in (AutoModelForSequenceClassification, AutoModel):
+        with pytest.raises(InputError) as error:
+            loader.from_pretrained(folder)
+        message = str(error.value)
+        assert f": {name}" in message and str(folder) in message and "\n" not in message
+        assert (f"missing: {name}" in message) == (damage in (deleted, renamed))
+        assert (f"unexpected: {name}s" in message) == (damage is renamed)
+        assert (f"another shape or dtype: {name}" in message) == (damage in (reshaped, cut, retyped))
+
+
+def test_all_scales_deleted(copied: Quantized) -> None:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("_scale")]:
+            del tensors[name]
+
+    with pytest.raises(InputError, match=r"missing: .*weight_scale, .*weight_scale, .*weight_scale …"):
+        AutoModelForSequenceClassification.from_pretrained(edit_tensors(copied(BERT), edit))
+
+
+def test_a_tensor_too_many_is_named(copied: Quantized) -> None:
+    folder = edit_tensors(copied(BERT), lambda tensors: tensors.update(extra=torch.zeros(1)))
+    with pytest.raises(InputError, match="unexpected: extra"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("left", [0, 7, 100, 0.5, -1])
+def test_a_truncated_file_is_an_error(copied: Quantized, left: float) -> None:
+    folder = copied(BERT)
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: int(left * len(content)) if isinstance(left, float) else left])
+    for load in (AutoModelForSequenceClassification.from_pretrained, transformers.pipeline):
+        with pytest.raises(Exception, match=r"(?i)header|truncated|incomplete|model\.safetensors"):
+            load(**{"model" if load is transformers.pipeline else "pretrained_model_name_or_path": str(folder)})
+
+
+def test_a_module_that_the_model_does_not_have(copied: Quantized) -> None:
+    folder = edit_config(copied(BERT), lambda config: config.update(num_hidden_layers=1))
+    with pytest.raises(InputError, match=r"BertForSequenceClassification has no module bert\.encoder\.layer\.1"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("version", [2, 99, "2", None, [1]])
+def test_another_format_version_is_refused(copied: Quantized, version: Any) -> None:
+    folder = edit_config(copied(BERT), lambda config: config["quantization_config"].update(version=version))
+    for loader in (AutoModelForSequenceClassification, AutoModel):
+        with pytest.raises(InputError, match="format version .*upgrade qtool") as error:
+            loader.from_pretrained(folder)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["version", "modules", "tensors"])
+def test_a_config_without_what_is_needed(copied: Quantized, key: str) -> None:
+    folder = edit_config(copied(BERT), lambda config: config["quantization_config"].pop(key))
+    with pytest.raises(InputError, match=f"quantization_config.*{key}"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_an_unknown_module_type_is_refused(copied: Quantized) -> None:
+    path = "bert.encoder.layer.0.output.dense"
+    folder = edit_config(
+        copied(BERT), lambda config: config["quantization_config"]["modules"][path].update(type="linea")
+    )
+    with pytest.raises(InputError, match=f"{path}: unknown module type 'linea'; did you mean linear"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_unknown_keys_of_a_later_writer_survive(copied: Quantized, tmp_path: Path) -> None:
+    folder = edit_config(copied(BERT), lambda config: config["quantization_config"].update(note={"a": [1]}))
+    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    assert quantization_config(tmp_path / "saved")["note"] == {"a": [1]}
+
+
+# Types and devices
+
+
+def codes_and_scales(model: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: value.clone()
+        for name, value in model.state_dict().items()
+        if not value.is_floating_point() or name.endswith("_scale")
+    }
+
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("architecture", [BERT, ROBERTA, "BertForMaskedLM", "RobertaForMaskedLM", "BertModel"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_loading_in_half_precision(quantized: Quantized, tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
+    folder, loader = quantized(architecture), auto_class(architecture)
+    full, model = loader.from_pretrained(folder), loader.from_pretrained(folder, dtype=dtype)
+    assert model.dtype == dtype
+    assert same(codes_and_scales(model), codes_and_scales(full)) and codes_and_scales(model)
+    found = outputs(model, dtype)
+    for name, value in outputs(full).items():
+        assert (found[name].float() - value).abs().max() < 0.1 * value.abs().max()
+    model.to("cpu")
+    assert same(outputs(model, dtype), found)
+    model.save_pretrained(tmp_path / "saved")
+    again = loader.from_pretrained(tmp_path / "saved")
+    assert again.dtype == dtype and same(again.state_dict(), model.state_dict()) and same(outputs(again, dtype), found)
+
+
+@pytest.mark.parametrize("architecture", [BERT, "BertForMaskedLM", "RobertaForMaskedLM"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_cast_of_a_loaded_model(quantized: Quantized, tmp_path: Path, architecture: str, dtype: torch.dtype) -> None:
+    folder, loader = quantized(architecture), auto_class(architecture)
+    model, loaded = loader.from_pretrained(folder), loader.from_pretrained(folder, dtype=dtype)
+    before = codes_and_scales(model)
+    model.to(dtype)
+    assert same(codes_and_scales(model), before)
+    assert same(model.state_dict(), loaded.state_dict()) and same(outputs(model, dtype), outputs(loaded, dtype))
+    model.save_pretrained(tmp_path / "saved")
+    assert same(outputs(loader.from_pretrained(tmp_path / "saved"), dtype), outputs(loaded, dtype))
+
+
+def test_static_scales_survive_half_precision(quantized: Quantized) -> None:
+    folder = quantized(BERT, "activations=int8:tensor:sym")
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).to(torch.float16)
+    stored = load_file(folder / WEIGHTS)
+    for name in [name for name in stored if name.endswith("_scale")]:
+        assert model.state_dict()[name].dtype == torch.float32 and torch.equal(model.state_dict()[name], stored[name])
+    assert sum(name.endswith("act_scale") for name in stored) == 12
+
+
+@pytest.mark.parametrize(
+    "device_map", ["cuda", "cuda:1", 0, "mps", {"": "cuda:0"}, {"": 0}, {"bert": "cpu", "classifier": "cuda"}, "disk"]
+)
+def test_other_devices_are_refused(quantized: Quantized, device_map: Any) -> None:
+    with pytest.raises(UnavailableError, match="device_map asks for .*run on the CPU") as error:
+        AutoModelForSequenceClassification.from_pretrained(quantized(BERT), device_map=device_map)
+    assert error.value.exit_code == 4 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}, "balanced", "sequential"])
+def test_the_cpu_is_a_device(quantized: Quantized, device_map: Any) -> None:
+    wanted = outputs(AutoModelForSequenceClassification.from_pretrained(quantized(BERT)))
+    model = AutoModelForSequenceClassification.from_pretrained(quantized(BERT), device_map=device_map)
+    assert model.device.type == "cpu" and same(outputs(model), wanted)
+
+
+def test_training_is_refused_and_nothing_is_trainable_but_float_parameters(quantized: Quantized) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(quantized(BERT))
+    assert not model.hf_quantizer.is_trainable
+    assert model.hf_quantizer.is_serializable()
+    assert not any(value.requires_grad for value in model.buffers())
+
+
+def test_copies_give_the_same(quantized: Quantized) -> None:
+    for architecture in (BERT, "BertForMaskedLM"):
+        model = auto_class(architecture).from_pretrained(quantized(architecture))
+        before = outputs(model)
+        assert same(outputs(copy.deepcopy(model)), before)
+        other = copy.deepcopy(model)
+        other.get_input_embeddings().weight.zero_()
+        assert same(outputs(model), before) and not same(outputs(other), before)
+
+
+def test_a_model_loaded_in_inference_mode(quantized: Quantized) -> None:
+    wanted = outputs(AutoModelForSequenceClassification.from_pretrained(quantized(BERT)))
+    with torch.inference_mode():
+        model = AutoModelForSequenceClassification.from_pretrained(quantized(BERT))
+        assert same(outputs(model), wanted)
+    assert same(outputs(model), wanted)
+
+
+# What is in memory and on disk
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "RobertaForMaskedLM", "CamembertForMaskedLM"])
+def test_a_tied_head_is_stored_once(quantized: Quantized, architecture: str) -> None:
+    folder = quantized(architecture)
+    stored, modules = load_file(folder / WEIGHTS), quantization_config(folder)["modules"]
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    assert not any(name.endswith("decoder.weight") for name in stored)
+    tables = [name for name, value in stored.items() if 65 in value.shape and value.dim() > 1]
+    word = f"{model.base_model_prefix}.embeddings.word_embeddings"
+    assert sorted(tables) == [f"{word}.weight", f"{word}.weight_scale"]
+    head = model.get_output_embeddings()
+    assert isinstance(head, QTiedLinear) and head._table[0] is model.get_input_embeddings()
+    assert not model.config.tie_word_embeddings
+    assert [path for path, module in modules.items() if module["type"] == "tied_linear"] == [
+        "cls.predictions.decoder" if architecture.startswith("Bert") else "lm_head.decoder"
+    ]
+    hidden = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    matrix = stored[f"{word}.weight"].squeeze(1).double() * stored[f"{word}.weight_scale"].double()
+    wanted = hidden.double() @ matrix.T + head.bias.double()
+    size = hidden.double().abs() @ matrix.abs().T + head.bias.double().abs()
+    assert ((head(hidden).double() - wanted).abs() <= size * (32 + 3) * 2.0**-24).all()
+
+
+class Watch(TorchDispatchMode):
+    """Notes the shapes of all float tensors of two axes that are made in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.device.type != "meta" and out.is_floating_point() and out.dim() == 2:
+            self.seen.add(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("architecture", [BERT, "RobertaForSequenceClassification", "BertForMaskedLM", "BertModel"])
+def test_float_weights_are_never_in_memory(
+    quantized: Quantized, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # in this thread, where it is watched
+    folder = quantized(architecture)
+    modules = quantization_config(folder)["modules"]
+    # The pooler and the transform of a head are 32 x 32 as well, and stay float.
+    shapes = {tuple(module["shape"]) for module in modules.values() if "shape" in module} - {(32, 32)}
+    assert shapes == {(65, 32), (40, 32), (2, 32), (48, 32), (32, 48)}
+    watch = Watch()
+    with watch:
+        control = torch.ones(48, 32) + 1
+        assert watch.seen == {tuple(control.shape)}
+        watch.seen.clear()
+        model = auto_class(architecture).from_pretrained(folder)
+    assert not watch.seen & shapes, watch.seen & shapes
+    floats = {name for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.nn.Parameter)}
+    assert not any(name.startswith(f"{path}.") for name in floats for path in modules)
+    assert all(isinstance(model.get_submodule(path), QModule) for path in modules)
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_a_float_parameter_answers_for_type_and_device(quantized: Quantized, architecture: str) -> None:
+    model = auto_class(architecture).from_pretrained(quantized(architecture))
+    assert (model.device.type, model.dtype) == ("cpu", torch.float32)
+    assert {value.device.type for value in [*model.parameters(), *model.buffers()]} == {"cpu"}
+
+
+def test_pipelines_say_what_the_logits_say(quantized: Quantized) -> None:
+    folder = quantized(BERT)
+    said = transformers.pipeline("text-classification", str(folder))("w1 w2 w3")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        chances = model(**tokenizer("w1 w2 w3", return_tensors="pt")).logits.softmax(-1)[0]
+    best = int(chances.argmax())
+    assert said == [{"label": ("bad", "good")[best], "score": pytest.approx(chances[best].item(), rel=1e-6)}]
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "RobertaForMaskedLM"])
+def test_fill_mask(quantized: Quantized, architecture: str) -> None:
+    folder = quantized(architecture)
+    said = transformers.pipeline("fill-mask", str(folder), top_k=3)("w1 [MASK] w3")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForMaskedLM.from_pretrained(folder)
+    with torch.no_grad():
+        top = model(**tokenizer("w1 [MASK] w3", return_tensors="pt")).logits[0, 2].softmax(-1).topk(3)
+    assert [one["token"] for one in said] == top.indices.tolist()
+    assert [one["score"] for one in said] == pytest.approx(top.values.tolist(), rel=1e-6)
+
+
+def test_the_manifest_is_that_of_the_file(quantized: Quantized) -> None:
+    for architecture in (BERT, "BertForMaskedLM"):
+        folder = quantized(architecture)
+        tensors = quantization_config(folder)["tensors"]
+        check_manifest(weight_files(folder), tensors)
+        assert sorted(tensors) == sorted(load_file(folder / WEIGHTS)) and damaged_tensors(folder) == []
+
+
+def test_specs_in_the_config_can_be_read(quantized: Quantized) -> None:
+    for module in quantization_config(quantized(BERT))["modules"].values():
+        assert str(QuantSpec.parse(module["weights"])) == module["weights"]

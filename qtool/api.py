@@ -41,9 +41,10 @@ def resolve_recipe(
     config: str | None = None,
     sets: Sequence[str] = (),
     methods: Sequence[str] = (),
+    model: str | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """Merge the layers; `flags` holds only what was given, by dotted key.
+    """Merge the layers; `flags` holds only what was given, by its name in `FLAG_KEYS`.
 
     Raises UsageError for an unknown method or task among the arguments, InputError for one in the recipe file.
     """
@@ -52,8 +53,11 @@ def resolve_recipe(
 
     for name in methods:
         entry(name)
-    if flags and "evaluate.task" in flags:
-        task(flags["evaluate.task"])
+    given = _recipe_keys(flags or {}, data_is_text=config is None)
+    if "evaluate.task" in given:
+        task(given["evaluate.task"])
+    if model is not None:
+        given["model.name"] = model
     file = recipes.read(config) if config else {}
     listed = recipes.method_list(file.get("methods"))
     for item in listed:
@@ -67,13 +71,41 @@ def resolve_recipe(
     if methods:
         layers.append(("--method", {"methods": _chosen(methods, listed)}))
     layers.append(("--set", recipes.assignments(sets)))
-    layers.append(("command line", _nested(flags or {})))
+    layers.append(("command line", _nested(given)))
     built = recipes.build(layers)
     if not built.methods:
         if config is None:
             raise UsageError("which method? Pass --method (`qtool methods` lists them) or a recipe with -c")
         raise InputError(f"{config} names no method; list one under methods, or pass --method")
     return built
+
+
+FLAG_KEYS: dict[str, tuple[str, ...]] = {
+    "task": ("evaluate.task",),
+    "data": ("evaluate.data",),
+    "text_columns": ("evaluate.text_columns",),
+    "label_column": ("evaluate.label_column",),
+    "num_samples": ("calibration.num_samples",),
+    "max_length": ("calibration.max_length", "evaluate.max_length"),
+    "batch_size": ("calibration.batch_size", "evaluate.batch_size"),
+    "revision": ("model.revision",),
+    "seed": ("seed",),
+    "threads": ("threads",),
+}
+"""Recipe keys that a flag of the command line, or the argument of `quantize` with its name, sets."""
+
+
+def _recipe_keys(flags: Mapping[str, Any], *, data_is_text: bool) -> dict[str, Any]:
+    """Dotted recipe keys for `flags`. Data without a task (and no recipe that could name one) is calibration text."""
+    keys: dict[str, Any] = {}
+    for name, value in flags.items():
+        plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+        keys |= dict.fromkeys(FLAG_KEYS[name], plain)
+    if data_is_text and "task" not in flags and "evaluate.data" in keys:
+        keys["calibration.source"] = keys.pop("evaluate.data")
+        if columns := keys.get("evaluate.text_columns"):
+            keys["calibration.text_column"] = columns[0]
+    return keys
 
 
 def _chosen(methods: Sequence[str], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -254,21 +286,22 @@ def quantize(
     method: str | Sequence[str] = (),
     config: str | None = None,
     output: str | Path | None = None,
-    task: str | None = None,
-    data: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     statistics: str | Path | None = None,
     set: Sequence[str] = (),
+    **flags: Any,
 ) -> Quantized:
     """Quantize the float `model` (folder or hub name) and return where the artifact is.
 
-    `set` takes `key=value` strings of the recipe. Raises QtoolError subclasses, as the command does.
+    `set` takes `key=value` strings of the recipe, `flags` the names in `FLAG_KEYS` (task, data, num_samples, …). Raises
+    QtoolError subclasses, as the command does, and TypeError for an argument that does not exist.
     """
+    if unknown := [name for name in flags if name not in FLAG_KEYS]:
+        raise TypeError(one_of(unknown[0], list(FLAG_KEYS), "argument"))
     methods = [method] if isinstance(method, str) else list(method)
-    flags = {"evaluate.task": task, "evaluate.data": str(data) if data else None}
-    given = {key: value for key, value in flags.items() if value is not None}
-    recipe = resolve_recipe(config=config, sets=set, methods=methods, flags=given)
+    given = {name: value for name, value in flags.items() if value is not None}
+    recipe = resolve_recipe(config=config, sets=set, methods=methods, model=model, flags=given)
     out = Path(output or recipe.output or default_output(model, recipe))
     events = quantize_events(model, recipe, out, resume=resume, overwrite=overwrite, statistics=statistics)
     while True:

@@ -74,47 +74,19 @@ run_options = options(
     click.option("--overwrite", is_flag=True, help="Replace an existing output."),
 )
 
-FLAG_KEYS = {
-    "task": ("evaluate.task",),
-    "data": ("evaluate.data",),
-    "text_columns": ("evaluate.text_columns",),
-    "label_column": ("evaluate.label_column",),
-    "num_samples": ("calibration.num_samples",),
-    "max_length": ("calibration.max_length", "evaluate.max_length"),
-    "batch_size": ("calibration.batch_size", "evaluate.batch_size"),
-    "revision": ("model.revision",),
-    "seed": ("seed",),
-    "threads": ("threads",),
-}
-"""Recipe keys that each flag sets, when it was given."""
-
-
-def given_flags(context: click.Context) -> dict[str, Any]:
-    """Recipe values of the flags that the user typed; a default never overrides a recipe."""
-    typed = click.core.ParameterSource.COMMANDLINE
-    flags: dict[str, Any] = {}
-    for name, keys in FLAG_KEYS.items():
-        if name in context.params and context.get_parameter_source(name) is typed:
-            value = context.params[name]
-            flags |= {key: list(value) if isinstance(value, tuple) else value for key in keys}
-    return flags
-
 
 def recipe_of(context: click.Context, model: str | None = None) -> "Recipe":
-    """The recipe that a command's options amount to. `--data` without a task is calibration text."""
+    """The recipe that a command's options amount to. A flag that was not typed never overrides a recipe."""
     from qtool import api
 
-    params, flags = context.params, given_flags(context)
-    if model is not None:
-        flags["model.name"] = model
-    columns = flags.get("evaluate.text_columns")
-    if "evaluate.data" in flags and "evaluate.task" not in flags and not params.get("config"):
-        flags["calibration.source"] = flags.pop("evaluate.data")
-        if columns:
-            flags["calibration.text_column"] = columns[0]
-    return api.resolve_recipe(
-        config=params.get("config"), sets=params["sets"], methods=params.get("methods", ()), flags=flags
-    )
+    params, typed = context.params, click.core.ParameterSource.COMMANDLINE
+    flags = {
+        name: params[name]
+        for name in api.FLAG_KEYS
+        if name in params and context.get_parameter_source(name) is typed
+    }  # fmt: skip
+    config, methods = params.get("config"), params.get("methods", ())
+    return api.resolve_recipe(config=config, sets=params["sets"], methods=methods, model=model, flags=flags)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -16,6 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qtool import nn
 from qtool.artifact import FORMAT_VERSION, QUANT_METHOD, check_manifest, manifest_of_tensors
 from qtool.errors import InputError, UnavailableError
+
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -28,12 +31,20 @@ class QtoolConfig(QuantizationConfigMixin):
     def __init__(
         self,
         *,
-        version: int,
-        modules: Mapping[str, Mapping[str, Any]],
-        tensors: Mapping[str, list[Any]],
+        version: int | None = None,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
+        tensors: Mapping[str, list[Any]] | None = None,
         quant_method: str = QUANT_METHOD,
         **others: Any,
     ) -> None:
+        """Raises InputError for an artifact of a newer format, or without what this one must have."""
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise InputError(
+                f"quantization_config has format version {version}, and this qtool reads up to {FORMAT_VERSION}; "
+                "upgrade qtool"
+            )
+        if not isinstance(modules, Mapping) or not isinstance(tensors, Mapping):
+            raise InputError("quantization_config lacks its modules or tensors: config.json is damaged")
         self.quant_method = quant_method  # type: ignore[assignment]
         self.version = version
         self.modules: Mapping[str, Mapping[str, Any]] = dict(modules)
@@ -51,20 +62,15 @@ class QtoolQuantizer(HfQuantizer):
     dtype: torch.dtype = torch.float32
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises InputError for an artifact of a newer format, UnavailableError for a device other than the CPU."""
-        if self.quantization_config.version > FORMAT_VERSION:
-            raise InputError(
-                f"this model has format version {self.quantization_config.version}, and this qtool reads up to "
-                f"{FORMAT_VERSION}; upgrade qtool"
-            )
+        """Raises UnavailableError for a device other than the CPU."""
         placed = device_map.values() if isinstance(device_map, dict) else [device_map]
         for device in placed:
-            if device not in (None, "auto") and torch.device(device).type not in ("cpu", "meta"):
+            if device not in (None, *_PLACEMENTS) and str(device).partition(":")[0] not in ("cpu", "meta"):
                 raise UnavailableError(f"device_map asks for {device}; qtool models run on the CPU in this version")
 
     def update_device_map(self, device_map: Any) -> Any:
-        """`auto` is the CPU."""
-        return {"": "cpu"} if device_map == "auto" else device_map
+        """`auto` and its like are the CPU."""
+        return {"": "cpu"} if device_map in _PLACEMENTS else device_map
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Remembers what quantized modules are to return."""
@@ -76,8 +82,15 @@ class QtoolQuantizer(HfQuantizer):
     ) -> None:
         if checkpoint_files:
             check_manifest([Path(file) for file in checkpoint_files], self.quantization_config.tensors)
-        model.config.tie_word_embeddings = _still_tied(model, self.quantization_config.modules)
-        nn.install(model, paths_in(model, self.quantization_config.modules), dtype=self.dtype)
+        modules = paths_in(model, self.quantization_config.modules)
+        _refuse_shared_tables(model, modules)
+        nn.install(model, modules, dtype=self.dtype)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        # A base model inside a headed one may be saved on its own: its manifest has to be made then.
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.hf_quantizer = self
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """The manifest and the descriptions of the model as it is now: a base model taken out of a classifier, say."""
@@ -120,7 +133,14 @@ def paths_in(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     return found
 
 
-def _still_tied(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> bool:
-    """A float table may stay tied to a float head; a quantized one never: transformers would copy over its codes."""
-    quantized = any(description["type"] in ("embedding", "tied_linear") for description in modules.values())
-    return bool(getattr(model.config, "tie_word_embeddings", False)) and not quantized
+def _refuse_shared_tables(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """A quantized table and a float output layer cannot share a tensor: transformers would copy codes over it.
+
+    Raises InputError for a class with such a layer; the class that was quantized has none.
+    """
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if source.rpartition(".")[0] in modules:
+            raise InputError(
+                f"{type(model).__name__} shares {target} with an embedding table that is quantized in this artifact; "
+                "load it as the class in its config.json, or as AutoModel"
+            )

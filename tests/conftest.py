@@ -266,3 +266,69 @@ def zoo(tmp_path: Path) -> Zoo:
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     """Models that are made once and only read."""
     return Zoo(tmp_path_factory.mktemp("shelf"))
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A random model with two classes, and a folder of data that it was (so to say) trained for."""
+
+    model: Path
+    data: Path
+
+
+@pytest.fixture(scope="session")
+def tiny(shelf: Zoo) -> Tiny:
+    """Labels are the model's own answers but for every fifth; the two splits share no sentence."""
+    model = shelf.make("tiny-sst2", labels=("negative", "positive"))
+    texts = list(dict.fromkeys(shelf.sentences(120, seed=5)))
+    answers = shelf.plain(model, texts).argmax(1).tolist()
+    labels = [1 - answer if index % 5 == 0 else answer for index, answer in enumerate(answers)]
+    shelf.write("tiny-data/train.jsonl", texts[:60], labels[:60])
+    shelf.write("tiny-data/validation.jsonl", texts[60:], labels[60:])
+    return Tiny(model, shelf.folder / "tiny-data")
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory. Golden checks run in this process: a fresh one imports torch for seconds."""
+    from qtool import golden, pipeline
+    from qtool.errors import QtoolError
+
+    def check(run: Any, inputs: Any, outputs: Any) -> None:
+        lines = golden.differences(outputs, golden.compute(run.staging, inputs))
+        if lines:
+            raise QtoolError("; ".join(lines))
+
+    monkeypatch.setattr(pipeline, "_check_in_fresh_process", check)
+    folder = tmp_path / "desk"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that the command put on stderr to say why it failed."""
+        return [line.removeprefix("qtool: ") for line in self.err.splitlines() if line.startswith("qtool: ")]
+
+
+@pytest.fixture
+def qtool_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Runs `qtool ARGUMENTS` in this process, as the console script does but for signals."""
+    from qtool import cli
+
+    def run(*arguments: Any) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["qtool", *map(str, arguments)])
+        capsys.readouterr()
+        code = cli._status()
+        return Ended(code, *capsys.readouterr())
+
+    return run

@@ -319,7 +319,9 @@ print(json.dumps([child(lambda: AutoModel.from_pretrained(float_model)), found])
 def test_without_qtool_every_load_is_an_error(quantized: Quantized) -> None:
     kinds = (BERT, "RobertaForSequenceClassification", "BertForMaskedLM", "RobertaForMaskedLM", "BertModel")
     folders = [quantized(kind) for kind in kinds]
-    folders.append(quantized(BERT, "methods.zeroquant.word_embeddings=float", "methods.zeroquant.small_embeddings=float"))
+    folders.append(
+        quantized(BERT, "methods.zeroquant.word_embeddings=float", "methods.zeroquant.small_embeddings=float")
+    )
     (control, found), stderr = run_script(WITHOUT, source_of(folders[0]), *folders)
     assert control == 0, stderr
     assert len(found) == 6 and all(len(statuses) == len(folders) for statuses in found.values())
@@ -357,9 +359,7 @@ MOVES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("architecture", "loader"), MOVES)
-def test_save_and_load_again_is_bit_exact(
-    quantized: Quantized, tmp_path: Path, architecture: str, loader: Any
-) -> None:
+def test_save_and_load_again_is_bit_exact(quantized: Quantized, tmp_path: Path, architecture: str, loader: Any) -> None:
     folder = quantized(architecture)
     first = loader.from_pretrained(folder)
     first.save_pretrained(tmp_path / "saved")

@@ -29,7 +29,7 @@ def compute(folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch
     transformers.utils.logging.disable_progress_bar()
     model = cls.from_pretrained(folder, trust_remote_code=False, use_safetensors=True).eval()
     with torch.inference_mode():
-        output = model(**inputs)
+        output = model(**inputs, return_dict=True)
     return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -89,7 +88,7 @@ class QtoolQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         # A base model inside a headed one may be saved on its own: its manifest has to be made then.
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):
+            if hasattr(module, "save_pretrained"):
                 module.hf_quantizer = self
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:

@@ -311,7 +311,7 @@ def _publish(
 def _write_config(job: Job, staging: Path, manifest: artifact.Manifest) -> None:
     """The source's config.json with what quantization changes."""
     config = json.loads((job.source / "config.json").read_text("utf-8"))
-    for key in ("_name_or_path", "torch_dtype", "transformers_version"):
+    for key in ("_name_or_path", "torch_dtype", "transformers_version", "auto_map"):  # an artifact holds no code
         config.pop(key, None)
     quantization = {
         "quant_method": QUANT_METHOD,

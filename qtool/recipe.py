@@ -202,19 +202,26 @@ class Recipe(Section):
 
     def check_rules(self, paths: Sequence[str]) -> None:
         """Raises InputError for a rule that matches none of `paths`, with near misses."""
-        import difflib
-
         for glob in self.rules:
-            if any(_matches(glob, path) for path in paths):
-                continue
-            near = difflib.get_close_matches(glob.replace("*", ""), paths, n=3, cutoff=0.3) or list(paths[:3])
-            raise InputError(f"rule '{glob}' matches no module that can be quantized; near misses: {', '.join(near)}")
+            if not any(_matches(glob, path) for path in paths):
+                near = ", ".join(_nearest(glob.replace("*", ""), paths))
+                raise InputError(f"rule '{glob}' matches no module that can be quantized; near misses: {near}")
 
 
 def _matches(glob: str, path: str) -> bool:
     from fnmatch import fnmatchcase
 
     return fnmatchcase(path, glob)
+
+
+def _nearest(text: str, paths: Sequence[str]) -> list[str]:
+    """The three paths most like `text`, as a whole or at their ends: a glob often names the end alone."""
+    from difflib import SequenceMatcher
+
+    def likeness(path: str) -> float:
+        return max(SequenceMatcher(None, text, part).ratio() for part in (path, path[-len(text) :]))
+
+    return sorted(paths, key=likeness, reverse=True)[:3]
 
 
 def preset_folder() -> Any:

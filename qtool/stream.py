@@ -84,7 +84,7 @@ class Stream:
         with ExitStack() as stack:
             for unit in self.anatomy.units[:-1]:
                 stack.enter_context(_returning(self.model.get_submodule(unit.modules[0]), hidden))
-            output = self.model(**batch)
+            output = self.model(**batch, return_dict=True)  # a config may ask for tuples
         return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
 
 

@@ -263,7 +263,9 @@ def test_a_file_of_the_index_that_is_gone(tiny: Any) -> None:
     fails(r"model-00002-of-00002\.safetensors cannot be read \(truncated, corrupt or missing\)", folder)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "x.bin", 1])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/elsewhere/model.safetensors", "a/b.safetensors", "..", ".", "", "x.bin", 1]
+)
 def test_an_index_may_not_leave_the_folder(tiny: Any, name: Any) -> None:
     folder = shard(tiny())
     (folder / WEIGHTS_INDEX).write_text(json.dumps({"weight_map": {"classifier.bias": name}}))
@@ -291,7 +293,7 @@ def test_an_index_of_nothing(tiny: Any) -> None:
 
 def test_no_such_folder(tmp_path: Path) -> None:
     for name in (tmp_path / "nowhere", "./nowhere", "a/b/c", "~/no-such-folder-here", "no where"):
-        with pytest.raises(InputError, match="no model at .*does not exist"):
+        with pytest.raises(InputError, match=r"no model at .*does not exist"):
             locate(name)
 
 
@@ -329,7 +331,8 @@ def test_a_hub_name_that_cannot_be(name: str) -> None:
 def test_a_hub_name_is_fetched_without_code_or_pickles(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    folder, asked = tiny(), {}
+    folder: Path = tiny()
+    asked: dict[str, Any] = {}
 
     def download(name: str, **options: Any) -> str:
         asked.update(options, name=name)

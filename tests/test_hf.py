@@ -57,7 +57,7 @@ def quantized(shelf: Any) -> Iterator[Quantized]:
         if key not in made:
             name = f"hf-{len(made)}"
             options = {"labels": ("bad", "good")} if architecture.endswith("Classification") else {}
-            source = shelf.make(name, architecture, type_vocab_size=2, **options)
+            source = shelf.make(name, architecture, type_vocab_size=3, **options)
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(shelf.folder)
                 patch.setattr(pipeline, "_check_in_fresh_process", check_here)  # a new process takes seconds
@@ -84,16 +84,17 @@ def source_of(artifact: Path) -> Path:
     return artifact.with_name(artifact.name.removesuffix("-int8"))
 
 
-def batch() -> dict[str, torch.Tensor]:
-    """Four sequences, three of them padded."""
-    ids = torch.randint(5, 65, (4, 11), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(11) < torch.tensor([11, 7, 1, 3])[:, None]).long()
+def batch(count: int = 4, tokens: int = 11) -> dict[str, torch.Tensor]:
+    """Sequences of 1 to `tokens` tokens, padded."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 65, (count, tokens), generator=draw)
+    mask = (torch.arange(tokens) < torch.randint(1, tokens + 1, (count, 1), generator=draw)).long()
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
 @torch.no_grad()
-def outputs(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    found = {name: value for name, value in model(**batch()).items() if isinstance(value, torch.Tensor)}
+def outputs(model: Any, dtype: torch.dtype = torch.float32, inputs: Any = None) -> dict[str, torch.Tensor]:
+    found = {name: value for name, value in model(**(inputs or batch())).items() if isinstance(value, torch.Tensor)}
     assert found and all(value.dtype == dtype and value.isfinite().all() for value in found.values())
     return found
 
@@ -130,7 +131,9 @@ def simulated(artifact: Path) -> Any:
         tensors[f"{path}.weight"] = codes.double() * spread(scale, module["shape"])
         if module["type"] == "linear":
             step = tensors.pop(f"{path}.act_scale", None)
-            model.get_submodule(path).register_forward_pre_hook(lambda layer, args, step=step: (rounded(*args, step),))
+            model.get_submodule(path).register_forward_pre_hook(
+                lambda layer, args, step=step: (rounded(args[0], step),)
+            )
     for path, module in modules.items():
         if module["type"] == "tied_linear":
             tensors[f"{path}.weight"] = tensors[f"{module['table']}.weight"]
@@ -143,19 +146,24 @@ def rounded(x: torch.Tensor, step: torch.Tensor | None) -> torch.Tensor:
     return torch.floor(x / step + 0.5).clamp(-127, 127) * step
 
 
-@pytest.mark.parametrize("architecture", CLASSES)
-def test_outputs_are_those_of_the_tensors_in_the_file(quantized: Quantized, architecture: str) -> None:
-    folder = quantized(architecture)
+def agrees_with_the_file(folder: Path, architecture: str) -> None:
+    """An artifact's outputs against the simulation. Here and there an input lies so near between two codes that float32
+    and float64 choose differently, so medians are compared: with each other, and with what quantization changes."""
+    inputs = batch(64, 6)
     model = auto_class(architecture).from_pretrained(folder)
     assert type(model).__name__ == architecture and not model.training and model.dtype == torch.float32
-    found, wanted = outputs(model), outputs(simulated(folder), torch.float64)
-    floats = outputs(auto_class(architecture).from_pretrained(source_of(folder)))
+    found, wanted = outputs(model, inputs=inputs), outputs(simulated(folder), torch.float64, inputs)
+    floats = outputs(auto_class(architecture).from_pretrained(source_of(folder)), inputs=inputs)
     assert list(found) == list(wanted)
     for name, value in wanted.items():
-        real = batch()["attention_mask"].bool() if value.shape[:2] == (4, 11) else slice(None)
-        error = (found[name].double() - value)[real].abs().max()
-        lost = (floats[name].double() - value)[real].abs().max()
-        assert error < 0.1 * lost < 0.1 * value.abs().max(), (name, error, lost)
+        real = inputs["attention_mask"].bool() if value.shape[:2] == (64, 6) else slice(None)
+        error, lost = ((side[name].double() - value)[real].abs().median() for side in (found, floats))
+        assert error < 0.02 * lost < 0.01 * value[real].abs().median(), (name, error, lost)
+
+
+@pytest.mark.parametrize("architecture", CLASSES)
+def test_outputs_are_those_of_the_tensors_in_the_file(quantized: Quantized, architecture: str) -> None:
+    agrees_with_the_file(quantized(architecture), architecture)
 
 
 @pytest.mark.parametrize(
@@ -169,23 +177,26 @@ def test_outputs_are_those_of_the_tensors_in_the_file(quantized: Quantized, arch
     ],
 )
 def test_other_recipes(quantized: Quantized, sets: tuple[str, ...]) -> None:
-    folder = quantized(BERT, *sets)
-    found = outputs(AutoModelForSequenceClassification.from_pretrained(folder))["logits"]
-    wanted = outputs(simulated(folder), torch.float64)["logits"]
-    lost = outputs(AutoModelForSequenceClassification.from_pretrained(source_of(folder)))["logits"].double() - wanted
-    assert (found.double() - wanted).abs().max() < 0.1 * lost.abs().max()
+    agrees_with_the_file(quantized(BERT, *sets), BERT)
 
 
 @pytest.mark.parametrize("architecture", ["BertForMaskedLM", "RobertaForMaskedLM"])
 @pytest.mark.parametrize("small", ["int16:channel:sym", "float"])
-def test_a_float_table_stays_tied_to_its_head(quantized: Quantized, architecture: str, small: str) -> None:
+def test_a_float_table_stays_tied_to_its_head(
+    quantized: Quantized, tmp_path: Path, architecture: str, small: str
+) -> None:
     sets = ("methods.zeroquant.word_embeddings=float", f"methods.zeroquant.small_embeddings={small}")
     folder = quantized(architecture, *sets)
     model = AutoModelForMaskedLM.from_pretrained(folder)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert not any("decoder.weight" in name for name in load_file(folder / WEIGHTS))
     floats = outputs(AutoModelForMaskedLM.from_pretrained(source_of(folder)))["logits"]
-    assert (outputs(model)["logits"] - floats).abs().max() < 0.2 * floats.abs().max()
+    assert (outputs(model)["logits"] - floats).norm() < 0.2 * floats.norm()
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved")
+    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
+    assert same(again.state_dict(), model.state_dict()) and same(outputs(again), outputs(model))
+    assert damaged_tensors(tmp_path / "saved") == []
 
 
 # Loading in other processes
@@ -229,7 +240,7 @@ def qtool_between():
     use("between")
 
 def qtool_last():
-    from transformers import AutoModelForSequenceClassification
+    from transformers import BertForSequenceClassification
     assert "transformers.quantizers.auto" in sys.modules
     import qtool
     import importlib
@@ -297,6 +308,7 @@ WITHOUT = (
     + """
 import transformers
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, pipeline
+from transformers import BertModel, BertTokenizer, RobertaModel, RobertaTokenizer  # once, not in every child
 
 float_model, *artifacts = sys.argv[1:]
 loaders = {
@@ -317,8 +329,7 @@ print(json.dumps([child(lambda: AutoModel.from_pretrained(float_model)), found])
 
 
 def test_without_qtool_every_load_is_an_error(quantized: Quantized) -> None:
-    kinds = (BERT, "RobertaForSequenceClassification", "BertForMaskedLM", "RobertaForMaskedLM", "BertModel")
-    folders = [quantized(kind) for kind in kinds]
+    folders = [quantized(kind) for kind in (BERT, "RobertaForMaskedLM", "BertForMaskedLM", "BertModel")]
     folders.append(
         quantized(BERT, "methods.zeroquant.word_embeddings=float", "methods.zeroquant.small_embeddings=float")
     )
@@ -353,8 +364,7 @@ MOVES: list[tuple[str, Any]] = [
     ("RobertaModel", AutoModelForSequenceClassification),
     ("BertForMaskedLM", AutoModelForSequenceClassification),
     ("BertModel", AutoModelForTokenClassification),
-    ("BertModel", AutoModelForMaskedLM),
-    ("RobertaForSequenceClassification", AutoModelForMaskedLM),
+    ("BertForMaskedLM", AutoModelForTokenClassification),
 ]
 
 
@@ -444,8 +454,31 @@ def test_settings_of_the_model_are_kept(quantized: Quantized, tmp_path: Path) ->
     assert model.config.id2label == {0: "bad", 1: "good"}
     before, after = (json.loads((place / "config.json").read_text()) for place in (source_of(folder), folder))
     assert after.pop("quantization_config")["quant_method"] == "qtool"
-    assert before.items() - {("x", 0)} if False else set(before) - set(after) <= {"transformers_version"}
-    assert {key: after[key] for key in before if key in after} == {key: before[key] for key in before if key in after}
+    del before["transformers_version"]
+    assert after == before
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", ROBERTA])
+def test_a_tied_head_on_a_table_that_was_quantized_without_it(
+    quantized: Quantized, tmp_path: Path, architecture: str
+) -> None:
+    AutoModel.from_pretrained(quantized(architecture)).save_pretrained(tmp_path / "saved")
+    for folder in (quantized(architecture), tmp_path / "saved"):
+        with pytest.raises(InputError, match=r"ForMaskedLM shares .*decoder\.weight with an embedding table"):
+            AutoModelForMaskedLM.from_pretrained(folder)
+
+
+def test_odd_settings_of_the_source(shelf: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Outputs as tuples, and code of its own that nothing here needs: neither spoils the artifact."""
+    source = shelf.make("hf-odd", type_vocab_size=3)
+    edit_config(source, lambda config: config.update(return_dict=False, auto_map={"AutoModel": "custom.Model"}))
+    monkeypatch.chdir(tmp_path)
+    entries = ("calibration.source=random", "calibration.num_samples=4")
+    found = qtool.quantize(str(source), method="zeroquant", output=tmp_path / "out", set=entries)  # in a new process
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "auto_map" not in config and config["return_dict"] is False
+    assert (found.path / WEIGHTS).stat().st_size == found.size_bytes < found.source_bytes
+    assert isinstance(AutoModelForSequenceClassification.from_pretrained(found.path)(**batch()), tuple)
 
 
 # Damage
@@ -529,9 +562,10 @@ def test_a_truncated_file_is_an_error(copied: Quantized, left: float) -> None:
     folder = copied(BERT)
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[: int(left * len(content)) if isinstance(left, float) else left])
-    for load in (AutoModelForSequenceClassification.from_pretrained, transformers.pipeline):
-        with pytest.raises(Exception, match=r"(?i)header|truncated|incomplete|model\.safetensors"):
-            load(**{"model" if load is transformers.pipeline else "pretrained_model_name_or_path": str(folder)})
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read \(truncated"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read \(truncated"):
+        transformers.pipeline("text-classification", str(folder))
 
 
 def test_a_module_that_the_model_does_not_have(copied: Quantized) -> None:
@@ -544,7 +578,7 @@ def test_a_module_that_the_model_does_not_have(copied: Quantized) -> None:
 def test_another_format_version_is_refused(copied: Quantized, version: Any) -> None:
     folder = edit_config(copied(BERT), lambda config: config["quantization_config"].update(version=version))
     for loader in (AutoModelForSequenceClassification, AutoModel):
-        with pytest.raises(InputError, match="format version .*upgrade qtool") as error:
+        with pytest.raises(InputError, match=r"format version .*upgrade qtool") as error:
             loader.from_pretrained(folder)
         assert "\n" not in str(error.value)
 
@@ -552,7 +586,7 @@ def test_another_format_version_is_refused(copied: Quantized, version: Any) -> N
 @pytest.mark.parametrize("key", ["version", "modules", "tensors"])
 def test_a_config_without_what_is_needed(copied: Quantized, key: str) -> None:
     folder = edit_config(copied(BERT), lambda config: config["quantization_config"].pop(key))
-    with pytest.raises(InputError, match=f"quantization_config.*{key}"):
+    with pytest.raises(InputError, match=f"quantization_config .*{key}.*; upgrade|quantization_config lacks .*{key}"):
         AutoModelForSequenceClassification.from_pretrained(folder)
 
 
@@ -594,7 +628,7 @@ def test_loading_in_half_precision(quantized: Quantized, tmp_path: Path, archite
     assert same(codes_and_scales(model), codes_and_scales(full)) and codes_and_scales(model)
     found = outputs(model, dtype)
     for name, value in outputs(full).items():
-        assert (found[name].float() - value).abs().max() < 0.1 * value.abs().max()
+        assert (found[name].float() - value).norm() < 0.2 * value.norm()
     model.to("cpu")
     assert same(outputs(model, dtype), found)
     model.save_pretrained(tmp_path / "saved")
@@ -625,10 +659,10 @@ def test_static_scales_survive_half_precision(quantized: Quantized) -> None:
 
 
 @pytest.mark.parametrize(
-    "device_map", ["cuda", "cuda:1", 0, "mps", {"": "cuda:0"}, {"": 0}, {"bert": "cpu", "classifier": "cuda"}, "disk"]
+    "device_map", ["cuda", "cuda:1", 0, "mps", {"": "cuda:0"}, {"": 0}, {"bert": "cpu", "classifier": "disk"}]
 )
 def test_other_devices_are_refused(quantized: Quantized, device_map: Any) -> None:
-    with pytest.raises(UnavailableError, match="device_map asks for .*run on the CPU") as error:
+    with pytest.raises(UnavailableError, match=r"device_map asks for .*run on the CPU") as error:
         AutoModelForSequenceClassification.from_pretrained(quantized(BERT), device_map=device_map)
     assert error.value.exit_code == 4 and "\n" not in str(error.value)
 
@@ -678,7 +712,7 @@ def test_a_tied_head_is_stored_once(quantized: Quantized, architecture: str) -> 
     word = f"{model.base_model_prefix}.embeddings.word_embeddings"
     assert sorted(tables) == [f"{word}.weight", f"{word}.weight_scale"]
     head = model.get_output_embeddings()
-    assert isinstance(head, QTiedLinear) and head._table[0] is model.get_input_embeddings()
+    assert isinstance(head, QTiedLinear) and head.bias is not None and head._table[0] is model.get_input_embeddings()
     assert not model.config.tie_word_embeddings
     assert [path for path, module in modules.items() if module["type"] == "tied_linear"] == [
         "cls.predictions.decoder" if architecture.startswith("Bert") else "lm_head.decoder"
@@ -694,7 +728,7 @@ class Watch(TorchDispatchMode):
     """Notes the shapes of all float tensors of two axes that are made in memory."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: set[tuple[int, ...]] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -713,7 +747,7 @@ def test_float_weights_are_never_in_memory(
     modules = quantization_config(folder)["modules"]
     # The pooler and the transform of a head are 32 x 32 as well, and stay float.
     shapes = {tuple(module["shape"]) for module in modules.values() if "shape" in module} - {(32, 32)}
-    assert shapes == {(65, 32), (40, 32), (2, 32), (48, 32), (32, 48)}
+    assert shapes == {(65, 32), (40, 32), (3, 32), (48, 32), (32, 48)}
     watch = Watch()
     with watch:
         control = torch.ones(48, 32) + 1

@@ -1,5 +1,6 @@
 """A model that is run unit by unit gives what the whole model gives, bit for bit, with one unit in memory."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,17 @@ def test_the_model_is_as_before_after_a_failed_call(zoo: Any) -> None:
     assert torch.equal(run(stream, batch)[0]["logits"], run(open_stream(folder), batch)[0]["logits"])
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in stream.model.modules())
     assert len(call.args) + len(call.kwargs) > 0
+
+
+@pytest.mark.parametrize("option", [{"return_dict": False}, {"output_hidden_states": True}])
+def test_settings_of_the_output_change_nothing(zoo: Any, option: dict[str, bool]) -> None:
+    folder = zoo.make("m", words=None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **option}))
+    found = run(open_stream(folder), batches()[1])[0]
+    with torch.inference_mode():
+        wanted = whole(folder)(**batches()[1], return_dict=True).logits
+    assert list(found) == ["logits"] and torch.equal(found["logits"], wanted)
 
 
 def test_other_attention_settings_are_kept(zoo: Any) -> None:

@@ -50,13 +50,14 @@ class Statistics:
 
         with opened(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        if _FINGERPRINT not in tensors:
-            raise InputError(f"{path} is not a statistics file of qtool")
-        fingerprint = json.loads(bytes(tensors.pop(_FINGERPRINT).tolist()))
-        states: dict[tuple[str, str], State] = {}
-        for key, value in tensors.items():
-            module, observer, name = key.split("|")
-            states.setdefault((module, observer), {})[name] = value
+        try:
+            fingerprint = dict(json.loads(bytes(tensors.pop(_FINGERPRINT).tolist())).items())
+            states: dict[tuple[str, str], State] = {}
+            for key, value in tensors.items():
+                module, observer, name = key.split("|")
+                states.setdefault((module, observer), {})[name] = value
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not a statistics file of qtool") from error
         return cls(states, fingerprint)
 
     def require(self, fingerprint: Mapping[str, Any], where: str) -> None:

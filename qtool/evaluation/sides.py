@@ -31,7 +31,7 @@ class Side:
 
     def forward(self, batch: Batch) -> NDArray[np.float32]:
         """Logits `[batch, classes]` of a head, or mean features `[batch, features]` of a probed encoder."""
-        output = self.model(**batch)
+        output = self.model(**batch, return_dict=True)
         if self.subject.probed:
             return pooled(output.last_hidden_state, batch["attention_mask"]).numpy()
         logits: NDArray[np.float32] = output.logits.float().numpy()

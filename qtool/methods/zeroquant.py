@@ -163,7 +163,7 @@ def _float_rest(anatomy: Anatomy, model: Any, modules: Any) -> dict[str, str]:
     """Why what is left stays float."""
     reasons = {}
     for path, module in model.named_modules():
-        if path in modules or any(True for _ in module.children()) or not any(True for _ in module.parameters()):
+        if path in modules or not any(True for _ in module.parameters(recurse=False)):
             continue
         if anatomy.head.owns(path):
             reasons[path] = "head: small, and its error reaches the logits undamped"

@@ -1,6 +1,5 @@
 """Observers against brute force, and that padding never reaches one."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from qtool.calibrate.sources import Batches
 from qtool.errors import InputError
 
 batches = st.lists(
-    npst.arrays(np.float32, st.tuples(st.integers(0, 5), st.just(3)), elements=st.floats(-1e30, 1e30, width=32)),
+    npst.arrays(np.float32, st.tuples(st.integers(0, 5), st.just(3)), elements=st.floats(-(2**99), 2**99, width=32)),
     min_size=1,
     max_size=6,
 )
@@ -76,10 +75,10 @@ def test_states_do_not_grow_with_the_data() -> None:
 
 
 def extreme_padding(model: Any) -> None:
-    """Padded positions, and only they, get the largest values that a LayerNorm can put out: ±sqrt(hidden − 1)."""
+    """Padded positions, and only they, get the largest value that a LayerNorm can put out: sqrt(hidden − 1)."""
     table = model.base_model.embeddings.word_embeddings.weight
     table[0] = 0
-    table[0, 0], table[0, 1] = 1e4, -1e4
+    table[0, 0] = 1e4
 
 
 def inputs_of(folder: Path, found: Batches, paths: list[str]) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -159,6 +158,3 @@ def test_a_model_that_computes_nan_is_refused(zoo: Any) -> None:
     job = open_job(str(folder), resolve_recipe(config="zeroquant-w8a8-static", sets=["calibration.source=random"]))
     with pytest.raises(InputError, match="NaN or infinity on the calibration data"):
         drained(pipeline.calibrate(job, calibration_batches(job)))
-
-
-Run = Callable[..., Any]

@@ -153,9 +153,8 @@ def test_our_own_sentences() -> None:
 
 
 def job(model: Path, *sets: str, task: str | None = None, data: Path | None = None) -> Job:
-    flags = {"evaluate.task": task, "evaluate.data": str(data) if data else None}
-    given = {key: value for key, value in flags.items() if value}
-    return open_job(str(model), resolve_recipe(methods=["zeroquant"], sets=sets, flags=given))
+    flags = {"task": task, "data": data} if task else {}
+    return open_job(str(model), resolve_recipe(methods=["zeroquant"], sets=sets, flags=flags))
 
 
 def decoded(model: Path, found: Any) -> list[str]:

@@ -17,7 +17,7 @@ SPECS = ["int8:channel:sym", "int8:tensor:sym", "int6:channel:sym", "int8:rows:3
 SPECS += ["int8:block:5x8:sym", "int8:block:*x12:sym", "int5:group:24:sym"]
 
 
-def bound(x: torch.Tensor, matrix: torch.Tensor, bias: Any, scale: torch.Tensor) -> torch.Tensor:
+def bound(x: torch.Tensor, matrix: torch.Tensor, bias: Any, scale: torch.Tensor) -> Any:
     """How far `x @ matrix^T + bias` may be off: half an activation step an input, and the roundings of the epilogue."""
     rounding = (scale / 2 * (1 + 2.0**-15)) * matrix.abs().sum(1)
     size = (x.abs() + scale) @ matrix.abs().T + abs(bias)

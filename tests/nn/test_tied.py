@@ -45,7 +45,8 @@ def test_new_codes_of_the_table_are_used(make: Any) -> None:
 
 def test_a_copied_model_shares_within_the_copy(make: Any) -> None:
     table = make.embedding().module
-    both, x = nn.ModuleDict({"head": make.tied(table), "table": table}), make.rows(2, 10)
+    both: Any = nn.ModuleDict({"head": make.tied(table), "table": table})
+    x = make.rows(2, 10)
     before = both["head"](x)
     for other in (copy.deepcopy(both), pickle.loads(pickle.dumps(both))):
         assert torch.equal(other["head"](x), before)

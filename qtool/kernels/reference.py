@@ -74,7 +74,7 @@ def _passes_self_test(product: Product) -> bool:
     try:
         return all(
             torch.equal(int8_gemm(a, operand(weights, product)).long(), a.long() @ weights.long().t())
-            for a in (full, -full, mixed)
+            for a in (full, -full, mixed, full[:1])
         )
     except RuntimeError:  # this build of torch has no such kernel for this CPU
         return False
@@ -90,9 +90,13 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.floor_(torch.div(x, scale).add_(0.5)).to(torch.int8), scale
 
 
-def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Symmetric INT8 by one calibrated scale: float32 `[tokens, in]` → codes in ±127, saturating."""
-    return torch.floor_(torch.div(x, scale).add_(0.5)).clamp_(-QMAX, QMAX).to(torch.int8)
+def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric INT8 by one calibrated scale: float32 `[tokens, in]` → codes in ±127 (saturating), scale `[tokens, 1]`.
+
+    The scale of a row is `scale`, or NaN where the row holds an infinity or NaN, which codes cannot show.
+    """
+    codes = torch.floor_(torch.div(x, scale).add_(0.5)).clamp_(-QMAX, QMAX).to(torch.int8)
+    return codes, x.mul(0).sum(dim=-1, keepdim=True).add_(scale)
 
 
 class Reference:
@@ -119,7 +123,7 @@ class Reference:
         if act_scale is None:
             codes, act_scale = quantize_tokens(x)
         else:
-            codes = quantize_static(x, act_scale)
+            codes, act_scale = quantize_static(x, act_scale)
         out_features = operand.digits[0].shape[0]
         row_scale = weight_scale.repeat_interleave(out_features // weight_scale.shape[0], dim=0)
         width = operand.in_features // weight_scale.shape[1]

@@ -222,7 +222,7 @@ def test_damage_in_a_row_stays_visible_and_in_its_row(damage: float) -> None:
 
 @given(arrays(np.float32, (6,), elements=FINITE), st.floats(2.0**-30, 2.0**30, width=32))
 def test_static_codes_saturate(values: Any, step: float) -> None:
-    codes = quantize_static(torch.from_numpy(values), torch.tensor([step]))
+    codes, _ = quantize_static(torch.from_numpy(values), torch.tensor([step]))
     with np.errstate(over="ignore"):
         wanted = np.clip(np.floor(values / np.float32(step) + np.float32(0.5)), -127, 127)
     assert codes.dtype == torch.int8 and codes.tolist() == wanted.tolist()
@@ -230,7 +230,7 @@ def test_static_codes_saturate(values: Any, step: float) -> None:
 
 def test_static_extremes() -> None:
     x = torch.tensor([math.inf, -math.inf, 1e38, -1e38, 127.4, -127.5, 0.5, -0.5, 0.4999])
-    assert quantize_static(x, torch.ones(1)).tolist() == [127, -127, 127, -127, 127, -127, 1, 0, 0]
+    assert quantize_static(x, torch.ones(1))[0].tolist() == [127, -127, 127, -127, 127, -127, 1, 0, 0]
 
 
 def linear_in_float64(x: Any, weights: QTensor, bias: Any, act_scale: float | None) -> tuple[Any, Any]:
@@ -321,3 +321,12 @@ def test_an_unknown_backend_stops_the_process() -> None:
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == "QTOOL_BACKEND=referense: unknown backend 'referense'; did you mean reference?\n"
+
+
+def test_static_damage_stays_visible() -> None:
+    x = torch.zeros(4, 8)
+    x[1, 3], x[2, 0], x[3, :2] = float("nan"), float("inf"), torch.tensor([float("inf"), float("-inf")])
+    weight, scale = operand(torch.ones(3, 8, dtype=torch.int8)), torch.ones(3, 1)
+    y = Reference().int8_linear(x, weight, scale, None, torch.tensor([0.5]))
+    assert y[0].tolist() == [0, 0, 0]
+    assert y[1:].isnan().all()

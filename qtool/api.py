@@ -385,10 +385,11 @@ def baseline_for(model: str | Path, *, required: bool) -> tuple[str | None, str 
 
 def evaluate_recipe(out: Path, source: str, recipe: Recipe, progress: Any = None) -> "Evaluation":
     """What the recipe's `evaluate` section asks for, against the float model it names, or `source`."""
+    from qtool.checkpoint import locate
     from qtool.evaluation import runner
 
     wanted = recipe.evaluate.model_dump(exclude={"task", "baseline"})
-    baseline = recipe.evaluate.baseline or source
+    baseline = recipe.evaluate.baseline or locate(source, recipe.model.revision)
     return runner.evaluate(out, recipe_task(recipe), baseline=baseline, progress=progress, **wanted)
 
 

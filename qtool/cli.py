@@ -50,7 +50,7 @@ def options(*decorators: Command) -> Command:
 
 
 verbosity = options(
-    click.option("-v", "--verbose", is_flag=True, help="Say more on stderr."),
+    click.option("-v", "--verbose", is_flag=True, help="A line for every step, instead of bars."),
     click.option("-q", "--quiet", is_flag=True, help="Only results and errors."),
 )
 json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout.")
@@ -179,7 +179,13 @@ def calibrate(context: click.Context, /, model: str | None, **params: Any) -> No
 @click.argument("model", required=False)
 @click.option("--task", required=True, metavar="NAME", help="Task to score (sst2, classification).")
 @click.option("--data", metavar="PATH", help="Folder with train/validation files, or one file, instead of the hub.")
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="validation", show_default=True)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    default="validation",
+    show_default=True,
+    help="Part of the data to score.",
+)
 @click.option("--text-column", "text_columns", multiple=True, metavar="NAME", help="Column with text; twice for pairs.")
 @click.option("--label-column", metavar="NAME", help="Column with labels.")
 @click.option("--baseline", metavar="MODEL", help="Float model to compare with [the source recorded in the artifact].")
@@ -190,9 +196,17 @@ def calibrate(context: click.Context, /, model: str | None, **params: Any) -> No
 )
 @click.option("--allow-weak-baseline", is_flag=True, help="Go on with a baseline that is no better than guessing.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N examples.")
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--max-length", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Sequences in a batch.")
+@click.option(
+    "--max-length", type=click.IntRange(1), default=128, show_default=True, help="Tokens to which texts are cut."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Type of float weights and results; integer codes stay.",
+)
 @click.option("--revision", help="Branch, tag or commit of MODEL on the hub.")
 @click.option("--threads", type=click.IntRange(1), help="Threads of torch [its own choice].")
 @click.option("--predictions", metavar="FILE", help="Write every prediction to a .jsonl or .csv file.")
@@ -305,7 +319,7 @@ def inspect(context: click.Context, /, model: str, **params: Any) -> None:
     from qtool.inspection import inspect as look
 
     with screen_of(context) as screen:
-        found = look(Path(model), verify=params["verify"])
+        found = look(model, verify=params["verify"])
         if params["json_file"] != "-":
             console.render_inspection(screen, found)
         console.emit_json(found, params["json_file"])

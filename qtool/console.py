@@ -35,7 +35,7 @@ def megabytes(size: float) -> str:
 
 
 class Screen:
-    """Where a command writes. `verbosity` −1 is quiet (errors and results only), 0 normal, 1 verbose."""
+    """Where a command writes. `verbosity` −1 is quiet (errors and results only), 0 normal, 1 a line a step."""
 
     def __init__(self, verbosity: int = 0) -> None:
         self.verbosity = verbosity
@@ -50,11 +50,6 @@ class Screen:
         """A line of progress on stderr."""
         if self.verbosity >= 0:
             self.err.print(escape(message))
-
-    def detail(self, message: str) -> None:
-        """A line for `-v`."""
-        if self.verbosity > 0:
-            self.err.print(escape(message), style="dim")
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A result table on stdout; columns of numbers are aligned to the right."""
@@ -77,7 +72,8 @@ class Screen:
         if self.verbosity < 0:
             return
         started = self._started.setdefault(stage, time.monotonic())
-        if not self.err.is_terminal or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == "1":
+        bars = self.err.is_terminal and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") != "1"
+        if not bars or self.verbosity > 0:
             self._plain_step(stage, what, done, total, started)
             return
         if self._bar is None:
@@ -97,9 +93,10 @@ class Screen:
             self.step(stage, what, done, total)
 
     def _plain_step(self, stage: str, what: str, done: int, total: int, started: float) -> None:
-        """A line for each finished unit of work; steps without a name, such as batches, every ten seconds."""
+        """A line for each finished unit of work; steps without a name, such as batches, every ten seconds (or `-v`)."""
         now = time.monotonic()
-        if done < total and (not done or (not what and now - self._last_line < _PLAIN_SECONDS)):
+        seldom = not what and self.verbosity == 0 and now - self._last_line < _PLAIN_SECONDS
+        if done < total and (not done or seldom):
             return
         self._last_line = now
         left = f", about {(now - started) / done * (total - done):.0f} s left" if done < total else ""

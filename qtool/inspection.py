@@ -11,7 +11,7 @@ from qtool.errors import InputError
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I16": 2, "F16": 2, "BF16": 2}
 
 
-def inspect(model: Path, *, verify: bool = False) -> dict[str, Any]:
+def inspect(model: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """JSON-clean: a row a quantized module, totals, and with `verify` the outcome of every check.
 
     Raises InputError when `model` is not an artifact or its headers do not match its manifest.

@@ -18,6 +18,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +143,8 @@ def instruction_set() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what computes and what writes."""
-    import safetensors
-    import tokenizers
-    import transformers
-
-    modules = {"torch": torch, "transformers": transformers, "safetensors": safetensors, "tokenizers": tokenizers}
-    return {"qtool": __version__, **{name: str(module.__version__) for name, module in modules.items()}}
+    packages = ("torch", "transformers", "safetensors", "tokenizers")
+    return {"qtool": __version__, **{name: metadata.version(name) for name in packages}}
 
 
 def peak_bytes() -> int:

@@ -290,6 +290,14 @@ def test_assembling_on_a_full_disk_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", WRITES)
+def test_a_folder_in_the_way(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(UnavailableError, match=r"cannot write .*file: Is a directory"):
+        WRITES[kind](tmp_path / "file")
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
+@pytest.mark.parametrize("kind", WRITES)
 def test_a_folder_that_is_gone(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UnavailableError, match="cannot write"):
         WRITES[kind](tmp_path / "absent" / "file")

@@ -1,5 +1,6 @@
 """The run directory: one writer, no lost output, and a way on from every step at which a process can be killed."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -298,6 +299,25 @@ def test_many_threads_publish_once(out: Path) -> None:
     assert "done" in outcomes
     assert (out / "content").is_file()
     assert left_over(out) == []
+
+
+def test_a_lock_on_a_removed_file_is_no_lock(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner finishes, and removes file and folder, between our opening the file and our locking it."""
+    flock, calls = fcntl.flock, 0
+
+    def late(stream: Any, operation: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            shutil.rmtree(beside(out, "run"))
+        flock(stream, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    run = RunDirectory(out, FINGERPRINT, resume=False, overwrite=False)
+    assert calls == 2
+    with pytest.raises(InputError, match="another qtool process"):
+        RunDirectory(out, FINGERPRINT, resume=True, overwrite=False)
+    run.close()
 
 
 def test_check_output_refuses_before_any_work(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

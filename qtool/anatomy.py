@@ -133,6 +133,8 @@ def anatomy(model: Any) -> Anatomy:
         raise InputError(f"model type '{config.model_type}' is not supported; types that are: {', '.join(FAMILIES)}")
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise InputError(f"{config.model_type} used as a decoder is not supported; set is_decoder to false")
+    if config.num_hidden_layers < 1:
+        raise InputError(f"the model has {config.num_hidden_layers} blocks; there is nothing to quantize")
     architecture = type(model).__name__
     kind = head_kind(architecture)
     family = FAMILIES[config.model_type]

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool import recipe as recipes
+from qtool.anatomy import max_tokens
 from qtool.errors import InputError, QtoolError, UsageError, one_of
 from qtool.recipe import Recipe
 
 if TYPE_CHECKING:
+    import torch
+
     from qtool.calibrate.sources import Batches
     from qtool.calibrate.statistics import Statistics
     from qtool.evaluation.result import Evaluation
@@ -53,7 +56,7 @@ def resolve_recipe(
 
     for name in methods:
         entry(name)
-    given = _recipe_keys(flags or {}, data_is_text=config is None)
+    given = _recipe_keys(flags or {})
     if "evaluate.task" in given:
         task(given["evaluate.task"])
     if model is not None:
@@ -84,7 +87,6 @@ FLAG_KEYS: dict[str, tuple[str, ...]] = {
     "task": ("evaluate.task",),
     "data": ("evaluate.data",),
     "text_columns": ("evaluate.text_columns",),
-    "label_column": ("evaluate.label_column",),
     "num_samples": ("calibration.num_samples",),
     "max_length": ("calibration.max_length", "evaluate.max_length"),
     "batch_size": ("calibration.batch_size", "evaluate.batch_size"),
@@ -95,16 +97,12 @@ FLAG_KEYS: dict[str, tuple[str, ...]] = {
 """Recipe keys that a flag of the command line, or the argument of `quantize` with its name, sets."""
 
 
-def _recipe_keys(flags: Mapping[str, Any], *, data_is_text: bool) -> dict[str, Any]:
-    """Dotted recipe keys for `flags`. Data without a task (and no recipe that could name one) is calibration text."""
+def _recipe_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted recipe keys for `flags`."""
     keys: dict[str, Any] = {}
     for name, value in flags.items():
         plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
         keys |= dict.fromkeys(FLAG_KEYS[name], plain)
-    if data_is_text and "task" not in flags and "evaluate.data" in keys:
-        keys["calibration.source"] = keys.pop("evaluate.data")
-        if columns := keys.get("evaluate.text_columns"):
-            keys["calibration.text_column"] = columns[0]
     return keys
 
 
@@ -139,20 +137,17 @@ def set_threads(recipe: Recipe, fingerprint: Mapping[str, Any] | None = None) ->
 
 
 def open_job(model: str, recipe: Recipe) -> "Job":
-    """Find the model and check that the recipe fits it; nothing is computed yet."""
-    from qtool.artifact import is_artifact
+    """Find the model and check that the recipe fits it and that it can be run here; nothing is computed yet."""
     from qtool.checkpoint import locate
+    from qtool.kernels import backend
     from qtool.pipeline import Job
 
-    folder = locate(model, recipe.model.revision)
-    if is_artifact(folder):
-        raise InputError(f"{model} is already quantized by qtool; pass the float model")
-    return Job(folder, model, recipe)
+    backend()
+    return Job(locate(model, recipe.model.revision), model, recipe)
 
 
 def calibration_batches(job: "Job") -> "Batches":
     """The job's calibration data: a task's training split, a file, our own sentences, or random tokens."""
-    from qtool.anatomy import max_tokens
     from qtool.calibrate import sources
     from qtool.evaluation.models import load_tokenizer
 
@@ -164,22 +159,26 @@ def calibration_batches(job: "Job") -> "Batches":
         return sources.random_tokens(
             vocabulary, **size, max_length=length, seed=recipe.seed, first_id=min(1000, vocabulary // 2)
         )
-    texts, description = _texts(recipe)
+    texts, description = calibration_texts(recipe)
     tokenizer = load_tokenizer(job.source)
     if len(tokenizer) > job.model.config.vocab_size:
         raise InputError(
             f"{job.source}: the tokenizer has {len(tokenizer)} tokens, the model only {job.model.config.vocab_size}"
         )
-    return sources.tokenize(tokenizer, texts, **size, max_length=length, description=description)
+    types = getattr(job.model.config, "type_vocab_size", 0)
+    return sources.tokenize(tokenizer, texts, **size, max_length=length, description=description, type_vocab_size=types)
 
 
-def _texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
+def calibration_texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
+    """The texts that the recipe calibrates on, and a word on where they are from."""
     from qtool.calibrate import sources
 
-    wanted, task = recipe.calibration, recipe.evaluate.task
-    source = wanted.source
+    wanted, scored = recipe.calibration, recipe.evaluate
+    source, column = wanted.source, wanted.text_column
+    if source == "auto" and scored.task is None and scored.data is not None:  # data without a task are text
+        source, column = scored.data, column or next(iter(scored.text_columns or ()), None)
     if source == "auto":
-        source = "task" if task else "builtin"
+        source = "task" if scored.task else "builtin"
     if source == "task":
         return _task_texts(recipe)
     if source == "builtin":
@@ -192,7 +191,7 @@ def _texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
         if found is None:
             raise InputError(f"{path} has no train file (train.jsonl, .csv or .parquet) to calibrate on")
         path = found
-    return sources.file_texts(path, wanted.text_column), f"the rows of {path.name}"
+    return sources.file_texts(path, column), f"the rows of {path.name}"
 
 
 def recipe_task(recipe: Recipe) -> "Task":
@@ -243,17 +242,50 @@ def quantize_events(
 
     started = time.perf_counter()
     rundir.check_output(out, resume=resume, overwrite=overwrite)
+    given = [Path(p) for p in (recipe.evaluate.data, statistics) if p]
+    rundir.keep_apart(out, *given)
     set_threads(recipe, (rundir.recorded(out) or rundir.published(out)) if resume else None)
     job = open_job(model, recipe)
+    rundir.keep_apart(out, job.source)
+    source_bytes = job.checkpoint.num_bytes
     batches = calibration_batches(job)
-    yield pipeline.Note(f"calibration data: {batches.description}")
+    yield pipeline.Note(_about_calibration(job, batches, statistics))
     known = read_statistics(statistics, job, batches) if statistics else None
-    run = rundir.RunDirectory(out, job.fingerprint(batches), resume=resume, overwrite=overwrite)
+    fingerprint = job.fingerprint(batches, Path(statistics) if statistics else None)
+    run = rundir.RunDirectory(out, fingerprint, resume=resume, overwrite=overwrite)
     with closing(run):
-        yield from pipeline.quantize(job, batches, run, known)
+        try:
+            yield from pipeline.quantize(job, batches, golden_inputs(job, batches), run, known)
+        except QtoolError:
+            run.discard_if_empty()
+            raise
     note_latest(out)
     seconds = time.perf_counter() - started
-    return Quantized(out, size_on_disk(out), job.checkpoint.num_bytes, seconds, pipeline.peak_bytes())
+    return Quantized(out, size_on_disk(out), source_bytes, seconds, pipeline.peak_bytes())
+
+
+def _about_calibration(job: "Job", batches: "Batches", statistics: str | Path | None) -> str:
+    if not job.observed():
+        return "no calibration pass: this recipe computes the scales of activations at run time"
+    return f"statistics: {statistics}" if statistics else f"calibration data: {batches.description}"
+
+
+def golden_inputs(job: "Job", batches: "Batches") -> "dict[str, torch.Tensor]":
+    """A small batch of qtool's own sentences: what is recorded in an artifact must not be somebody's data."""
+    from qtool import golden
+    from qtool.calibrate import sources
+    from qtool.evaluation.models import load_tokenizer
+
+    if job.recipe.calibration.source == "random":
+        return batches.first(golden.SEQUENCES, golden.TOKENS)
+    size = {"num_samples": golden.SEQUENCES, "batch_size": golden.SEQUENCES, "max_length": golden.TOKENS}
+    tokenizer = load_tokenizer(job.source)
+    known = job.model.config
+    own = sources.tokenize(
+        tokenizer, sources.builtin_sentences(), **size, description="qtool's own sentences",
+        type_vocab_size=getattr(known, "type_vocab_size", 0),
+    )  # fmt: skip
+    return own.first(golden.SEQUENCES, max_tokens(known) or golden.TOKENS)
 
 
 def note_latest(out: Path) -> None:
@@ -361,8 +393,10 @@ def recorded_source(model: str | Path) -> str | None:
     if not is_artifact(folder):
         return None
     source = report(folder)["source"]
+    if not {"name", "sha256"} <= source.keys():
+        raise InputError(f"{model} does not record its float model (qtool.json is damaged); pass --baseline")
     try:
-        path = locate(source["name"], source["revision"])
+        path = locate(source["name"], source.get("revision"))
     except QtoolError as error:
         raise InputError(f"the float model that {model} was made from is gone ({error}); pass --baseline") from error
     if Checkpoint(path, skeleton(load_config(path))).digest() != source["sha256"]:

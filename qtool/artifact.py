@@ -25,6 +25,19 @@ REPORT = "qtool.json"
 CARD = "README.md"
 MAX_FILE_BYTES = 5_000_000_000
 _REPORT_KEYS = ("source", "recipe", "fingerprint", "golden", "files")
+_OPTIONAL_KEYS = {"figures": dict, "execution": dict, "kept_float": dict, "scores": list}
+_SOURCE_KEYS: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "revision": (str, type(None)),
+    "bytes": int,
+    "sha256": str,
+}
+_DESCRIPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "linear": {"shape": list, "weights": str, "activations": str, "bias": bool},
+    "embedding": {"shape": list, "weights": str, "padding_idx": (int, type(None))},
+    "tied_linear": {"table": str, "bias": bool},
+}
+_LARGEST = 2**31 - 1  # rows or columns of a matrix: more is damage
 _CHUNK = 1 << 20
 _DIGEST_LENGTH = 16  # hex digits: enough to tell damage, small enough for config.json
 
@@ -248,6 +261,47 @@ def quantization_config(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
+def checked_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`quantization_config` again, once its version, modules and tensors are seen to be what this format has.
+
+    Raises InputError naming the entry that is not. Types of modules that are not known here are the reader's to refuse.
+    """
+    version, modules, tensors = (config.get(key) for key in ("version", "modules", "tensors"))
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise InputError(
+            f"quantization_config has format version {version!r}, and this qtool reads 1 to {FORMAT_VERSION}; "
+            "upgrade qtool, or restore config.json if it is damaged"
+        )
+    if not isinstance(modules, Mapping) or not isinstance(tensors, Mapping):
+        raise InputError("quantization_config lacks its modules or tensors: config.json is damaged")
+    for path, module in modules.items():
+        if not path or not _is_description(module):
+            raise InputError(f"quantization_config describes module {path!r} wrongly: config.json is damaged")
+    for name, entry in tensors.items():
+        if not _is_manifest_entry(entry):
+            raise InputError(f"quantization_config has no dtype, shape and digest of {name!r}: config.json is damaged")
+    return dict(config)
+
+
+def _is_description(module: Any) -> bool:
+    if not isinstance(module, Mapping) or not isinstance(module.get("type"), str):
+        return False
+    wanted = _DESCRIPTIONS.get(module["type"], {})
+    if not all(key in module and isinstance(module[key], kind) for key, kind in wanted.items()):
+        return False
+    return "shape" not in wanted or (len(module["shape"]) == 2 and all(_is_size(n) and n > 0 for n in module["shape"]))
+
+
+def _is_manifest_entry(entry: Any) -> bool:
+    if not isinstance(entry, (list, tuple)) or len(entry) != 3 or not isinstance(entry[1], (list, tuple)):
+        return False
+    return isinstance(entry[0], str) and isinstance(entry[2], str) and all(_is_size(size) for size in entry[1])
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+
+
 def is_artifact(folder: Path) -> bool:
     """Whether qtool made this model folder."""
     try:
@@ -266,6 +320,20 @@ def report(folder: Path) -> dict[str, Any]:
     lacking = [key for key in _REPORT_KEYS if not isinstance(found, dict) or not isinstance(found.get(key), dict)]
     if lacking:
         raise InputError(f"{folder / REPORT} is not a report of qtool: it has no {', '.join(lacking)}")
+    wrong = [key for key, kind in _OPTIONAL_KEYS.items() if not isinstance(found.get(key, kind()), kind)]
+    inner = {"files": str, "figures": dict}
+    wrong += [
+        key for key, kind in inner.items()
+        if key not in wrong and not all(isinstance(value, kind) for value in found.get(key, {}).values())
+    ]  # fmt: skip
+    source = found["source"]
+    wrong += [
+        f"source.{key}" for key, kind in _SOURCE_KEYS.items() if key in source and not isinstance(source[key], kind)
+    ]
+    if wrong:
+        raise InputError(
+            f"{folder / REPORT} is damaged: what it says under {', '.join(wrong)} is not what qtool writes"
+        )
     return dict(found)
 
 

@@ -6,8 +6,11 @@ from typing import Any
 import yaml
 
 
-def render(report: Mapping[str, Any], size_bytes: int) -> str:
-    """Markdown with the hub's header. `report` is the content of qtool.json, `size_bytes` that of the weight file."""
+def render(report: Mapping[str, Any], size_bytes: int, recipe: str) -> str:
+    """Markdown with the hub's header.
+
+    `report` is the content of qtool.json, `size_bytes` the size of the weight file, `recipe` YAML without local paths.
+    """
     source = report["source"]
     hub = not source["name"].startswith(("/", ".")) and ":" not in source["name"]
     header: dict[str, Any] = {"library_name": "transformers", "tags": ["qtool", "quantized"]}
@@ -23,10 +26,10 @@ def render(report: Mapping[str, Any], size_bytes: int) -> str:
         size=size_bytes / 1e6,
         percent=100 * size_bytes / source["bytes"],
         quantized="\n".join(f"- {count} × {what}" for what, count in kinds.items()),
-        kept=f"{len(report['kept_float'])} modules (normalisation layers and the head)",
-        calibration=report["calibration"],
-        arithmetic=report["execution"]["arithmetic"].replace("x", "×").replace("->", "→"),
-        recipe=yaml.safe_dump(report["recipe"], sort_keys=False).strip(),
+        kept=len(report["kept_float"]),
+        calibration=report["calibration"] or "none needed; scales of activations are computed at run time",
+        arithmetic=_arithmetic(report),
+        recipe=recipe.strip(),
     )
 
 
@@ -50,14 +53,14 @@ from transformers import {cls}
 model = {cls}.from_pretrained("path/to/this/folder")
 ```
 
-Weights take {size:.1f} MB, {percent:.1f} % of the float model. Products are {arithmetic}, executed as such; nothing is
-simulated. Without `import qtool`, loading stops with an error.
+Weights take {size:.1f} MB, {percent:.1f} % of the float model. {arithmetic} Without `import qtool`, loading stops
+with an error.
 
 Quantized:
 
 {quantized}
 
-In float: {kept}. Calibration data: {calibration}.
+In float: {kept} modules, listed with reasons in `qtool.json`. Calibration data: {calibration}.
 
 The recipe, which makes this model again:
 
@@ -65,6 +68,13 @@ The recipe, which makes this model again:
 {recipe}
 ```
 """
+
+
+def _arithmetic(report: Mapping[str, Any]) -> str:
+    if not any(module["type"] == "linear" for module in report["modules"].values()):
+        return "Tables are stored as integers; products are computed in float."
+    product = report["execution"]["arithmetic"].replace("x", "×").replace("->", "→")
+    return f"Products are {product}, executed as such; nothing is simulated."
 
 
 def _counts(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:

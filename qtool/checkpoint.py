@@ -6,7 +6,7 @@ Only safetensors are read and no code of a model is ever run. Tensors are memory
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _LEGACY = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
 
@@ -33,7 +34,8 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
         return _usable(path)
     if path.is_file():
         raise InputError(f"{name} is a file; pass the folder that holds config.json and {WEIGHTS}")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith((".", "/")):
+    local = path.parts[:1] and len(path.parts) > 1 and Path(path.parts[0]).exists()
+    if local or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith((".", "/")):
         raise InputError(f"no model at {name}: the folder does not exist")
     return _usable(_download(str(name), revision))
 
@@ -135,7 +137,8 @@ def load_config(folder: Path) -> Any:
         if '"auto_map"' in (folder / "config.json").read_text("utf-8", errors="replace"):
             raise InputError(f"{folder} needs code of its own to run; qtool never runs remote code") from error
         raise InputError(f"{folder / 'config.json'} cannot be used: {_in_a_line(error)}") from error
-    if not raw.get("architectures"):
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise InputError(f"{folder / 'config.json'} names no class in `architectures`; add the class it was trained as")
     return config
 
@@ -166,17 +169,26 @@ class Checkpoint:
 
     Older checkpoints spell LayerNorm's parameters gamma and beta, and a base model's tensors may carry or lack the
     prefix of the class; both are resolved as transformers does. A parameter with no tensor is an InputError: nothing is
-    ever left to random initialisation.
+    ever left to random initialisation. `tied` (default: what `model` ties) names tensors that serve for missing ones.
     """
 
-    def __init__(self, folder: Path, model: Any) -> None:
+    def __init__(self, folder: Path, model: Any, tied: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.files = weight_files(folder)
         self.infos = tensor_infos(self.files)
-        self._names = self._resolve(model)
+        self._names = self._resolve(model, tied_names(model) if tied is None else tied)
 
-    def _resolve(self, model: Any) -> dict[str, str]:
-        tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    def unties(self, model: Any) -> bool:
+        """Whether the files hold tensors that `model` would tie and that differ: transformers then keeps both."""
+        for pair in tied_names(model).items():
+            names = {name for key in pair if (name := self._spelled(key, model.base_model_prefix)) is not None}
+            if len(names) == 2:
+                one, other = (self._read(name) for name in names)
+                if one.shape != other.shape or not bool((one == other).all()):
+                    return True
+        return False
+
+    def _resolve(self, model: Any, tied: Mapping[str, str]) -> dict[str, str]:
         names: dict[str, str] = {}
         missing = []
         for key, slot in model.state_dict().items():
@@ -188,6 +200,9 @@ class Checkpoint:
             elif self.infos[found].shape != tuple(slot.shape):
                 shapes = f"{list(self.infos[found].shape)}, but the config asks for {list(slot.shape)}"
                 raise InputError(f"{self.folder}: tensor {found} has shape {shapes}")
+            elif slot.is_floating_point() and self.infos[found].dtype not in _FLOATS:
+                dtype = self.infos[found].dtype
+                raise InputError(f"{self.folder}: tensor {found} has dtype {dtype}; qtool quantizes float checkpoints")
             else:
                 names[key] = found
         if missing:
@@ -208,14 +223,17 @@ class Checkpoint:
     def tensor(self, name: str) -> Any:
         """The tensor for parameter `name` of the model; floats as float32. Raises InputError on NaN or infinity."""
         source = self._names[name]
-        with opened(self.infos[source].file) as tensors:
-            value = tensors.get_tensor(source)
+        value = self._read(source)
         if not value.is_floating_point():
             return value
         value = value.float()
         if not value.isfinite().all():
             raise InputError(f"{self.folder}: tensor {source} holds NaN or infinity; this checkpoint is damaged")
         return value
+
+    def _read(self, name: str) -> Any:
+        with opened(self.infos[name].file) as tensors:
+            return tensors.get_tensor(name)
 
     @property
     def num_bytes(self) -> int:
@@ -230,7 +248,26 @@ class Checkpoint:
         return total.hexdigest()
 
 
-Reader = Callable[[str], Any]
+def tied_names(model: Any) -> dict[str, str]:
+    """Parameters of a transformers model that share the tensor of another one: name → name of the other."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def open_float(folder: Path) -> tuple[Any, Checkpoint]:
+    """The skeleton of the model in `folder` and its tensors. Raises InputError, also for a model quantized already.
+
+    A head that the config calls tied, but for which the files hold other values, is untied, as transformers does.
+    """
+    config = load_config(folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{folder} is quantized already (config.json has a quantization_config); pass the float model")
+    model = skeleton(config)
+    checkpoint = Checkpoint(folder, model)
+    if checkpoint.unties(model):
+        config.tie_word_embeddings = False
+        tied, model = tied_names(model), skeleton(config)
+        checkpoint = Checkpoint(folder, model, tied)
+    return model, checkpoint
 
 
 def sha256(file: Path) -> str:

@@ -1,5 +1,6 @@
 """The command line: parses, calls `qtool.api`, prints. Everything heavy is imported inside the commands."""
 
+import math
 import os
 import signal
 import sys
@@ -61,13 +62,12 @@ recipe_options = options(
     click.option("--task", metavar="NAME", help="Task whose training split calibrates (sst2, classification)."),
     click.option("--data", metavar="PATH", help="Folder with train/validation files, or a file, not the hub."),
     click.option("--text-column", "text_columns", multiple=True, metavar="NAME", help="Text column; twice for pairs."),
-    click.option("--label-column", metavar="NAME", help="Column with labels."),
     click.option("--num-samples", type=click.IntRange(1), help="Calibration sentences [256]."),
     click.option("--max-length", type=click.IntRange(1), help="Tokens to which texts are cut [128]."),
     click.option("--batch-size", type=click.IntRange(1), help="Sequences in a batch [32]."),
     click.option("--revision", help="Branch, tag or commit of a model on the hub."),
-    click.option("--seed", type=int, help="Seed of everything random [0]."),
-    click.option("--threads", type=click.IntRange(1), help="Threads of torch [its own choice]."),
+    click.option("--seed", type=click.IntRange(0), help="Seed of everything random [0]."),
+    click.option("--threads", type=click.IntRange(1, 1024), help="Threads of torch [its own choice]."),
 )  # fmt: skip
 run_options = options(
     click.option("--resume", is_flag=True, help="Continue an interrupted run; without one, start."),
@@ -138,6 +138,7 @@ def quantize(context: click.Context, /, model: str | None, **params: Any) -> Non
     """
     from qtool import api, console
 
+    console.check_json_target(params["json_file"])
     recipe = recipe_of(context, model)
     name = _model_of(model, recipe)
     out = Path(params["output"] or recipe.output or api.default_output(name, recipe))
@@ -208,7 +209,7 @@ def calibrate(context: click.Context, /, model: str | None, **params: Any) -> No
     help="Type of float weights and results; integer codes stay.",
 )
 @click.option("--revision", help="Branch, tag or commit of MODEL on the hub.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of torch [its own choice].")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of torch [its own choice].")
 @click.option("--predictions", metavar="FILE", help="Write every prediction to a .jsonl or .csv file.")
 @json_option
 @verbosity
@@ -224,7 +225,11 @@ def evaluate(context: click.Context, /, model: str | None, **params: Any) -> Non
     from qtool.evaluation.gate import Gate
     from qtool.evaluation.result import check_predictions_path, write_predictions
 
-    gate = Gate(params["max_drop"], params["min_score"], params["min_agreement"])
+    limits = [params[name] for name in ("max_drop", "min_score", "min_agreement")]
+    if any(limit is not None and math.isnan(limit) for limit in limits):
+        raise UsageError("a gate's limit is a number between 0 and 100, not nan")
+    gate = Gate(*limits)
+    console.check_json_target(params["json_file"])
     if params["predictions"]:
         check_predictions_path(Path(params["predictions"]))
     with screen_of(context) as screen:
@@ -284,6 +289,7 @@ def run(context: click.Context, /, recipe_file: str, **params: Any) -> None:
     from qtool import api, console
     from qtool.evaluation.gate import Gate
 
+    console.check_json_target(params["json_file"])
     recipe = api.resolve_recipe(config=recipe_file, sets=params["sets"])
     name = _model_of(None, recipe)
     if recipe.evaluate.task is None:
@@ -365,7 +371,7 @@ def doctor(context: click.Context, json_file: str | None) -> None:
 
 @cli.command()
 @click.option("-o", "--output", metavar="DIR", default="qtool-demo", show_default=True, help="Where the models go.")
-@click.option("--threads", type=click.IntRange(1), help="Threads of torch [its own choice].")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of torch [its own choice].")
 @json_option
 @verbosity
 @click.pass_context
@@ -374,6 +380,7 @@ def demo(context: click.Context, /, output: str, threads: int | None, json_file:
     from qtool import console
     from qtool.demo.show import show
 
+    console.check_json_target(json_file)
     with screen_of(context) as screen:
         table = show(Path(output), threads, screen)
         if json_file != "-":
@@ -403,7 +410,9 @@ def _status() -> int:
         return UsageError.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted; continue with the same command and --resume", 128 + signal.SIGINT)
-    except (BrokenPipeError, SystemExit):  # click and rich exit when the reader of stdout is gone; no verdict was given
+    except (BrokenPipeError, SystemExit) as error:  # click and rich exit when the reader of stdout is gone: no verdict
+        if isinstance(error, SystemExit) and isinstance(error.code, str):
+            return _fail(error.code, 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
         return 128 + signal.SIGPIPE
     except OSError as error:

@@ -11,13 +11,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from qtool.errors import InputError
 
 if TYPE_CHECKING:
     from qtool.api import Quantized
@@ -34,13 +36,18 @@ def megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
+def _is_terminal(stream: TextIO | None) -> bool:
+    """A closed stream is None."""
+    return stream is not None and stream.isatty()
+
+
 class Screen:
     """Where a command writes. `verbosity` −1 is quiet (errors and results only), 0 normal, 1 a line a step."""
 
     def __init__(self, verbosity: int = 0) -> None:
         self.verbosity = verbosity
-        self.out = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
-        self.err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _FILE_WIDTH)
+        self.out = Console(highlight=False, width=None if _is_terminal(sys.stdout) else _FILE_WIDTH)
+        self.err = Console(stderr=True, highlight=False, width=None if _is_terminal(sys.stderr) else _FILE_WIDTH)
         self._bar: Progress | None = None
         self._tasks: dict[str, Any] = {}
         self._started: dict[str, float] = {}
@@ -138,6 +145,12 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def check_json_target(target: str | None) -> None:
+    """Refuse a place where `emit_json` could not write, before any work. Raises InputError."""
+    if target not in (None, "-") and (Path(target).is_dir() or not Path(target).parent.is_dir()):
+        raise InputError(f"--json cannot write {target}: it is a folder, or its folder does not exist")
+
+
 def emit_json(value: Any, target: str | None) -> None:
     """To stdout for `-`, else to a file; nothing without a target."""
     if target == "-":
@@ -207,8 +220,9 @@ def render_quantized(screen: Screen, result: "Quantized") -> None:
 def render_evaluation(screen: Screen, result: "Evaluation") -> None:
     """Float and candidate side by side, then the drop with its interval."""
     rows = []
-    for side, score in (("float", result.baseline), ("candidate", result.candidate)):
+    for side, score in (("baseline", result.baseline), ("candidate", result.candidate)):
         if score is not None:
+            side += "" if score.quantized else " (float)"
             rate = f"{1000 * score.seconds / result.n:.2f}"
             rows.append([side, f"{score.value:.2f}", megabytes(score.size_bytes), rate, score.model])
     title = f"{result.task}, {result.split}, {result.n} examples"
@@ -217,7 +231,7 @@ def render_evaluation(screen: Screen, result: "Evaluation") -> None:
         low, high = result.interval
         screen.line(
             f"drop {result.drop:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}]; "
-            f"agreement {result.agreement:.2f} %; {result.speed_ratio:.2f}x the float model's speed"
+            f"agreement {result.agreement:.2f} %; {result.speed_ratio:.2f}x the baseline's speed"
         )
     if result.probe is not None:
         screen.line(f"linear probe on {result.probe.rows} rows of {result.probe.source}, the same for both models")

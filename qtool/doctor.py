@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from qtool import __version__
+from qtool.errors import UnavailableError
 from qtool.kernels import backend, native, reference
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "datasets", "evaluate")
@@ -34,10 +35,17 @@ def diagnose() -> dict[str, str]:
         "memory": f"{memory.available / 1e9:.1f} GB free of {memory.total / 1e9:.1f} GB",
         "disk here": f"{disk.free / 1e9:.1f} GB free",
         "native library": "found" if native.available() else str(native.reason()),
-        "backend": backend().name,
+        "backend": _backend(),
         "int8 product": _MEANING[reference.exact_product()],
         "hub": "offline (HF_HUB_OFFLINE)" if _offline() else "online when reachable",
     }
+
+
+def _backend() -> str:
+    try:
+        return backend().name
+    except UnavailableError as error:
+        return str(error)
 
 
 def _version(package: str) -> str:

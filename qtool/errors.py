@@ -56,9 +56,12 @@ def one_of(name: str, known: "list[str] | tuple[str, ...]", what: str) -> str:
     return f"unknown {what} '{name}'; known: {', '.join(sorted(known)) or 'none'}"
 
 
-def environment_problem(error: OSError) -> UnavailableError | None:
+def environment_problem(error: OSError) -> QtoolError | None:
     """What the operating system refused, in a line; None for an error that is not about the environment."""
     import errno
+
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR):
+        return InputError(f"{error.filename or 'a path'}: {error.strerror}; choose another path")
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
         return UnavailableError(

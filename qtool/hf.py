@@ -4,7 +4,7 @@ The only file that touches transformers' quantizer registry. Importing it regist
 for that. Modules are swapped while the model is on the meta device, so float weights are never materialised.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtool import nn
-from qtool.artifact import FORMAT_VERSION, QUANT_METHOD, check_manifest, manifest_of_tensors
+from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, manifest_of_tensors
 from qtool.errors import InputError, UnavailableError
 
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -36,18 +36,12 @@ class QtoolConfig(QuantizationConfigMixin):
         quant_method: str = QUANT_METHOD,
         **others: Any,
     ) -> None:
-        """Raises InputError for an artifact of a newer format, or without what this one must have."""
-        if not isinstance(version, int) or version > FORMAT_VERSION:
-            raise InputError(
-                f"quantization_config has format version {version}, and this qtool reads up to {FORMAT_VERSION}; "
-                "upgrade qtool"
-            )
-        if not isinstance(modules, Mapping) or not isinstance(tensors, Mapping):
-            raise InputError("quantization_config lacks its modules or tensors: config.json is damaged")
+        """Raises InputError for an artifact of another format, or without what this one must have."""
+        checked = checked_quantization({"version": version, "modules": modules, "tensors": tensors})
         self.quant_method = quant_method  # type: ignore[assignment]
-        self.version = version
-        self.modules: Mapping[str, Mapping[str, Any]] = dict(modules)
-        self.tensors: Mapping[str, list[Any]] = dict(tensors)
+        self.version: int = checked["version"]
+        self.modules: Mapping[str, Mapping[str, Any]] = dict(checked["modules"])
+        self.tensors: Mapping[str, list[Any]] = dict(checked["tensors"])
         for name, value in others.items():  # kept for a re-save: methods, producer, and what later versions add
             setattr(self, name, value)
 
@@ -125,11 +119,20 @@ def paths_in(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     for path, description in modules.items():
         target = here(path)
         if target is not None:
-            table = {"table": here(description["table"])} if "table" in description else {}
-            found[target] = {**description, **table}
+            found[target] = {**description, **_table_in(model, description, here)}
         elif not headed or path.startswith(prefix):
             raise InputError(f"{type(model).__name__} has no module {path}, which the artifact quantizes")
     return found
+
+
+def _table_in(model: Any, description: Mapping[str, Any], here: Callable[[str], str | None]) -> dict[str, str]:
+    """The entry that says where a tied layer's table is in `model`. Raises InputError when it is nowhere."""
+    if "table" not in description:
+        return {}
+    table = here(description["table"])
+    if table is None:
+        raise InputError(f"{type(model).__name__} has no table {description['table']}, which the artifact shares")
+    return {"table": table}
 
 
 def _refuse_shared_tables(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:

@@ -14,10 +14,11 @@ _BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I16": 2, "F16": 2, "BF16": 2}
 def inspect(model: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """JSON-clean: a row a quantized module, totals, and with `verify` the outcome of every check.
 
-    Raises InputError when `model` is not an artifact or its headers do not match its manifest.
+    Raises InputError when `model` is not an artifact, its headers do not match its manifest, or what it says of itself
+    is damaged.
     """
     folder = locate(model)
-    config = artifact.quantization_config(folder)
+    config = _checked(folder)
     infos = tensor_infos(weight_files(folder))
     artifact.check_manifest(weight_files(folder), config["tensors"])
     report = artifact.report(folder) if (folder / artifact.REPORT).is_file() else {}
@@ -25,11 +26,12 @@ def inspect(model: str | Path, *, verify: bool = False) -> dict[str, Any]:
     rows = [_row(path, module, infos, figures.get(path, {})) for path, module in config["modules"].items()]
     size = artifact.size_on_disk(folder)
     source = report.get("source", {}).get("bytes")
+    methods = config.get("methods")
     found = {
         "schema_version": 1,
         "path": str(folder),
         "architecture": report.get("architecture", "unknown"),
-        "methods": config.get("methods", []),
+        "methods": [str(method) for method in methods] if isinstance(methods, list) else [],
         "execution": report.get("execution", {}).get("kind", "unknown"),
         "modules": rows,
         "size_bytes": size,
@@ -44,16 +46,24 @@ def inspect(model: str | Path, *, verify: bool = False) -> dict[str, Any]:
     return found
 
 
+def _checked(folder: Path) -> dict[str, Any]:
+    try:
+        return artifact.checked_quantization(artifact.quantization_config(folder))
+    except InputError as error:
+        said = str(error)
+        raise error if str(folder) in said else InputError(f"{folder}: {said}") from error
+
+
 def _row(path: str, module: Mapping[str, Any], infos: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
     own = [info for name, info in infos.items() if name.rpartition(".")[0] == path]
     sqnr = figures.get("weight_sqnr_db")
     return {
         "path": path,
         "type": module["type"].replace("_", " "),
-        "weights": module.get("weights", "shared"),
-        "activations": module.get("activations", "float"),
+        "weights": str(module.get("weights", "shared")),
+        "activations": str(module.get("activations", "float")),
         "bytes": sum(_num_bytes(info) for info in own),
-        "sqnr": f"{sqnr:.1f}" if sqnr is not None else "-",
+        "sqnr": f"{sqnr:.1f}" if isinstance(sqnr, (int, float)) else "-",
     }
 
 
@@ -62,6 +72,16 @@ def _num_bytes(info: Any) -> int:
     for size in info.shape:
         count *= size
     return count * _BYTES.get(info.dtype, 1)
+
+
+def _same_machine(fingerprint: Mapping[str, Any]) -> bool:
+    """Whether this process rounds floats as the one that made the artifact."""
+    import torch
+
+    from qtool.pipeline import instruction_set, versions
+
+    here = {"instruction set": instruction_set(), "threads": torch.get_num_threads(), "versions": versions()}
+    return all(fingerprint.get(key) == value for key, value in here.items())
 
 
 def _verify(folder: Path, report: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -76,10 +96,13 @@ def _verify(folder: Path, report: Mapping[str, Any]) -> tuple[dict[str, str], li
     files = [f"file {name} was changed or is missing" for name in artifact.damaged_files(folder)]
     checks["file digests"] = "changed" if files else "intact"
     problems += files
+    if problems:
+        checks["golden batch"] = "not computed: the files are damaged"
+        return checks, problems
     try:
-        off = golden.recheck(folder, report["golden"]) if not problems else []
-        checks["golden batch"] = "not computed: the files are damaged" if problems else "differs" if off else "agrees"
+        found = golden.recheck(folder, report["golden"], same_machine=_same_machine(report["fingerprint"]))
     except InputError as error:
-        off = [str(error)]
         checks["golden batch"] = "cannot be computed"
-    return checks, problems + off
+        return checks, [str(error)]
+    checks["golden batch"] = found.verdict
+    return checks, found.damage

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from qtool.artifact import FORMAT_VERSION, QUANT_METHOD
 from qtool.calibrate.observers import OBSERVERS, Observer
 from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
-from qtool.checkpoint import Checkpoint, load_config, opened, skeleton
-from qtool.errors import QtoolError
+from qtool.checkpoint import Checkpoint, load_config, open_float, opened, sha256, skeleton, tied_names
+from qtool.errors import InputError, QtoolError
 from qtool.kernels import backend, reference
 from qtool.methods import build
 from qtool.methods.base import Method, Plan
@@ -78,12 +78,14 @@ class Job:
     checkpoint: Checkpoint = field(init=False)
 
     def __post_init__(self) -> None:
-        config = load_config(self.source)
-        self.model = skeleton(config)
+        self.model, self.checkpoint = open_float(self.source)
         self.anatomy = anatomy_of(self.model)
         self.methods = build(self.recipe)
-        self.plan = self.lowering.plan(self.anatomy, self.model)
-        self.checkpoint = Checkpoint(self.source, self.model)
+        plan = self.lowering.plan(self.anatomy, self.model)
+        if not plan.modules:
+            raise InputError("the recipe leaves every module in float; there is nothing to quantize")
+        tied = getattr(self.model.config, "tie_word_embeddings", True)
+        self.plan = replace(plan, config={**({} if tied else {"tie_word_embeddings": False}), **plan.config})
 
     @property
     def lowering(self) -> Method:
@@ -92,15 +94,16 @@ class Job:
 
     def lowered_skeleton(self) -> Any:
         """The model with empty quantized modules (meta device)."""
-        model = skeleton(load_config(self.source))
+        config = load_config(self.source)
         for key, value in self.plan.config.items():
-            setattr(model.config, key, value)
+            setattr(config, key, value)
+        model = skeleton(config)
         install(model, self.plan.modules, dtype=torch.float32)
         return model
 
     def stored_names(self, model: Any) -> list[str]:
         """Tensors of the artifact, in the order of the model; a tensor shared by two names is stored once."""
-        shared = {} if self.plan.config.get("tie_word_embeddings") is False else model.all_tied_weights_keys or {}
+        shared = {} if self.plan.config.get("tie_word_embeddings") is False else tied_names(model)
         return [name for name in model.state_dict() if name not in shared]
 
     def predicted_bytes(self) -> int:
@@ -114,8 +117,8 @@ class Job:
         wanted = {unit.name: self.lowering.observers(unit, self.plan) for unit in self.anatomy.units}
         return {name: observers for name, observers in wanted.items() if observers}
 
-    def fingerprint(self, batches: Batches) -> dict[str, Any]:
-        """Everything that the bytes of the artifact depend on."""
+    def fingerprint(self, batches: Batches, statistics: Path | None = None) -> dict[str, Any]:
+        """Everything that the bytes of the artifact depend on; `statistics` is a file that replaces pass 1."""
         return {
             "model": self.checkpoint.digest(),
             "data": batches.digest,
@@ -124,6 +127,7 @@ class Job:
             "threads": torch.get_num_threads(),
             "instruction set": instruction_set(),
             "versions": versions(),
+            "statistics": sha256(statistics) if statistics else None,
         }
 
     def statistics_fingerprint(self, batches: Batches) -> dict[str, Any]:
@@ -197,16 +201,19 @@ def _ended(stage: str, unit: Unit, index: int, total: int, started: float) -> Pr
 
 
 def quantize(
-    job: Job, batches: Batches, run: RunDirectory, statistics: Statistics | None = None
+    job: Job,
+    batches: Batches,
+    inputs: Mapping[str, torch.Tensor],
+    run: RunDirectory,
+    statistics: Statistics | None = None,
 ) -> Generator[Event, None, None]:
-    """Both passes and the publication. Shards that `run` already holds are kept."""
+    """Both passes and the publication. Shards that `run` already holds are kept; `inputs` is the golden batch."""
     if run.already_published():
         yield Note(f"{run.out} was already published by this run")
         run.finish()
         return
     if job.observed():
         statistics = yield from _statistics(job, batches, run, statistics)
-    inputs = batches.first(golden.SEQUENCES, golden.TOKENS)
     outputs = yield from _lower_all(job, run, statistics, inputs)
     yield from _publish(job, run, batches, inputs, outputs)
 
@@ -265,7 +272,7 @@ def _write_unit(job: Job, unit: Unit, names: list[str], shard: Path, statistics:
 
 def _shard_reader(job: Job, run: RunDirectory) -> Reader:
     """Reads tensors of the units that are on disk; a name that is shared is read under the name that is stored."""
-    tied: Mapping[str, str] = job.model.all_tied_weights_keys or {}
+    tied = tied_names(job.model)
 
     def read(name: str) -> torch.Tensor:
         for candidate in (name, tied.get(name, name)):
@@ -295,7 +302,8 @@ def _publish(
     artifact.copy_side_files(job.source, staging)
     report = _report(job, run, batches, golden.record(inputs, outputs), staging)
     artifact.write_json(staging / artifact.REPORT, report, sort=False)  # the order of rules counts
-    artifact.write_text(staging / artifact.CARD, card.render(report, artifact.size_on_disk(staging)))
+    text = card.render(report, artifact.size_on_disk(staging), job.recipe.without_paths().to_yaml())
+    artifact.write_text(staging / artifact.CARD, text)
     yield Progress("publish", "assemble", 0, 2, time.perf_counter() - started, peak_bytes())
     started = time.perf_counter()
     yield Progress("publish", "golden check", 1, 2)
@@ -340,7 +348,7 @@ def _report(
             "sha256": run.fingerprint["model"],
         },
         "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
-        "calibration": batches.description,
+        "calibration": batches.description if job.observed() else None,
         "execution": {"kind": "real", "backend": backend().name, "arithmetic": "int8 x int8 -> int32"},
         "architecture": job.anatomy.architecture,
         "head": job.anatomy.head_kind,
@@ -361,9 +369,13 @@ def _check_in_fresh_process(
     tensors = {f"in.{name}": value for name, value in inputs.items()}
     tensors |= {f"out.{name}": value for name, value in outputs.items()}
     artifact.write_tensors(expected, tensors)
-    command = [sys.executable, "-m", "qtool.golden", str(run.staging), str(expected), str(torch.get_num_threads())]
+    paths = [str(path.absolute()) for path in (run.staging, expected)]
+    command = [sys.executable, "-m", "qtool.golden", *paths, str(torch.get_num_threads())]
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    # In the run's own folder: before Python 3.11 `-m` would also look for modules in the user's working directory.
+    result = subprocess.run(command, cwd=run.path, capture_output=True, text=True, env=environment, check=False)
     if result.returncode != 0:
         said = result.stderr.strip().splitlines() or ["it said nothing"]
-        raise QtoolError(f"the quantized model failed its golden check in a fresh process: {said[-1]}")
+        raise QtoolError(
+            f"the quantized model failed its golden check in a fresh process; please report this: {said[-1]}"
+        )

@@ -4,6 +4,7 @@ Precedence, weakest first: built-in defaults, preset, file, `--set`, command-lin
 the nearest known one. A resolved recipe is written into the artifact, so it can be run again.
 """
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -120,6 +121,8 @@ class Rule(Section):
     @model_validator(mode="before")
     @classmethod
     def _word(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "float":
+            raise ValueError(f"a rule is the word float or a mapping with weights and activations, not '{value}'")
         return {"keep_float": True} if value == "float" else value
 
     @model_serializer(mode="wrap")
@@ -180,8 +183,8 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     gate: GateSection = GateSection()
     output: str | None = None
-    seed: int = 0
-    threads: Count | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
     def quantization_part(self) -> dict[str, Any]:
         """What decides the bytes of the artifact; JSON-clean. Rules are a list: their order counts."""
@@ -191,6 +194,16 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Runs again to the same recipe."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+    def without_paths(self) -> "Recipe":
+        """For publication: no name of a folder or file of this machine."""
+        calibration = self.calibration
+        if calibration.source not in ("auto", "task", "builtin", "random"):
+            calibration = calibration.model_copy(update={"source": Path(calibration.source).name})
+        model = self.model.model_copy(update={"name": Path(self.model.name).name if self.model.name else None})
+        evaluate = self.evaluate.model_copy(update={"data": None, "baseline": None})
+        changes = {"calibration": calibration, "model": model, "evaluate": evaluate, "output": None}
+        return self.model_copy(update=changes)
 
     def rule_for(self, path: str) -> Rule:
         """The overrides for a module path; of several matching globs the later one wins, key by key."""
@@ -247,6 +260,10 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         raise InputError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
     if value is None:
         return {}
+    try:
+        json.dumps(value, default=str)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: an alias contains itself") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: a recipe is a mapping of sections, not a {type(value).__name__}")
     return value
@@ -378,6 +395,11 @@ def check_keys(values: Mapping[str, Any], where: str) -> None:
     _known(values, list(Recipe.model_fields), where)
     for name, cls in _SECTIONS.items():
         words = _SPEC_WORDS if issubclass(cls, SpecSection) else ()
+        section = values.get(name)
+        if not isinstance(section, Mapping | None) and not (words and isinstance(section, str)):
+            raise InputError(
+                f"{where}: {name} is a section with the keys {', '.join(cls.model_fields)}, not {section!r}"
+            )
         _known(values.get(name), [*cls.model_fields, *words], f"{where}: {name}")
     rules = values.get("rules")
     for glob, rule in rules.items() if isinstance(rules, Mapping) else ():

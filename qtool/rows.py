@@ -6,14 +6,15 @@ beside them; only hub data goes through `datasets`. No code of a data set is eve
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from qtool.errors import InputError, UnavailableError
+from qtool.errors import InputError, UnavailableError, UsageError
 
 Row = dict[str, Any]
+Texts = list[str] | list[tuple[str, str]]
 Split = Literal["train", "validation", "test"]
 
 SPLIT_NAMES: dict[str, tuple[str, ...]] = {
@@ -22,6 +23,22 @@ SPLIT_NAMES: dict[str, tuple[str, ...]] = {
     "test": ("test",),
 }
 """The file names (without suffix) that hold a split inside a data folder."""
+
+TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text", "text_pair"),
+    ("text",),
+    ("sentence",),
+    ("content",),
+    ("review",),
+    ("sentence1",),
+    ("question",),
+    ("premise",),
+)
+"""Where text is looked for when nobody says where, in this order: pairs before single texts."""
 
 _HUB_SECONDS = 5.0
 
@@ -136,6 +153,52 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".txt": _text,
 }
 """What reads a local file, by suffix."""
+
+
+def find_text_columns(rows: Sequence[Row], source: str, asked: Sequence[str] = ()) -> tuple[str, ...]:
+    """The column that holds the texts, or the two that hold pairs: those `asked` for, else the usual ones.
+
+    Raises InputError naming the columns present, UsageError when more than two are asked for.
+    """
+    present = rows[0]
+    if len(asked) > 2:
+        raise UsageError(f"at most two text columns make an input, not {len(asked)}: {', '.join(asked)}")
+    for columns in [tuple(asked)] if asked else TEXT_COLUMNS:
+        if all(column in present for column in columns):
+            return columns
+    what = ", ".join(asked) or "that holds text"
+    raise InputError(f"{source} has no column {what}; it has {_listed(present)}: name the text's with --text-column")
+
+
+def texts_of(rows: Sequence[Row], columns: tuple[str, ...], source: str, *, skip_missing: bool = False) -> Texts:
+    """The texts in one column, or the pairs in two.
+
+    Raises InputError for a cell that holds no text; with `skip_missing`, rows with an empty cell (None) are left out.
+    """
+    texts = [
+        [_cell(row[column], f"{source}: row {number}, column {column}") for column in columns]
+        for number, row in enumerate(rows, start=1)
+        if not (skip_missing and any(row[column] is None for column in columns))
+    ]
+    if len(columns) == 1:
+        return [first for (first,) in texts]
+    return [(first, second) for first, second in texts]
+
+
+def _cell(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return unicode(value, where)
+    raise InputError(f"{where} holds {type(value).__name__}, not text; name the text's column with --text-column")
+
+
+def unicode(text: str, where: str) -> str:
+    """`text` itself. Raises InputError where it holds half a character, as JSON can spell it: "\\ud83d" alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise InputError(f"{where} holds {half}, half a character (a lone surrogate); correct the file") from error
+    return text
 
 
 def split_file(data: Path, split: Split) -> Path | None:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from qtool.artifact import report, write_json, writing_failed
+from qtool.artifact import is_artifact, report, write_json, writing_failed
 from qtool.errors import InputError, UnavailableError
 
 _RECORD, _LOCK = "run.json", "lock"
@@ -49,10 +49,17 @@ def published(out: Path) -> dict[str, Any] | None:
 def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse what would be lost or cannot be written, before any work. Raises InputError or UnavailableError.
 
+    Only an artifact is ever overwritten: `--overwrite` with the wrong folder must not cost anybody their files.
     With `resume` an artifact at `out` may be what the run left that was killed at its very end: `RunDirectory` decides.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; choose another -o")
+    if "\0" in str(out) or not str(out).isprintable():
+        raise InputError(f"{str(out)!r} is no usable name for an output; choose another -o")
+    if (out.exists() or out.is_symlink()) and not out.is_dir():
+        raise InputError(f"{out} is not a folder; choose another -o")
+    if overwrite and _occupied(out) and not (is_artifact(out) or published(out)):
+        raise InputError(
+            f"{out} holds something else than a model that qtool made; remove it yourself, or choose another -o"
+        )
     if recorded(out) is not None and not (resume or overwrite):
         raise InputError(
             f"{beside(out, 'run')} holds an unfinished run; continue it with --resume or start again with --overwrite"
@@ -64,6 +71,13 @@ def check_output(out: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError(f"{parent} is a file, not a folder; choose another -o")
     if not os.access(parent, os.W_OK):
         raise UnavailableError(f"no permission to write in {parent}; choose another -o")
+
+
+def keep_apart(out: Path, *inputs: Path) -> None:
+    """Raises InputError when writing `out` would replace one of `inputs`, or a folder that holds it."""
+    for path in inputs:
+        if out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise InputError(f"{out} is, or holds, {path}, which the run reads; choose another -o")
 
 
 def _occupied(out: Path) -> bool:
@@ -92,8 +106,10 @@ class RunDirectory:
             self.overwrite = overwrite or _record(out).get("overwrite") is True
             self._moved = resume and self._was_moved()
             if not self._moved:
-                self._start(known)
+                self._start()
         except BaseException:
+            if recorded(out) is None:  # nothing was begun, so nothing is left to resume
+                self._remove()
             self.close()
             raise
 
@@ -104,10 +120,8 @@ class RunDirectory:
         ended = record.get("publishing") is True and not self.staging.exists() if record else not self.overwrite
         return ended and published(self.out) == self.fingerprint
 
-    def _start(self, known: Mapping[str, Any] | None) -> None:
+    def _start(self) -> None:
         if _occupied(self.out) and not self.overwrite:
-            if known is None:
-                self._remove()
             raise _not_empty(self.out)
         self._write_record(publishing=False)
 
@@ -167,6 +181,11 @@ class RunDirectory:
                 shutil.rmtree(entry)
             elif entry.name not in (_RECORD, _LOCK):
                 entry.unlink()
+
+    def discard_if_empty(self) -> None:
+        """Remove the run directory when no unit was finished: there is nothing to resume."""
+        if not any(self.path.glob("*.safetensors")):
+            self._remove()
 
     def close(self) -> None:
         """Release the lock; what is finished stays."""

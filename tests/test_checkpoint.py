@@ -18,6 +18,7 @@ from qtool.checkpoint import (
     check,
     load_config,
     locate,
+    open_float,
     opened,
     sha256,
     skeleton,
@@ -145,9 +146,35 @@ def test_floats_become_float32(tiny: Any, dtype: torch.dtype) -> None:
         assert torch.equal(found.tensor(name), value.float())
 
 
-def test_integers_stay_integers(tiny: Any) -> None:
-    folder = change(tiny(), lambda tensors: {**tensors, "classifier.bias": torch.tensor([3, 4])})
-    assert read(folder).tensor("classifier.bias").tolist() == [3, 4]
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float8_e4m3fn])
+def test_codes_are_no_weights(tiny: Any, dtype: torch.dtype) -> None:
+    folder = change(tiny(), lambda tensors: {**tensors, "classifier.bias": torch.tensor([3, 4]).to(dtype)})
+    fails("tensor classifier.bias has dtype .*; qtool quantizes float checkpoints", folder)
+
+
+def test_a_quantized_source_is_refused(tiny: Any) -> None:
+    folder = tiny()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="is quantized already"):
+        open_float(folder)
+
+
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "RobertaForMaskedLM"])
+def test_a_head_with_its_own_values_is_untied(tiny: Any, architecture: str) -> None:
+    """As in transformers: the config says tied, but the files hold two different matrices."""
+    folder = tiny(architecture)
+    model, _ = open_float(folder)
+    tied = dict(model.all_tied_weights_keys)
+    assert tied
+    target, source = next(pair for pair in tied.items() if pair[0].endswith("weight"))
+    same = change(folder, lambda tensors: {**tensors, target: tensors[source].clone()})
+    assert open_float(same)[0].config.tie_word_embeddings
+    other = change(folder, lambda tensors: {**tensors, target: tensors[source] + 1})
+    untied, checkpoint = open_float(other)
+    assert not untied.config.tie_word_embeddings
+    assert torch.equal(checkpoint.tensor(target), checkpoint.tensor(source) + 1)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from qtool import golden, pipeline
 from qtool.artifact import check_manifest, damaged_tensors, quantization_config
 from qtool.checkpoint import WEIGHTS, WEIGHTS_INDEX, weight_files
 from qtool.errors import InputError, UnavailableError
+from qtool.inspection import inspect
 from qtool.nn import QEmbedding, QLinear, QModule, QTiedLinear
 from qtool.numerics import QuantSpec
 
@@ -574,7 +575,7 @@ def test_a_module_that_the_model_does_not_have(copied: Quantized) -> None:
         AutoModelForSequenceClassification.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("version", [2, 99, "2", None, [1]])
+@pytest.mark.parametrize("version", [2, 99, 0, -1, True, 1.0, "2", None, [1]])
 def test_another_format_version_is_refused(copied: Quantized, version: Any) -> None:
     folder = edit_config(copied(BERT), lambda config: config["quantization_config"].update(version=version))
     for loader in (AutoModelForSequenceClassification, AutoModel):
@@ -597,6 +598,68 @@ def test_an_unknown_module_type_is_refused(copied: Quantized) -> None:
     )
     with pytest.raises(InputError, match=f"{path}: unknown module type 'linea'; did you mean linear"):
         AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_activations_that_the_layer_does_not_compute_are_refused(copied: Quantized) -> None:
+    path = "bert.encoder.layer.0.output.dense"
+    folder = edit_config(
+        copied(BERT),
+        lambda config: config["quantization_config"]["modules"][path].update(activations="int4:token:sym"),
+    )
+    with pytest.raises(InputError, match=f"{path}: activations int4:token:sym cannot run"):
+        AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+DENSE, TABLE = "bert.encoder.layer.0.output.dense", "bert.embeddings.word_embeddings"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("modules", []),
+        ("modules", "x"),
+        ("tensors", []),
+        (f"modules/{DENSE}", []),
+        (f"modules/{DENSE}", {}),
+        (f"modules/{DENSE}/type", 3),
+        (f"modules/{DENSE}/shape", [32]),
+        (f"modules/{DENSE}/shape", [32, "48"]),
+        (f"modules/{DENSE}/shape", [32, 10**30]),
+        (f"modules/{DENSE}/shape", [32, 0]),
+        (f"modules/{DENSE}/weights", ["int8"]),
+        (f"modules/{DENSE}/activations", None),
+        (f"modules/{DENSE}/bias", "yes"),
+        (f"modules/{TABLE}/padding_idx", "0"),
+        ("modules/", {"type": "linear", "shape": [1, 1], "weights": "int8", "activations": "int8", "bias": True}),
+        (f"tensors/{DENSE}.bias", None),
+        (f"tensors/{DENSE}.bias", ["F32", [32]]),
+        (f"tensors/{DENSE}.bias", ["F32", 32, "0123"]),
+        (f"tensors/{DENSE}.bias", ["F32", ["32"], "0123"]),
+    ],
+)
+def test_a_damaged_description_is_one_line(copied: Quantized, key: str, value: Any) -> None:
+    def edit(config: dict[str, Any]) -> None:
+        *steps, last = key.split("/")
+        inner = config["quantization_config"]
+        for step in steps:
+            inner = inner[step]
+        inner[last] = value
+
+    folder = edit_config(copied(BERT), edit)
+    loaders = (AutoModelForSequenceClassification.from_pretrained, AutoModel.from_pretrained, inspect)
+    for loader in loaders:
+        with pytest.raises(InputError, match=r"quantization_config .*config\.json is damaged") as error:
+            loader(folder)
+        assert "\n" not in str(error.value)
+
+
+def test_a_tied_head_without_its_table(copied: Quantized) -> None:
+    def edit(config: dict[str, Any]) -> None:
+        tied = [item for item in config["quantization_config"]["modules"].values() if item["type"] == "tied_linear"]
+        tied[0]["table"] = "bert.nowhere"
+
+    with pytest.raises(InputError, match=r"BertForMaskedLM has no table bert\.nowhere"):
+        AutoModelForMaskedLM.from_pretrained(edit_config(copied("BertForMaskedLM"), edit))
 
 
 def test_unknown_keys_of_a_later_writer_survive(copied: Quantized, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool import cli, recipe
-from qtool.api import resolve_recipe
+from qtool.api import calibration_texts, resolve_recipe
 from qtool.errors import InputError, UsageError
 from qtool.methods import METHODS, Entry
 from qtool.numerics import QuantSpec
@@ -83,10 +83,12 @@ def test_flags_reach_their_sections() -> None:
     assert (found.calibration.batch_size, found.evaluate.batch_size) == (5, 5)
 
 
-def test_data_without_a_task_is_calibration_text() -> None:
-    found = typed("--method", "zeroquant", "--data", "D.csv", "--text-column", "body")
-    assert (found.calibration.source, found.calibration.text_column) == ("D.csv", "body")
-    assert found.evaluate.data is None
+@pytest.mark.parametrize("chosen", [("--method", "zeroquant"), ("-c", "zeroquant-w8a8-static")])
+def test_data_without_a_task_is_calibration_text(chosen: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "D.csv").write_text("title,body\na,one\nb,two\n")
+    found = typed(*chosen, "--data", str(tmp_path / "D.csv"), "--text-column", "body")
+    assert calibration_texts(found)[0] == ["one", "two"]
+    assert len(calibration_texts(typed(*chosen))[0]) == 500
 
 
 def test_a_file_that_names_other_specs_keeps_the_rest_of_the_preset(write: Write) -> None:

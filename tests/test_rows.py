@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.errors import InputError, QtoolError, UnavailableError
-from qtool.rows import hub_rows, read_rows, split_file
+from qtool.errors import InputError, QtoolError, UnavailableError, UsageError
+from qtool.rows import TEXT_COLUMNS, find_text_columns, hub_rows, read_rows, split_file, texts_of
 
 ROWS = [{"text": "a fine film", "label": 1}, {"text": 'it said "no",\nand meant it — déjà vu', "label": 0}]
 
@@ -248,3 +248,33 @@ def test_imports_stay_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'datasets', 'pyarrow') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("text", ["\ud83d", "a\udc00b", "\ude00\ud83d"])
+def test_half_a_character_is_no_text(text: str) -> None:
+    with pytest.raises(InputError, match=r"file: row 1, column text holds \\ud[0-9a-f]{3}, half a character"):
+        texts_of([{"text": text}], ("text",), "file")
+
+
+def test_texts_and_pairs() -> None:
+    rows: list[dict[str, Any]] = [{"a": "x", "b": "😀", "c": 3}, {"a": None, "b": "z", "c": 3}]
+    assert texts_of(rows, ("b",), "file") == ["😀", "z"]
+    assert texts_of(rows, ("a", "b"), "file", skip_missing=True) == [("x", "😀")]
+    with pytest.raises(InputError, match="file: row 2, column a holds NoneType, not text"):
+        texts_of(rows, ("a", "b"), "file")
+    with pytest.raises(InputError, match="file: row 1, column c holds int, not text"):
+        texts_of(rows, ("c",), "file", skip_missing=True)
+
+
+def test_where_text_is_looked_for() -> None:
+    for columns in TEXT_COLUMNS:
+        assert find_text_columns([dict.fromkeys(("id", *columns, "label"), "")], "file") == columns
+    everything = {column: "" for columns in TEXT_COLUMNS for column in columns}
+    assert find_text_columns([everything], "file") == TEXT_COLUMNS[0]
+    assert find_text_columns([everything], "file", ["review", "text"]) == ("review", "text")
+    with pytest.raises(InputError, match=r"file has no column x; it has id: .*--text-column"):
+        find_text_columns([{"id": 1}], "file", ["x"])
+    with pytest.raises(InputError, match="file has no column that holds text; it has id"):
+        find_text_columns([{"id": 1}], "file")
+    with pytest.raises(UsageError, match="at most two text columns"):
+        find_text_columns([{"id": 1}], "file", ["a", "b", "c"])

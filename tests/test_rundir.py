@@ -16,7 +16,7 @@ import pytest
 from qtool import rundir
 from qtool.artifact import write_json
 from qtool.errors import InputError, UnavailableError
-from qtool.rundir import RunDirectory, beside, check_output, published, recorded
+from qtool.rundir import RunDirectory, beside, check_output, keep_apart, published, recorded
 
 FINGERPRINT = {"model": "m", "data": "d", "threads": 2}
 
@@ -326,7 +326,7 @@ def test_check_output_refuses_before_any_work(out: Path, monkeypatch: pytest.Mon
     check_output(out / "deep" / "er", resume=False, overwrite=False)
     out.write_text("a file")
     for options in ({"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}):
-        with pytest.raises(InputError, match="out is a file"):
+        with pytest.raises(InputError, match="out is not a folder"):
             check_output(out, **options)
         with pytest.raises(InputError, match="out is a file, not a folder"):
             check_output(out / "below", **options)
@@ -343,7 +343,8 @@ def test_check_output_wants_a_choice(out: Path) -> None:
     for resume in (False, True):
         with pytest.raises(InputError, match="out is not empty; choose another -o or pass --overwrite"):
             check_output(out, resume=resume, overwrite=False)
-    check_output(out, resume=False, overwrite=True)
+    with pytest.raises(InputError, match=r"holds something else than a model that qtool made"):
+        check_output(out, resume=False, overwrite=True)
     shutil.rmtree(out)
     RunDirectory(out, FINGERPRINT, resume=False, overwrite=False).close()
     with pytest.raises(InputError, match="holds an unfinished run; continue it with --resume or start again"):
@@ -364,3 +365,37 @@ def test_a_record_is_plain_json(out: Path) -> None:
     assert record == {"fingerprint": FINGERPRINT, "overwrite": True, "publishing": False}
     run.close()
     assert rundir.recorded(out) == FINGERPRINT
+
+
+def test_inputs_are_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "models" / "float").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    source = tmp_path / "models" / "float"
+    for out in (source, source.parent, tmp_path / "link", tmp_path / "link" / "float"):
+        with pytest.raises(InputError, match="which the run reads; choose another -o"):
+            keep_apart(out, tmp_path / "elsewhere", source)
+    keep_apart(source / "int8", source)
+    keep_apart(tmp_path / "models" / "float-int8", source)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\nb", "\udcff"])
+def test_names_that_no_folder_should_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no usable name for an output"):
+        check_output(tmp_path / name, resume=False, overwrite=False)
+
+
+def test_a_dangling_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="is not a folder"):
+        check_output(tmp_path / "out", resume=False, overwrite=False)
+
+
+def test_a_run_without_a_finished_unit_is_discarded(out: Path) -> None:
+    run = RunDirectory(out, FINGERPRINT, resume=False, overwrite=False)
+    run.discard_if_empty()
+    assert not run.path.exists()
+    run = RunDirectory(out, FINGERPRINT, resume=False, overwrite=False)
+    run.shard("unit").write_text("first")
+    run.discard_if_empty()
+    run.close()
+    assert recorded(out) == FINGERPRINT

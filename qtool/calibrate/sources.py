@@ -13,10 +13,7 @@ from typing import Any
 import torch
 
 from qtool.errors import InputError
-from qtool.rows import read_rows
-
-TEXT_COLUMNS = ("text", "sentence", "sentence1", "question", "premise", "content")
-"""Columns that hold text when nobody says which, in this order."""
+from qtool.rows import Texts, find_text_columns, read_rows, texts_of
 
 
 @dataclass(frozen=True)
@@ -47,23 +44,53 @@ def builtin_sentences() -> list[str]:
     return (resources.files("qtool.calibrate") / "sentences.txt").read_text("utf-8").splitlines()
 
 
-def file_texts(path: Path, column: str | None = None) -> list[str]:
-    """The text column of a txt, jsonl, csv or parquet file. Raises InputError naming the columns present."""
+def file_texts(path: Path, column: str | None = None) -> Texts:
+    """The texts (or pairs) of a txt, jsonl, csv or parquet file, in `column` or the usual ones; empty cells left out.
+
+    Raises InputError naming the columns present, or the row that holds no text.
+    """
     rows = read_rows(path)
-    columns = list(rows[0])
-    chosen = column or next((name for name in TEXT_COLUMNS if name in columns), None)
-    if chosen is None or chosen not in columns:
-        wanted = f"no column '{column}'" if column else "no column that holds text"
-        raise InputError(f"{path}: {wanted} among {', '.join(columns)}; name one with calibration.text_column")
-    return [str(row[chosen]) for row in rows if row[chosen] is not None]
+    columns = find_text_columns(rows, str(path), [column] if column else [])
+    return texts_of(rows, columns, str(path), skip_missing=True)
+
+
+def model_inputs(
+    tokenizer: Any, texts: Sequence[Any], max_length: int | None, type_vocab_size: int | None, **options: Any
+) -> dict[str, Any]:
+    """The tokenizer's columns for texts or pairs of texts, cut to `max_length` tokens; `options` are the tokenizer's.
+
+    A model with fewer than two token types gets none (None: unknown, all are kept). Raises InputError where
+    `max_length` leaves no room for text: tokenizers then cut nothing, without a word.
+    """
+    paired = not isinstance(texts[0], str)
+    own = tokenizer.num_special_tokens_to_add(pair=paired)
+    if max_length is not None and max_length <= own:
+        raise InputError(
+            f"a maximum length of {max_length} leaves no room for text: the tokenizer adds {own} tokens of its own; "
+            f"allow at least {own + 1} with --max-length"
+        )
+    sides = ([text[0] for text in texts], [text[1] for text in texts]) if paired else (list(texts),)
+    limit = {"truncation": True, "max_length": max_length} if max_length is not None else {}
+    columns = dict(tokenizer(*sides, return_attention_mask=True, **limit, **options))
+    if type_vocab_size is not None and type_vocab_size < 2:
+        columns.pop("token_type_ids", None)
+    return columns
 
 
 def tokenize(
-    tokenizer: Any, texts: Sequence[Any], *, num_samples: int, batch_size: int, max_length: int, description: str
+    tokenizer: Any,
+    texts: Sequence[Any],
+    *,
+    num_samples: int,
+    batch_size: int,
+    max_length: int,
+    description: str,
+    type_vocab_size: int | None = None,
 ) -> Batches:
     """The first `num_samples` non-empty texts (or pairs of texts) as padded batches.
 
-    Raises InputError when no text is left.
+    `type_vocab_size` is the model's number of token types (None: unknown). Raises InputError when no text is left or
+    `max_length` leaves no room for any.
     """
     used = [text for text in texts if (text.strip() if isinstance(text, str) else all(text))][:num_samples]
     if not used:
@@ -71,9 +98,7 @@ def tokenize(
     batches = []
     for start in range(0, len(used), batch_size):
         chunk = used[start : start + batch_size]
-        pairs = ([a for a, _ in chunk], [b for _, b in chunk]) if not isinstance(chunk[0], str) else (chunk,)
-        encoded = tokenizer(*pairs, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        batches.append(dict(encoded))
+        batches.append(model_inputs(tokenizer, chunk, max_length, type_vocab_size, padding=True, return_tensors="pt"))
     return Batches(batches, f"{len(used)} of {description}", _digest(batches))
 
 

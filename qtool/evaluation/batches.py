@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from qtool.anatomy import max_tokens
+from qtool.calibrate.sources import model_inputs
 from qtool.errors import InputError
 from qtool.evaluation.tasks import Text
 
@@ -31,14 +32,10 @@ def longest(config: Any, tokenizer: Any, max_length: int | None) -> int | None:
 def encode(tokenizer: Any, config: Any, texts: Sequence[Text], max_length: int | None, model: str) -> list[Tokens]:
     """One dict of equally long lists (`input_ids`, `attention_mask`, …) a text, unpadded, at most `max_length` long.
 
-    Raises InputError when the tokenizer does not belong to the model, or makes nothing of a text.
+    Raises InputError when the tokenizer does not belong to the model, makes nothing of a text, or leaves no room for
+    text within `max_length`.
     """
-    first = [text if isinstance(text, str) else text[0] for text in texts]
-    second = None if isinstance(texts[0], str) else [text[1] for text in texts]
-    limit = {"truncation": True, "max_length": max_length} if max_length is not None else {}
-    columns = dict(tokenizer(first, second, return_attention_mask=True, **limit))
-    if getattr(config, "type_vocab_size", 0) < 2:
-        columns.pop("token_type_ids", None)
+    columns = model_inputs(tokenizer, texts, max_length, getattr(config, "type_vocab_size", 0))
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     for number, row in enumerate(rows, start=1):
         if not row["input_ids"]:

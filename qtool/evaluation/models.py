@@ -88,7 +88,7 @@ def probed(architecture: str, task: Task, model: str) -> bool:
 def load_for(path: Path, task: Task, dtype: str = "float32") -> Any:
     """The model in `path`, in eval mode, in the class that `task` needs: with its classification head, or the encoder.
 
-    Raises InputError when transformers cannot load it or when a tensor that counts is missing.
+    Raises InputError when transformers cannot load it or when a tensor that counts is missing or of another shape.
     """
     import qtool.hf  # noqa: F401 (artifacts of qtool load as ordinary models from here on)
 
@@ -96,7 +96,17 @@ def load_for(path: Path, task: Task, dtype: str = "float32") -> Any:
     loader = transformers.AutoModel if encoder else transformers.AutoModelForSequenceClassification
     with _plain_errors(path), _quiet():
         model, report = loader.from_pretrained(
-            path, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True
+            path,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name: transformers would point to a report that is off
+        )
+    for key, found, wanted in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"{path}: tensor {key} has shape {list(found)}, and the config asks for {list(wanted)}; "
+            "restore config.json and the weights of one model"
         )
     # A masked-LM checkpoint has no pooler; the probe does not read it.
     missing = sorted(key for key in report["missing_keys"] if not (encoder and key.startswith("pooler.")))

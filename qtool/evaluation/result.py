@@ -20,12 +20,14 @@ Prediction = dict[str, int | str | None]
 
 @dataclass(frozen=True)
 class Score:
-    """A model's score in points (0–100; NaN when it gave NaN), its forward seconds, the bytes of its weight files."""
+    """A model's score in points (0–100; NaN when it gave NaN), its forward seconds, the bytes of its weight files, and
+    whether it is a quantized model."""
 
     model: str
     value: float
     seconds: float
     size_bytes: int
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,13 @@ class Evaluation:
 
 
 def _side(score: Score) -> dict[str, Any]:
-    return {"model": score.model, "score": score.value, "seconds": score.seconds, "size_bytes": score.size_bytes}
+    return {
+        "model": score.model,
+        "score": score.value,
+        "seconds": score.seconds,
+        "size_bytes": score.size_bytes,
+        "quantized": score.quantized,
+    }
 
 
 def _clean(value: Any) -> Any:

@@ -52,7 +52,8 @@ def evaluate(
         task: what to score, from `qtool.evaluation.tasks.task`.
         data: file (the split itself) or folder with one file a split; None fetches the task's data from the hub.
         split: train, validation or test.
-        baseline: folder or hub name of the float model that the drop is measured against.
+        baseline: folder or hub name of the model that the drop is measured against, float or (said as `quantized` in
+            its score) an artifact.
         batch_size: texts in a batch; batches are cut once, over all examples sorted by length.
         max_length: tokens to which texts are cut; None leaves the limits of tokenizer and model, which always hold.
         limit: how many examples, from the start of the split; None for all.
@@ -75,6 +76,7 @@ def evaluate(
     if subjects[0].probed:
         _check_probed(subjects, data)
         training = load_examples(task, data, "train", MAX_ROWS, text_columns, label_column)
+        _check_kinds(training, examples)
     report = progress or (lambda stage, done, total: None)
     with _threads(threads), torch.inference_mode():
         sides = load_sides(subjects, task, examples.texts, max_length, dtype)
@@ -123,6 +125,17 @@ def _check_probed(subjects: Sequence[Subject], data: str | Path | None) -> None:
         raise InputError(
             f"{first.name} has no classification head, and a linear probe needs training data besides {data}; "
             "pass a folder that holds train.* and validation.*"
+        )
+
+
+def _check_kinds(training: Examples, examples: Examples) -> None:
+    """Numbers in one file and words in the other are two namings of classes; only a task's own names connect them."""
+    first, second = training.labels[0], examples.labels[0]
+    if examples.label_names is None and type(first) is not type(second):
+        what = {int: "numbers", str: "words"}
+        raise InputError(
+            f"the labels of {training.source} are {what[type(first)]} (such as {first!r}), those of {examples.source} "
+            f"are {what[type(second)]} ({second!r}); write both files in the same way"
         )
 
 
@@ -177,6 +190,7 @@ def _evaluation(
             metrics.points(task.metric, side.predictions, references),
             side.seconds,
             side.subject.size_bytes,
+            side.subject.quantized,
         )
         for side in sides
     ]

@@ -9,21 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qtool.errors import InputError, UsageError, one_of
-from qtool.rows import Row, Split, hub_rows, read_rows, split_file
+from qtool.rows import Row, Split, Texts, find_text_columns, hub_rows, read_rows, split_file, texts_of, unicode
 
 Text = str | tuple[str, str]
-
-TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("text", "text_pair"),
-    ("text",),
-    ("sentence",),
-    ("content",),
-    ("review",),
-)
-"""Where a task that names no text columns looks for them, in this order: pairs before single texts."""
 
 LABEL_COLUMNS: tuple[str, ...] = ("label", "labels")
 """Where a task that names no label column looks for it."""
@@ -56,7 +44,7 @@ class Examples:
     `labels` are all integers or all strings; `label_names` are the task's class names; `source` is a path or hub name.
     """
 
-    texts: list[str] | list[tuple[str, str]]
+    texts: Texts
     labels: list[int] | list[str]
     label_names: tuple[str, ...] | None
     source: str
@@ -125,10 +113,14 @@ def load_texts(
     split: Split,
     limit: int | None = None,
     text_columns: Sequence[str] | None = None,
-) -> list[str] | list[tuple[str, str]]:
-    """The texts of a split without its labels, as calibration wants them; arguments and errors of `load_examples`."""
+) -> Texts:
+    """The texts of a split without its labels, as calibration wants them: empty cells are left out.
+
+    Arguments and errors of `load_examples`.
+    """
     rows, source = load_rows(task, data, split, limit)
-    return texts_of(rows, find_text_columns(task, rows, source, text_columns), source)
+    columns = find_text_columns(rows, source, text_columns or task.text_columns)
+    return texts_of(rows, columns, source, skip_missing=True)
 
 
 def load_examples(
@@ -145,24 +137,11 @@ def load_examples(
     empty data and labels that are hidden, missing or unknown to the task, and the errors of `load_rows`.
     """
     rows, source = load_rows(task, data, split, limit)
-    texts = texts_of(rows, find_text_columns(task, rows, source, text_columns), source)
+    texts = texts_of(rows, find_text_columns(rows, source, text_columns or task.text_columns), source)
     column = find_label_column(task, rows, source, label_column)
     labels = labels_of(rows, column, source)
     _known(labels, task, f"{source}, column {column}")
     return Examples(texts, labels, task.labels, source)
-
-
-def find_text_columns(task: Task, rows: Sequence[Row], source: str, given: Sequence[str] | None) -> tuple[str, ...]:
-    """The columns that hold the text or the pair of texts: the `given` ones, else the task's, else the usual names."""
-    present = rows[0]
-    asked = tuple(given or task.text_columns)
-    if len(asked) > 2:
-        raise UsageError(f"at most two text columns make an input, not {len(asked)}: {', '.join(asked)}")
-    for columns in [asked] if asked else TEXT_COLUMNS:
-        if all(column in present for column in columns):
-            return columns
-    what = ", ".join(asked) if asked else "text or sentence"
-    raise InputError(f"{source} has no column {what}; it has {_columns(present)}: name the text's with --text-column")
 
 
 def find_label_column(task: Task, rows: Sequence[Row], source: str, given: str | None) -> str:
@@ -178,21 +157,6 @@ def find_label_column(task: Task, rows: Sequence[Row], source: str, given: str |
 
 def _columns(row: Row) -> str:
     return ", ".join(row) or "no columns"
-
-
-def texts_of(rows: Sequence[Row], columns: tuple[str, ...], source: str) -> list[str] | list[tuple[str, str]]:
-    """The texts in one column, or the pairs in two. Raises InputError for a cell that holds no text."""
-    texts = [[_text(row[column], f"{source}: row {number}, column {column}") for column in columns]
-             for number, row in enumerate(rows, start=1)]  # fmt: skip
-    if len(columns) == 1:
-        return [first for (first,) in texts]
-    return [(first, second) for first, second in texts]
-
-
-def _text(value: Any, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    raise InputError(f"{where} holds {type(value).__name__}, not text; name the text's column with --text-column")
 
 
 def labels_of(rows: Sequence[Row], column: str, source: str) -> list[int] | list[str]:
@@ -227,7 +191,9 @@ def _usable(value: Any, where: str) -> None:
         raise InputError(f"{where} is -1: this split hides its labels; use one that has them (--split)")
     if not isinstance(value, (int, str)):
         raise InputError(f"{where} holds {value!r}, which is no class label; name the labels' with --label-column")
-    if isinstance(value, int) and value < 0:
+    if isinstance(value, str):
+        unicode(value, where)
+    elif value < 0:
         raise InputError(f"{where} is {value}; integer labels count from 0")
 
 

@@ -1,7 +1,7 @@
 """The table of operations that quantized modules call, and the backend that carries them out.
 
 An operation has one meaning, given by `reference.py`; any other backend is right when it returns the reference's
-integers bit for bit. `QTOOL_BACKEND` chooses one by name; without it the fastest available backend is taken.
+integers bit for bit. `QTOOL_BACKEND` chooses one by name; without it the first of `BACKENDS` is taken.
 """
 
 import functools
@@ -46,7 +46,7 @@ BACKENDS: tuple[str, ...] = ("reference",)
 @functools.cache
 def backend() -> Backend:
     """The backend of this process, fixed at first use. Raises UnavailableError for one that does not exist here."""
-    wanted = os.environ.get("QTOOL_BACKEND", BACKENDS[0])
+    wanted = os.environ.get("QTOOL_BACKEND") or BACKENDS[0]
     if wanted not in BACKENDS:
         raise UnavailableError(f"QTOOL_BACKEND={wanted}: {one_of(wanted, BACKENDS, 'backend')}")
     from qtool.kernels import reference

@@ -1,22 +1,20 @@
 """What a method is: a class that says what it does to each unit of a model, and does it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from qtool.anatomy import Anatomy, Unit
 from qtool.calibrate.statistics import Statistics
 from qtool.nn import QModule
 from qtool.recipe import Recipe
+from qtool.stream import Reader
 
 PHASES = ("shape", "lower", "attach")
-"""Methods run in this order; at most one lowers."""
-
-Reader = Callable[[str], torch.Tensor]
+"""Methods run in this order; exactly one of a recipe's methods lowers."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from pydantic import Field
 from qtool.anatomy import Anatomy, Part, Unit
 from qtool.calibrate.statistics import Statistics
 from qtool.errors import InputError
-from qtool.methods.base import Method, Options, Plan, Reader
+from qtool.methods.base import Method, Options, Plan
 from qtool.nn import MODULES, QEmbedding, QLinear, QModule
 from qtool.numerics import QTensor, QuantSpec
 from qtool.recipe import Spec
 from qtool.rounding import ROUNDINGS
+from qtool.stream import Reader
 
 _QMAX = 127
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qtool import kernels
+from qtool.errors import InputError
 from qtool.nn.module import QModule
 from qtool.numerics import QuantSpec
 from qtool.numerics.qtensor import stored_dtype, stored_shape
@@ -29,7 +30,9 @@ class QLinear(QModule):
     def __init__(
         self, shape: tuple[int, int], weights: QuantSpec, activations: QuantSpec, *, bias: bool, device: str = "cpu"
     ) -> None:
+        """Raises InputError for specs that this product does not execute."""
         super().__init__()
+        _refuse_unexecuted(weights, activations)
         self.out_features, self.in_features = shape
         self.weights, self.activations = weights, activations
         tiled = torch.empty(stored_shape(weights, shape, "tiled"), dtype=stored_dtype(weights), device=device)
@@ -82,9 +85,22 @@ class QLinear(QModule):
     def from_description(cls, model: nn.Module, path: str, description: Mapping[str, Any], *, device: str) -> "QLinear":
         """See `QModule`."""
         rows, columns = description["shape"]
-        specs = (QuantSpec.parse(description[key]) for key in ("weights", "activations"))
-        return cls((rows, columns), *specs, bias=description["bias"], device=device)
+        try:
+            specs = (QuantSpec.parse(description[key]) for key in ("weights", "activations"))
+            return cls((rows, columns), *specs, bias=description["bias"], device=device)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"{self.in_features}, {self.out_features}, weights={self.weights}, activations={self.activations}"
+
+
+def _refuse_unexecuted(weights: QuantSpec, activations: QuantSpec) -> None:
+    """A description may ask for other codes than the int8 product multiplies: it must not run as if it did."""
+    if weights.dynamic or not weights.symmetric or weights.storage != "int8":
+        raise InputError(f"weights {weights} cannot run; a linear takes static symmetric int5 to int8 weights")
+    token_wise = activations.dynamic and activations.block == (1, None)
+    tensor_wise = not activations.dynamic and activations.block == (None, None)
+    if activations.num_bits != 8 or not activations.symmetric or not (token_wise or tensor_wise):
+        raise InputError(f"activations {activations} cannot run; a linear takes int8:token:sym or int8:tensor:sym")

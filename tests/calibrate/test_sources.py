@@ -13,9 +13,11 @@ import torch
 import transformers
 
 from qtool.api import calibration_batches, open_job, resolve_recipe
-from qtool.calibrate.sources import TEXT_COLUMNS, builtin_sentences, file_texts, random_tokens, tokenize
+from qtool.calibrate.sources import builtin_sentences, file_texts, random_tokens, tokenize
 from qtool.errors import InputError
+from qtool.evaluation.tasks import load_texts, task
 from qtool.pipeline import Job
+from qtool.rows import TEXT_COLUMNS
 
 ROWS = [{"id": index, "body": f"w{index} w1", "label": index % 2} for index in range(7)]
 
@@ -45,18 +47,20 @@ def test_the_text_column_of_a_file(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"data{suffix}"
     WRITERS[suffix](path, ROWS)
     assert file_texts(path, "body") == [row["body"] for row in ROWS]
-    with pytest.raises(InputError, match=r"no column that holds text among id, body, label; name one with"):
+    with pytest.raises(InputError, match=r"no column that holds text; it has id, body, label: name .* --text-column"):
         file_texts(path)
-    with pytest.raises(InputError, match=r"no column 'text' among id, body, label"):
+    with pytest.raises(InputError, match=r"no column text; it has id, body, label"):
         file_texts(path, "text")
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-@pytest.mark.parametrize("column", TEXT_COLUMNS)
-def test_usual_columns_are_found(suffix: str, column: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("columns", TEXT_COLUMNS)
+def test_usual_columns_are_those_of_a_task(suffix: str, columns: tuple[str, ...], tmp_path: Path) -> None:
     path = tmp_path / f"data{suffix}"
-    WRITERS[suffix](path, [{"label": 1, column: "a b"}, {"label": 0, column: "c"}])
-    assert file_texts(path) == ["a b", "c"]
+    rows = [("a b", "d"), ("c", "e")]
+    WRITERS[suffix](path, [{"label": 1, **dict(zip(columns, row, strict=False))} for row in rows])
+    assert file_texts(path) == (rows if len(columns) == 2 else ["a b", "c"])
+    assert load_texts(task("classification"), path, "train") == file_texts(path)
 
 
 def test_lines_of_a_text_file(tmp_path: Path) -> None:
@@ -68,7 +72,24 @@ def test_lines_of_a_text_file(tmp_path: Path) -> None:
 def test_missing_cells_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     write_jsonl(path, [{"text": "a"}, {"text": None}, {"text": "b"}])
-    assert file_texts(path) == ["a", "b"]
+    assert file_texts(path) == load_texts(task("classification"), path, "train") == ["a", "b"]
+
+
+@pytest.mark.parametrize("value", [5, 1.5, True, ["a"], {"a": "b"}])
+def test_a_cell_without_text_is_refused_with_its_row(value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    write_jsonl(path, [{"text": None}, {"text": "a"}, {"text": value}])
+    for texts in (lambda: file_texts(path), lambda: load_texts(task("classification"), path, "train")):
+        with pytest.raises(InputError, match=rf"row 3, column text holds {type(value).__name__}, not text"):
+            texts()
+
+
+def test_half_a_character_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "fine \\ud83d\\ude00"}\n{"text": "a \\ud83d b"}\n')
+    with pytest.raises(InputError, match=r"data\.jsonl: row 2, column text holds \\ud83d, half a character") as error:
+        file_texts(path)
+    assert "\n" not in str(error.value) and str(error.value).isascii()
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +133,33 @@ def test_pairs_become_one_input(tokenizer: Any) -> None:
         alone = tokenizer(first, second)
         assert batch["input_ids"][row][mask].tolist() == alone["input_ids"]
         assert batch["token_type_ids"][row][mask].tolist() == alone["token_type_ids"]
+
+
+@pytest.mark.parametrize("text", ["w1 w2 w3", ("w1 w2", "w3 w4")])
+def test_a_length_without_room_for_text_is_refused(tokenizer: Any, text: Any) -> None:
+    least = 3 if isinstance(text, str) else 4
+    for length in range(1, 6):
+        arguments = {"num_samples": 1, "batch_size": 1, "max_length": length, "description": "things"}
+        if length < least:
+            with pytest.raises(InputError, match=f"maximum length of {length} leaves no room .* at least {least}"):
+                tokenize(tokenizer, [text], **arguments)
+        else:
+            (batch,) = tokenize(tokenizer, [text], **arguments).batches
+            assert batch["input_ids"].shape == (1, min(length, 5 if least == 3 else 7))
+
+
+@pytest.mark.parametrize(("types", "kept"), [(None, True), (2, True), (1, False), (0, False)])
+def test_token_types_that_the_model_does_not_have_are_dropped(tokenizer: Any, types: int | None, kept: bool) -> None:
+    found = tokenize(
+        tokenizer,
+        [("w1", "w2")],
+        num_samples=1,
+        batch_size=1,
+        max_length=8,
+        description="things",
+        type_vocab_size=types,
+    )
+    assert ("token_type_ids" in found.batches[0]) == kept
 
 
 def test_the_digest_is_of_the_tokens(tokenizer: Any) -> None:

@@ -61,6 +61,15 @@ def test_a_model_without_token_types_gets_none(own: Any) -> None:
     assert set(row) == {"input_ids", "attention_mask"}
 
 
+@pytest.mark.parametrize(("text", "least"), [("w0 w1 w2", 3), (("w0 w1", "w2"), 4)])
+def test_a_length_without_room_for_text_is_refused(own: Any, text: Any, least: int) -> None:
+    for length in range(1, least):
+        with pytest.raises(InputError, match=f"maximum length of {length} leaves no room .* at least {least}"):
+            encode(own, BertConfig(vocab_size=65), [text], length, "m")
+    (row,) = encode(own, BertConfig(vocab_size=65), [text], least, "m")
+    assert len(row["input_ids"]) == least
+
+
 def test_a_foreign_tokenizer_is_refused(own: Any) -> None:
     with pytest.raises(InputError, match="does not belong to it: it gives token 64, the model knows 60"):
         encode(own, BertConfig(vocab_size=60), ["w59"], 8, "m")

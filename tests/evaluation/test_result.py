@@ -23,7 +23,7 @@ def evaluation(**changes: Any) -> Evaluation:
         "data": "somewhere",
         "n": 2,
         "metric": "accuracy",
-        "candidate": Score("out", math.nan, 0.5, 25),
+        "candidate": Score("out", math.nan, 0.5, 25, True),
         "baseline": Score("float", 50.0, 1.0, 100),
         "drop": math.nan,
         "interval": (math.nan, math.nan),
@@ -40,7 +40,10 @@ def test_json_is_plain_and_nan_is_null() -> None:
     body = evaluation().to_json()
     assert json.loads(json.dumps(body, allow_nan=False)) == body
     assert body["schema_version"] == 1
-    assert body["candidate"] == {"model": "out", "score": None, "seconds": 0.5, "size_bytes": 25}
+    assert body["candidate"] == {
+        "model": "out", "score": None, "seconds": 0.5, "size_bytes": 25, "quantized": True,
+    }  # fmt: skip
+    assert body["baseline"]["quantized"] is False
     assert (body["drop"], body["agreement"]) == (None, None)
     assert body["interval"] == {"level": 0.95, "low": None, "high": None}
     assert "predictions" not in body

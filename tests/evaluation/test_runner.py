@@ -286,6 +286,36 @@ def test_a_probe_on_string_labels(zoo: Any) -> None:
     assert {row["candidate"] for row in numbers.predictions} == {"LABEL_0", "LABEL_1"}
 
 
+def test_two_files_that_name_their_classes_differently(zoo: Any) -> None:
+    model = zoo.make("float", "BertModel")
+    data, _, _ = probe_data(zoo, model)
+    for name, own in (("validation", "train"), ("train", "validation")):
+        path = data / f"{name}.jsonl"
+        numbers = path.read_text()
+        path.write_text(numbers.replace('"label": 0', '"label": "bad"').replace('"label": 1', '"label": "good"'))
+        with pytest.raises(InputError) as error:
+            evaluate(model, ANY, data=data, baseline=model)
+        for words in (f"{name}.jsonl are words", f"{own}.jsonl are numbers", "in the same way"):
+            assert words in str(error.value).replace("those of ", "").replace(f"{data}/", "")
+        path.write_text(numbers)
+    path = data / "train.jsonl"  # a task with names of its own connects the two
+    path.write_text(path.read_text().replace('"label": 0', '"label": "negative"').replace(": 1", ': "positive"'))
+    assert evaluate(model, SST2, data=data).n == 120
+
+
+def test_each_score_says_whether_its_model_is_quantized(zoo: Any, pair: tuple[Path, Path, Path], desk: Path) -> None:
+    import qtool
+
+    baseline, _, data = pair
+    artifact = qtool.quantize(
+        str(baseline), method="zeroquant", output=zoo.folder / "int8", set=["calibration.source=random"]
+    ).path
+    found = evaluate(artifact, SST2, data=data, baseline=baseline)
+    assert found.baseline is not None and (found.baseline.quantized, found.candidate.quantized) == (False, True)
+    again = evaluate(artifact, SST2, data=data, baseline=artifact, allow_weak_baseline=True).to_json()
+    assert (again["baseline"]["quantized"], again["candidate"]["quantized"]) == (True, True)
+
+
 def test_what_a_probe_cannot_do(zoo: Any) -> None:
     model = zoo.make("float", "BertModel")
     data, _, _ = probe_data(zoo, model)

@@ -146,6 +146,23 @@ def test_cells_that_hold_no_text(tmp_path: Path, value: Any) -> None:
         load_examples(task("sst2"), data, "validation")
 
 
+def test_half_a_character_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"sentence": "a", "label": 1}\n{"sentence": "a \\ud83d b", "label": 1}\n')
+    with pytest.raises(InputError, match=r"row 2, column sentence holds \\ud83d, half a character"):
+        load_examples(task("sst2"), path, "validation")
+    path.write_text('{"text": "a", "label": "\\udc00"}\n')
+    with pytest.raises(InputError, match=r"row 1, column label holds \\udc00, half a character"):
+        load_examples(task("classification"), path, "validation")
+
+
+def test_calibration_leaves_empty_cells_out_and_scores_need_them(tmp_path: Path) -> None:
+    data = table(tmp_path, {"sentence": None, "label": 1}, {"sentence": "a", "label": 1})
+    assert load_texts(task("sst2"), data, "train") == ["a"]
+    with pytest.raises(InputError, match="row 1, column sentence holds NoneType"):
+        load_examples(task("sst2"), data, "train")
+
+
 def test_formats_agree(tmp_path: Path) -> None:
     rows = [{"sentence": "a, b", "label": 1}, {"sentence": "c", "label": 0}]
     jsonl = table(tmp_path, *rows)

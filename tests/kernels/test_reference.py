@@ -309,7 +309,9 @@ def test_the_backend_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernels.backend.__wrapped__().name == name
     monkeypatch.delenv("QTOOL_BACKEND")
     assert kernels.backend.__wrapped__().name == kernels.BACKENDS[0]
-    monkeypatch.setenv("QTOOL_BACKEND", "")
+    monkeypatch.setenv("QTOOL_BACKEND", "")  # as good as unset
+    assert kernels.backend.__wrapped__().name == kernels.BACKENDS[0]
+    monkeypatch.setenv("QTOOL_BACKEND", "referense")
     with pytest.raises(UnavailableError, match="unknown backend"):
         kernels.backend.__wrapped__()
 

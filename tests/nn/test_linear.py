@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from qtool.errors import InputError
 from qtool.nn import QLinear
 from qtool.numerics import QTensor, QuantSpec
 
@@ -201,3 +202,29 @@ def test_the_layout_is_that_of_qtensor(make: Any) -> None:
     spec = QuantSpec.parse("int8:channel:sym")
     tensor = QTensor.quantize(make.rows(17, 22), spec, layout="tiled")
     assert torch.equal(make.linear((17, 22)).module.weight, tensor.codes)
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [
+        ("int8:channel:sym", "int4:token:sym"),
+        ("int8:channel:sym", "int7:tensor:sym"),
+        ("int8:channel:sym", "int8:token:asym"),
+        ("int8:channel:sym", "int8:tensor:asym"),
+        ("int8:channel:sym", "int8:tensor:sym:dynamic"),
+        ("int8:channel:sym", "int8:token:sym:static"),
+        ("int8:channel:sym", "int8:group:4:sym:dynamic"),
+        ("int4:channel:sym", "int8:token:sym"),
+        ("int16:channel:sym", "int8:token:sym"),
+        ("int8:channel:asym", "int8:token:sym"),
+        ("int8:channel:sym:dynamic", "int8:token:sym"),
+    ],
+)
+def test_what_cannot_run_is_refused(weights: str, activations: str) -> None:
+    off = activations if weights == "int8:channel:sym" else str(QuantSpec.parse(weights))
+    words = str(QuantSpec.parse(off))
+    with pytest.raises(InputError, match=f"{words} cannot run"):
+        QLinear((16, 8), QuantSpec.parse(weights), QuantSpec.parse(activations), bias=False)
+    told = {"type": "linear", "shape": [16, 8], "weights": weights, "activations": activations, "bias": False}
+    with pytest.raises(InputError, match=rf"^a\.b: .*{words} cannot run"):
+        QLinear.from_description(torch.nn.Module(), "a.b", told, device="meta")

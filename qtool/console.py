@@ -68,7 +68,10 @@ class Screen:
             table.add_column(column, justify="right" if numbers else "left", overflow="fold")
         for row in rows:
             table.add_row(*(escape(cell) for cell in row))
-        self.out.print(table)
+        with self.out.capture() as captured:
+            self.out.print(table)
+        text = "\n".join(line.rstrip() for line in captured.get().splitlines())
+        self.out.out(text, highlight=False)
 
     def line(self, text: str) -> None:
         """A line of result on stdout."""

@@ -74,7 +74,7 @@ def resolve_recipe(
     if methods:
         layers.append(("--method", {"methods": _chosen(methods, listed)}))
     layers.append(("--set", recipes.assignments(sets)))
-    layers.append(("command line", _nested(given)))
+    layers.append(("command line", recipes.nested(given)))
     built = recipes.build(layers)
     if not built.methods:
         if config is None:
@@ -110,15 +110,6 @@ def _chosen(methods: Sequence[str], known: Sequence[dict[str, Any]]) -> list[dic
     """`--method` picks; options that the file gives to the same method stay."""
     options = {item["name"]: item for item in known}
     return [options.get(name, {"name": name}) for name in methods]
-
-
-def _nested(flags: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in flags.items():
-        for name in reversed(key.split(".")):
-            value = {name: value}
-        result = recipes.merge(result, value)
-    return result
 
 
 def default_output(model: str, recipe: Recipe) -> Path:
@@ -242,8 +233,8 @@ def quantize_events(
 
     started = time.perf_counter()
     rundir.check_output(out, resume=resume, overwrite=overwrite)
-    given = [Path(p) for p in (recipe.evaluate.data, statistics) if p]
-    rundir.keep_apart(out, *given)
+    read = (recipe.evaluate.data, recipe.evaluate.baseline, recipe.calibration.source, statistics)
+    rundir.keep_apart(out, *(Path(path) for path in read if path and Path(path).exists()))
     set_threads(recipe, (rundir.recorded(out) or rundir.published(out)) if resume else None)
     job = open_job(model, recipe)
     rundir.keep_apart(out, job.source)
@@ -267,7 +258,11 @@ def quantize_events(
 def _about_calibration(job: "Job", batches: "Batches", statistics: str | Path | None) -> str:
     if not job.observed():
         return "no calibration pass: this recipe computes the scales of activations at run time"
-    return f"statistics: {statistics}" if statistics else f"calibration data: {batches.description}"
+    return (
+        f"statistics: {statistics}"
+        if statistics
+        else f"calibration data: {batches.description}, {batches.num_tokens} tokens"
+    )
 
 
 def golden_inputs(job: "Job", batches: "Batches") -> "dict[str, torch.Tensor]":

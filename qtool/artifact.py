@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.checkpoint import TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, opened, sha256, tensor_infos, weight_files
+from qtool.checkpoint import (
+    DTYPE_BYTES,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    opened,
+    sha256,
+    tensor_infos,
+    weight_files,
+)
 from qtool.errors import InputError, UnavailableError
 
 if TYPE_CHECKING:
@@ -158,8 +167,7 @@ def _stream_file(entries: list[_Entry], target: Path) -> Manifest:
 
 
 def _place(name: str, dtype: str) -> tuple[int, str]:
-    widths = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I16": 2, "F16": 2, "BF16": 2}
-    return -widths.get(dtype, 1), name
+    return -DTYPE_BYTES.get(dtype, 1), name
 
 
 def _header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:

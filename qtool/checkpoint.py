@@ -5,6 +5,7 @@ Only safetensors are read and no code of a model is ever run. Tensors are memory
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
+DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I16": 2, "F16": 2, "BF16": 2}
+"""Bytes of a value by safetensors' name of its dtype; the names that are missing take one."""
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _LEGACY = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
@@ -80,6 +84,11 @@ class TensorInfo:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values."""
+        return math.prod(self.shape) * DTYPE_BYTES.get(self.dtype, 1)
 
 
 @contextmanager
@@ -176,6 +185,7 @@ class Checkpoint:
         self.folder = folder
         self.files = weight_files(folder)
         self.infos = tensor_infos(self.files)
+        self._digest: str | None = None
         self._names = self._resolve(model, tied_names(model) if tied is None else tied)
 
     def unties(self, model: Any) -> bool:
@@ -241,11 +251,11 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.files)
 
     def digest(self) -> str:
-        """SHA-256 over config.json and every weight file."""
-        total = hashlib.sha256()
-        for file in (self.folder / "config.json", *self.files):
-            total.update(sha256(file).encode())
-        return total.hexdigest()
+        """SHA-256 over config.json and every weight file, read once."""
+        if self._digest is None:
+            files = (self.folder / "config.json", *self.files)
+            self._digest = hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+        return self._digest
 
 
 def tied_names(model: Any) -> dict[str, str]:

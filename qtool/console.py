@@ -190,7 +190,7 @@ def render_plan(screen: Screen, job: "Job") -> None:
     share = 100 * plan["size_bytes"] / plan["source_bytes"]
     screen.line(
         f"Size on disk: {megabytes(plan['size_bytes'])}, {share:.1f} % of the float model's "
-        f"{megabytes(plan['source_bytes'])}. Nothing was read but headers, nothing was written."
+        f"{megabytes(plan['source_bytes'])}. Nothing was calibrated, nothing was written."
     )
 
 

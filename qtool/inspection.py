@@ -8,8 +8,6 @@ from qtool import artifact
 from qtool.checkpoint import locate, tensor_infos, weight_files
 from qtool.errors import InputError
 
-_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I16": 2, "F16": 2, "BF16": 2}
-
 
 def inspect(model: str | Path, *, verify: bool = False) -> dict[str, Any]:
     """JSON-clean: a row a quantized module, totals, and with `verify` the outcome of every check.
@@ -62,16 +60,9 @@ def _row(path: str, module: Mapping[str, Any], infos: Mapping[str, Any], figures
         "type": module["type"].replace("_", " "),
         "weights": str(module.get("weights", "shared")),
         "activations": str(module.get("activations", "float")),
-        "bytes": sum(_num_bytes(info) for info in own),
+        "bytes": sum(info.num_bytes for info in own),
         "sqnr": f"{sqnr:.1f}" if isinstance(sqnr, (int, float)) else "-",
     }
-
-
-def _num_bytes(info: Any) -> int:
-    count = 1
-    for size in info.shape:
-        count *= size
-    return count * _BYTES.get(info.dtype, 1)
 
 
 def _same_machine(fingerprint: Mapping[str, Any]) -> bool:

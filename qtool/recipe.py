@@ -356,6 +356,14 @@ def assignments(pairs: Iterable[str]) -> dict[str, Any]:
     return result
 
 
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys, `{"a.b": 1}`, as nested mappings, `{"a": {"b": 1}}`."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        _assign(result, key.split("."), value, key)
+    return result
+
+
 def _assign(tree: dict[str, Any], keys: list[str], value: Any, pair: str) -> None:
     for name in keys[:-1]:
         below = tree.setdefault(name, {})

@@ -25,11 +25,6 @@ class Batches:
     digest: str
 
     @property
-    def num_samples(self) -> int:
-        """Sequences in all batches."""
-        return sum(len(batch["input_ids"]) for batch in self.batches)
-
-    @property
     def num_tokens(self) -> int:
         """Real tokens in all batches."""
         return sum(int(batch["attention_mask"].sum()) for batch in self.batches)

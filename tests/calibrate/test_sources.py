@@ -101,7 +101,7 @@ def test_batches_hold_the_first_samples_in_order(tokenizer: Any, shelf: Any) -> 
     texts = shelf.sentences(25)
     found = tokenize(tokenizer, texts, num_samples=10, batch_size=4, max_length=8, description="things")
     assert [len(batch["input_ids"]) for batch in found.batches] == [4, 4, 2]
-    assert found.num_samples == 10
+    assert sum(len(batch["input_ids"]) for batch in found.batches) == 10
     assert found.description == "10 of things"
     rows = [row for batch in found.batches for row in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     for text, (ids, mask) in zip(texts, rows, strict=False):
@@ -223,7 +223,7 @@ def test_the_training_split_of_a_task(tiny: Any) -> None:
 def test_without_data_our_own_sentences_are_used(tiny: Any) -> None:
     found = calibration_batches(job(tiny.model))
     assert found.description == "256 of qtool's own 500 sentences"
-    assert found.num_samples == 256
+    assert sum(len(batch["input_ids"]) for batch in found.batches) == 256
 
 
 def test_a_file_and_a_folder(tiny: Any, tmp_path: Path) -> None:
@@ -247,7 +247,8 @@ def test_random_tokens_on_request(tiny: Any, shelf: Any) -> None:
     assert ids.shape == (256, 9)
     assert int(ids.max()) < vocabulary
     bare = shelf.make("no-tokenizer", words=None)
-    assert calibration_batches(job(bare, "calibration.source=random")).num_samples == 256
+    made = calibration_batches(job(bare, "calibration.source=random")).batches
+    assert sum(len(batch["input_ids"]) for batch in made) == 256
     with pytest.raises(InputError, match="has no tokenizer files"):
         calibration_batches(job(bare))
 

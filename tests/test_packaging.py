@@ -62,7 +62,8 @@ def test_constraints_satisfy_what_qtool_asks_for() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["py.typed", "demo/sentences.jsonl", "demo/adapter.safetensors", "calibrate/sentences.txt"]
+    "path",
+    ["py.typed", "demo/sentences.jsonl", "demo/language.txt", "demo/adapter.safetensors", "calibrate/sentences.txt"],
 )
 def test_data_files_are_installed(path: str) -> None:
     assert resources.files("qtool").joinpath(*path.split("/")).is_file()

@@ -40,8 +40,8 @@ def built(values: Mapping[str, Any]) -> Recipe:
 
 def typed(*arguments: str) -> Recipe:
     """The recipe of `qtool quantize MODEL` with these arguments."""
-    with cli.quantize.make_context("quantize", ["MODEL", *arguments]) as context:
-        return cli.recipe_of(context, "MODEL")
+    with cli.quantize.quantize.make_context("quantize", ["MODEL", *arguments]) as context:
+        return cli.options.recipe_of(context, "MODEL")
 
 
 # Layers, weakest first, with the value that each gives to calibration.num_samples.
@@ -55,7 +55,7 @@ def test_the_strongest_layer_wins(
 ) -> None:
     num_samples = f"{{num_samples: {LAYERS['preset']}}}"
     text = f"methods: [zeroquant]\ncalibration: {num_samples if 'preset' in layers else '{}'}"
-    monkeypatch.setattr(recipe, "presets", lambda: {"zeroquant-w8a8": "methods: [zeroquant]", "mine": text})
+    monkeypatch.setattr(recipe.files, "presets", lambda: {"zeroquant-w8a8": "methods: [zeroquant]", "mine": text})
     if named == "by the method":
         entry = Entry(METHODS["zeroquant"].target, "", "mine", "")
         monkeypatch.setitem(METHODS, "zeroquant", entry)
@@ -413,7 +413,7 @@ def test_presets_are_those_of_the_checkout() -> None:
 
 def test_presets_of_a_wheel_are_inside_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "configs").mkdir()
-    monkeypatch.setattr(recipe.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(recipe.files.resources, "files", lambda package: tmp_path)
     assert recipe.preset_folder() == tmp_path / "configs"
 
 

@@ -1,0 +1,30 @@
+"""qtool from Python: what the commands do, without their printing.
+
+`quantize` and `evaluate` take the names of the command-line flags. The command line calls the same functions and
+renders their events.
+"""
+
+from qtool.api.data import calibration_batches, calibration_texts, golden_inputs
+from qtool.api.jobs import (
+    DEFAULT_FOLDER,
+    LATEST,
+    Quantized,
+    calibrate_events,
+    default_output,
+    latest,
+    note_latest,
+    open_job,
+    quantize,
+    quantize_events,
+    read_statistics,
+    set_threads,
+)
+from qtool.api.recipes import FLAG_KEYS, recipe_task, resolve_recipe
+from qtool.api.scores import baseline_for, evaluate, evaluate_recipe, record_scores, recorded_source
+
+__all__ = [
+    "DEFAULT_FOLDER", "FLAG_KEYS", "LATEST", "Quantized", "baseline_for", "calibrate_events", "calibration_batches",
+    "calibration_texts", "default_output", "evaluate", "evaluate_recipe", "golden_inputs", "latest", "note_latest",
+    "open_job", "quantize", "quantize_events", "read_statistics", "recipe_task", "record_scores", "recorded_source",
+    "resolve_recipe", "set_threads",
+]  # fmt: skip

@@ -1,0 +1,194 @@
+"""`quantize` and `calibrate`: open a job, run it, say what it left."""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool.api.data import calibration_batches, golden_inputs
+from qtool.api.recipes import FLAG_KEYS, resolve_recipe
+from qtool.errors import InputError, QtoolError, one_of
+from qtool.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qtool.calibrate.sources import Batches
+    from qtool.calibrate.statistics import Statistics
+    from qtool.pipeline import Event, Job
+
+
+DEFAULT_FOLDER = "qtool-out"
+LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What a successful run leaves."""
+
+    path: Path
+    size_bytes: int
+    source_bytes: int
+    seconds: float
+    peak_bytes: int
+
+
+def default_output(model: str, recipe: Recipe) -> Path:
+    """`qtool-out/<model>-<method>`."""
+    name = Path(model).name or Path(model).resolve().name
+    return Path(DEFAULT_FOLDER) / "-".join([name, *(method.name for method in recipe.methods)])
+
+
+def set_threads(recipe: Recipe, fingerprint: Mapping[str, Any] | None = None) -> None:
+    """The recorded threads of a run that is resumed, else the recipe's, else torch's own choice."""
+    import torch
+
+    threads = (fingerprint or {}).get("threads") or recipe.threads
+    if threads:
+        torch.set_num_threads(int(threads))
+
+
+def open_job(model: str, recipe: Recipe) -> "Job":
+    """Find the model and check that the recipe fits it and that it can be run here; nothing is computed yet."""
+    from qtool.checkpoint import locate
+    from qtool.kernels import backend
+    from qtool.pipeline import Job
+
+    backend()
+    return Job(locate(model, recipe.model.revision), model, recipe)
+
+
+def read_statistics(path: str | Path, job: "Job", batches: "Batches") -> "Statistics":
+    """Statistics from a file. Raises InputError unless they were made from this model, data and these observers."""
+    from qtool.calibrate.statistics import Statistics
+
+    statistics = Statistics.read(Path(path))
+    statistics.require(job.statistics_fingerprint(batches), str(path))
+    return statistics
+
+
+def quantize_events(
+    model: str,
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    statistics: str | Path | None = None,
+) -> Generator["Event", None, Quantized]:
+    """Quantize `model` into `out`, as events that end with the result."""
+    import time
+
+    from qtool import pipeline, rundir
+    from qtool.artifact import size_on_disk
+
+    started = time.perf_counter()
+    rundir.check_output(out, resume=resume, overwrite=overwrite)
+    read = (recipe.evaluate.data, recipe.evaluate.baseline, recipe.calibration.source, statistics)
+    rundir.keep_apart(out, *(Path(path) for path in read if path and Path(path).exists()))
+    set_threads(recipe, (rundir.recorded(out) or rundir.published(out)) if resume else None)
+    job = open_job(model, recipe)
+    rundir.keep_apart(out, job.source)
+    source_bytes = job.checkpoint.num_bytes
+    batches = calibration_batches(job)
+    yield pipeline.Note(_about_calibration(job, batches, statistics))
+    known = read_statistics(statistics, job, batches) if statistics else None
+    fingerprint = job.fingerprint(batches, Path(statistics) if statistics else None)
+    run = rundir.RunDirectory(out, fingerprint, resume=resume, overwrite=overwrite)
+    with closing(run):
+        try:
+            yield from pipeline.quantize(job, batches, golden_inputs(job, batches), run, known)
+        except QtoolError:
+            run.discard_if_empty()
+            raise
+    note_latest(out)
+    seconds = time.perf_counter() - started
+    return Quantized(out, size_on_disk(out), source_bytes, seconds, pipeline.peak_bytes())
+
+
+def _about_calibration(job: "Job", batches: "Batches", statistics: str | Path | None) -> str:
+    if not job.observed():
+        return "no calibration pass: this recipe computes the scales of activations at run time"
+    return (
+        f"statistics: {statistics}"
+        if statistics
+        else f"calibration data: {batches.description}, {batches.num_tokens} tokens"
+    )
+
+
+def note_latest(out: Path) -> None:
+    """`qtool-out/latest` names the newest artifact; a place that cannot be written is no reason to fail."""
+    from qtool.artifact import write_text
+    from qtool.errors import UnavailableError
+
+    try:
+        Path(DEFAULT_FOLDER).mkdir(exist_ok=True)
+        write_text(Path(DEFAULT_FOLDER) / LATEST, f"{out.resolve()}\n")
+    except (OSError, UnavailableError):
+        return
+
+
+def latest() -> Path:
+    """The artifact of the last successful `quantize` in this working directory. Raises InputError without one."""
+    note = Path(DEFAULT_FOLDER) / LATEST
+    try:
+        path = Path(note.read_text("utf-8").strip())
+    except OSError:
+        raise InputError(f"no MODEL given and no {note} here; quantize something first or name a model") from None
+    if not path.is_dir():
+        raise InputError(f"{note} names {path}, which is gone; name a model")
+    return path
+
+
+def quantize(
+    model: str,
+    *,
+    method: str | Sequence[str] = (),
+    config: str | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    statistics: str | Path | None = None,
+    set: Sequence[str] = (),
+    **flags: Any,
+) -> Quantized:
+    """Quantize the float `model` (folder or hub name) and return where the artifact is.
+
+    `set` takes `key=value` strings of the recipe, `flags` the names in `FLAG_KEYS` (task, data, num_samples, …). Raises
+    QtoolError subclasses, as the command does, and TypeError for an argument that does not exist.
+    """
+    if unknown := [name for name in flags if name not in FLAG_KEYS]:
+        raise TypeError(one_of(unknown[0], list(FLAG_KEYS), "argument"))
+    methods = [method] if isinstance(method, str) else list(method)
+    given = {name: value for name, value in flags.items() if value is not None}
+    recipe = resolve_recipe(config=config, sets=set, methods=methods, model=model, flags=given)
+    out = Path(output or recipe.output or default_output(model, recipe))
+    events = quantize_events(model, recipe, out, resume=resume, overwrite=overwrite, statistics=statistics)
+    while True:
+        try:
+            next(events)
+        except StopIteration as done:
+            result: Quantized = done.value
+            return result
+
+
+def calibrate_events(
+    model: str, recipe: Recipe, file: Path, *, overwrite: bool = False
+) -> Generator["Event", None, int]:
+    """Pass 1 alone, into a statistics file; ends with the number of activations that were observed."""
+    from qtool import pipeline
+    from qtool.artifact import write_tensors
+
+    if file.exists() and not overwrite:
+        raise InputError(f"{file} exists; choose another -o or pass --overwrite")
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent} does not exist; make the folder first")
+    set_threads(recipe)
+    job = open_job(model, recipe)
+    if not job.observed():
+        names = ", ".join(method.name for method in job.methods)
+        raise InputError(f"{names} needs no statistics with this recipe: activation scales are computed at run time")
+    batches = calibration_batches(job)
+    yield pipeline.Note(f"calibration data: {batches.description}")
+    statistics = yield from pipeline.calibrate(job, batches)
+    write_tensors(file, statistics.tensors())
+    return len(statistics.states)

@@ -1,0 +1,97 @@
+"""From arguments to a recipe."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool import recipe as recipes
+from qtool.errors import InputError, UsageError, one_of
+from qtool.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qtool.evaluation.tasks import Task
+
+
+def resolve_recipe(
+    *,
+    config: str | None = None,
+    sets: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    model: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Merge the layers; `flags` holds only what was given, by its name in `FLAG_KEYS`.
+
+    Raises UsageError for an unknown method or task among the arguments, InputError for one in the recipe file.
+    """
+    from qtool.evaluation.tasks import task
+    from qtool.methods import METHODS, entry
+
+    for name in methods:
+        entry(name)
+    given = _recipe_keys(flags or {})
+    if "evaluate.task" in given:
+        task(given["evaluate.task"])
+    if model is not None:
+        given["model.name"] = model
+    file = recipes.read(config) if config else {}
+    listed = recipes.method_list(file.get("methods"))
+    for item in listed:
+        if item["name"] not in METHODS:
+            raise InputError(f"{config}: {one_of(item['name'], list(METHODS), 'method')}")
+    names = methods or [item["name"] for item in listed]
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if "weights" not in file and "activations" not in file:
+        layers += [(f"preset {entry(name).preset}", recipes.preset(entry(name).preset)) for name in names]
+    layers.append((config or "recipe", file))
+    if methods:
+        layers.append(("--method", {"methods": _chosen(methods, listed)}))
+    layers.append(("--set", recipes.assignments(sets)))
+    layers.append(("command line", recipes.nested(given)))
+    built = recipes.build(layers)
+    if not built.methods:
+        if config is None:
+            raise UsageError("which method? Pass --method (`qtool methods` lists them) or a recipe with -c")
+        raise InputError(f"{config} names no method; list one under methods, or pass --method")
+    return built
+
+
+FLAG_KEYS: dict[str, tuple[str, ...]] = {
+    "task": ("evaluate.task",),
+    "data": ("evaluate.data",),
+    "text_columns": ("evaluate.text_columns",),
+    "num_samples": ("calibration.num_samples",),
+    "max_length": ("calibration.max_length", "evaluate.max_length"),
+    "batch_size": ("calibration.batch_size", "evaluate.batch_size"),
+    "revision": ("model.revision",),
+    "seed": ("seed",),
+    "threads": ("threads",),
+}
+"""Recipe keys that a flag of the command line, or the argument of `quantize` with its name, sets."""
+
+
+def _recipe_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted recipe keys for `flags`."""
+    keys: dict[str, Any] = {}
+    for name, value in flags.items():
+        plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+        keys |= dict.fromkeys(FLAG_KEYS[name], plain)
+    return keys
+
+
+def _chosen(methods: Sequence[str], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`--method` picks; options that the file gives to the same method stay."""
+    options = {item["name"]: item for item in known}
+    return [options.get(name, {"name": name}) for name in methods]
+
+
+def recipe_task(recipe: Recipe) -> "Task":
+    """The task of the recipe. Raises InputError when it is unknown or not given."""
+    from qtool.evaluation.tasks import task
+
+    if recipe.evaluate.task is None:
+        raise InputError("the recipe names no task; pass --task or set evaluate.task")
+    try:
+        return task(recipe.evaluate.task)
+    except UsageError as error:
+        raise InputError(f"evaluate.task: {error}") from error

@@ -1,0 +1,86 @@
+"""The command line: parses, calls `qtool.api`, prints. Everything heavy is imported inside the commands."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from qtool import __version__
+from qtool.cli import evaluate, look, quantize
+from qtool.errors import InterruptedRun, QtoolError, UsageError
+
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 110,
+    "token_normalize_func": lambda token: token.replace("_", "-"),
+}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="qtool")
+def cli() -> None:
+    """Post-training quantization of Transformer models: calibrate, quantize, evaluate.
+
+    Exit codes: 0 fine, 1 a bug in qtool, 2 usage, 3 bad input, 4 the environment cannot do it, 5 a quality gate failed,
+    130 and 143 interrupted (continue with --resume).
+    """
+
+
+for command in (
+    quantize.quantize, quantize.calibrate, evaluate.evaluate, evaluate.run,
+    look.inspect, look.methods, look.doctor, look.demo,
+):  # fmt: skip
+    cli.add_command(command)
+
+
+def _on_sigterm(number: int, frame: Any) -> None:
+    raise InterruptedRun("terminated; continue with the same command and --resume", number)
+
+
+def main() -> None:
+    """Run a command and exit with the code that says how it ended."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    sys.exit(_status())
+
+
+def _status() -> int:
+    try:
+        cli.main(prog_name="qtool", standalone_mode=False)
+    except (QtoolError, InterruptedRun) as error:
+        return _fail(str(error), error.exit_code)
+    except click.exceptions.Exit as error:
+        return int(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        return UsageError.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted; continue with the same command and --resume", 128 + signal.SIGINT)
+    except (BrokenPipeError, SystemExit) as error:  # click and rich exit when the reader of stdout is gone: no verdict
+        if isinstance(error, SystemExit) and isinstance(error.code, str):
+            return _fail(error.code, 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        from qtool.errors import environment_problem
+
+        problem = environment_problem(error)
+        return _fail(str(problem), problem.exit_code) if problem else _crash()
+    except Exception:
+        return _crash()
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    """One line on stderr."""
+    print(f"qtool: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _crash() -> int:
+    import traceback
+
+    traceback.print_exc()
+    print(f"qtool {__version__}: this is a bug in qtool; please report it with the lines above", file=sys.stderr)
+    return 1

@@ -1,0 +1,64 @@
+"""`qtool quantize` and `qtool calibrate`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qtool.cli.options import drain, json_option, model_of, recipe_of, recipe_options, run_options, screen_of, verbosity
+
+
+@click.command()
+@click.argument("model", required=False)
+@recipe_options
+@click.option("-o", "--output", metavar="DIR", help="Where the model goes [qtool-out/<model>-<method>].")
+@click.option("--statistics", metavar="FILE", help="Statistics from `qtool calibrate` instead of a pass over the data.")
+@run_options
+@click.option("--dry-run", is_flag=True, help="Say what would be quantized and how large it becomes; write nothing.")
+@json_option
+@verbosity
+@click.pass_context
+def quantize(context: click.Context, /, model: str | None, **params: Any) -> None:
+    """Quantize MODEL (a folder or a hub name): calibrate, lower, check against a golden batch, put in place.
+
+    \b
+    qtool quantize M/minilm-sst2 --method zeroquant --task sst2 --data DATA/sst2 -o out
+    """
+    from qtool import api, console
+
+    console.check_json_target(params["json_file"])
+    recipe = recipe_of(context, model)
+    name = model_of(model, recipe)
+    out = Path(params["output"] or recipe.output or api.default_output(name, recipe))
+    with screen_of(context) as screen:
+        if params["dry_run"]:
+            job = api.open_job(name, recipe)
+            if params["json_file"] != "-":
+                console.render_plan(screen, job)
+            console.emit_json(console.plan_json(job), params["json_file"])
+            return
+        choices = {key: params[key] for key in ("resume", "overwrite", "statistics")}
+        result = drain(screen, api.quantize_events(name, recipe, out, **choices))
+        if params["json_file"] != "-":
+            console.render_quantized(screen, result)
+        console.emit_json(console.quantized_json(result), params["json_file"])
+
+
+@click.command()
+@click.argument("model", required=False)
+@recipe_options
+@click.option("-o", "--output", required=True, metavar="FILE", help="Statistics file to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@verbosity
+@click.pass_context
+def calibrate(context: click.Context, /, model: str | None, **params: Any) -> None:
+    """Collect statistics of MODEL alone, for `quantize --statistics`."""
+    from qtool import api
+
+    recipe = recipe_of(context, model)
+    with screen_of(context) as screen:
+        events = api.calibrate_events(
+            model_of(model, recipe), recipe, Path(params["output"]), overwrite=params["overwrite"]
+        )
+        count = drain(screen, events)
+        screen.line(f"{params['output']}: statistics of {count} activations")

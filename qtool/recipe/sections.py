@@ -1,0 +1,228 @@
+"""The sections of a recipe as data classes: which keys exist, what values they take, and what follows from them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
+
+from qtool.errors import InputError, QtoolError
+from qtool.numerics import QuantSpec
+
+
+def _spec(value: Any) -> QuantSpec:
+    try:
+        return QuantSpec.parse(value)
+    except QtoolError as error:
+        raise ValueError(str(error)) from error
+
+
+def merge_specs(old: Any, new: Any) -> dict[str, Any]:
+    """The words of both. A new strategy or group size replaces the old block, not only half of it."""
+    kept, words = _worded(old), _worded(new)
+    if {"strategy", "group_size", "block_structure"} & set(words):
+        gone = {"strategy", "group_size", "block_structure", "dynamic"}
+        kept = {key: value for key, value in kept.items() if key not in gone}
+    return {**kept, **words}
+
+
+def _worded(spec: Any) -> dict[str, Any]:
+    """A spec in words, with the other keys of its section beside them. Raises InputError."""
+    if not isinstance(spec, Mapping):
+        return QuantSpec.parse(spec).words()
+    words = {key: value for key, value in spec.items() if key != "spec"}
+    return merge_specs(spec["spec"], words) if "spec" in spec else words
+
+
+Spec = Annotated[QuantSpec, BeforeValidator(_spec), PlainSerializer(str)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are an error, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class SpecSection(Section):
+    """A section that is a `QuantSpec`, written as words or in the short spelling, with further keys beside it."""
+
+    spec: Spec
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_words(cls, value: Any) -> Any:
+        if isinstance(value, str | QuantSpec):
+            return {"spec": value}
+        if isinstance(value, Mapping) and not isinstance(value.get("spec"), QuantSpec):
+            words = _worded(value)
+            own = {key: words.pop(key) for key in cls.model_fields if key in words}
+            return {**own, "spec": words} if words else own
+        return value
+
+
+class Model(Section):
+    """The float model: a folder or a hub name."""
+
+    name: str | None = None
+    revision: str | None = None
+
+
+class Calibration(Section):
+    """Where calibration text comes from. `auto` is the task's training split if one is given, else our sentences."""
+
+    source: str = "auto"
+    text_column: str | None = None
+    num_samples: Count = 256
+    batch_size: Count = 32
+    max_length: Count = 128
+
+
+class Weights(SpecSection):
+    """How weight matrices of the blocks are stored."""
+
+    spec: Spec = QuantSpec.parse("int8:channel:sym")
+    rounding: Literal["nearest"] = "nearest"
+
+
+class Activations(SpecSection):
+    """How the inputs of quantized layers are quantized."""
+
+    spec: Spec = QuantSpec.parse("int8:token:sym")
+
+
+class Rule(Section):
+    """An override for the modules that a glob matches: other specs, or `float` to leave them alone."""
+
+    weights: Spec | None = None
+    activations: Spec | None = None
+    keep_float: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "float":
+            raise ValueError(f"a rule is the word float or a mapping with weights and activations, not '{value}'")
+        return {"keep_float": True} if value == "float" else value
+
+    @model_serializer(mode="wrap")
+    def _only_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that was not given does not override other rules, also after it was written and read again."""
+        return {key: value for key, value in serialize(self).items() if key in self.model_fields_set}
+
+
+class MethodChoice(BaseModel):
+    """A method's name and its own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class Evaluate(Section):
+    """What `qtool run` evaluates, and where the data is."""
+
+    task: str | None = None
+    data: str | None = None
+    split: Literal["train", "validation", "test"] = "validation"
+    baseline: str | None = None
+    text_columns: list[str] | None = None
+    label_column: str | None = None
+    batch_size: Count = 32
+    max_length: Count = 128
+    limit: Count | None = None
+    allow_weak_baseline: bool = False
+
+
+class GateSection(Section):
+    """Limits in points of a 0–100 score; a measured value on the wrong side fails the run (exit code 5)."""
+
+    max_drop: Percent | None = None
+    min_score: Percent | None = None
+    min_agreement: Percent | None = None
+
+
+class Recipe(Section):
+    """The whole recipe."""
+
+    model: Model = Model()
+    calibration: Calibration = Calibration()
+    weights: Weights = Weights()
+    activations: Activations = Activations()
+    rules: dict[str, Rule] = {}
+    methods: tuple[MethodChoice, ...] = ()
+    evaluate: Evaluate = Evaluate()
+    gate: GateSection = GateSection()
+    output: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+
+    def quantization_part(self) -> dict[str, Any]:
+        """What decides the bytes of the artifact; JSON-clean. Rules are a list: their order counts."""
+        part = self.model_dump(mode="json", exclude={"model", "evaluate", "gate", "output", "threads"})
+        return {**part, "rules": list(part["rules"].items())}
+
+    def to_yaml(self) -> str:
+        """Runs again to the same recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+    def without_paths(self) -> "Recipe":
+        """For publication: no name of a folder or file of this machine."""
+        calibration = self.calibration
+        if calibration.source not in ("auto", "task", "builtin", "random"):
+            calibration = calibration.model_copy(update={"source": Path(calibration.source).name})
+        model = self.model.model_copy(update={"name": Path(self.model.name).name if self.model.name else None})
+        evaluate = self.evaluate.model_copy(update={"data": None, "baseline": None})
+        changes = {"calibration": calibration, "model": model, "evaluate": evaluate, "output": None}
+        return self.model_copy(update=changes)
+
+    def rule_for(self, path: str) -> Rule:
+        """The overrides for a module path; of several matching globs the later one wins, key by key."""
+        values: dict[str, Any] = {}
+        for glob, rule in self.rules.items():
+            if _matches(glob, path):
+                values |= {key: getattr(rule, key) for key in rule.model_fields_set}
+        return Rule(**values)
+
+    def check_rules(self, paths: Sequence[str]) -> None:
+        """Raises InputError for a rule that matches none of `paths`, with near misses."""
+        for glob in self.rules:
+            if not any(_matches(glob, path) for path in paths):
+                near = ", ".join(_nearest(glob.replace("*", ""), paths))
+                raise InputError(f"rule '{glob}' matches no module that can be quantized; near misses: {near}")
+
+
+def _matches(glob: str, path: str) -> bool:
+    from fnmatch import fnmatchcase
+
+    return fnmatchcase(path, glob)
+
+
+def _nearest(text: str, paths: Sequence[str]) -> list[str]:
+    """The three paths most like `text`, as a whole or at their ends: a glob often names the end alone."""
+    from difflib import SequenceMatcher
+
+    def likeness(path: str) -> float:
+        return max(SequenceMatcher(None, text, part).ratio() for part in (path, path[-len(text) :]))
+
+    return sorted(paths, key=likeness, reverse=True)[:3]

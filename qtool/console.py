@@ -23,6 +23,7 @@ from qtool.errors import InputError
 
 if TYPE_CHECKING:
     from qtool.api import Quantized
+    from qtool.estimate import Estimate
     from qtool.evaluation.result import Evaluation
     from qtool.pipeline import Event, Job
 
@@ -165,7 +166,7 @@ def emit_json(value: Any, target: str | None) -> None:
         write_text(Path(target), json_text(value) + "\n")
 
 
-def plan_json(job: "Job") -> dict[str, Any]:
+def plan_json(job: "Job", expected: "Estimate") -> dict[str, Any]:
     """What `--dry-run` says."""
     predicted = job.predicted_bytes()
     return {
@@ -177,12 +178,14 @@ def plan_json(job: "Job") -> dict[str, Any]:
         "kept_float": dict(job.plan.kept_float),
         "size_bytes": predicted,
         "source_bytes": job.checkpoint.num_bytes,
+        "seconds": round(expected.seconds, 1),
+        "peak_memory_bytes": expected.peak_bytes,
     }
 
 
-def render_plan(screen: Screen, job: "Job") -> None:
-    """The plan as tables: what is quantized, what stays float and why, the size on disk."""
-    plan = plan_json(job)
+def render_plan(screen: Screen, job: "Job", expected: "Estimate") -> None:
+    """The plan as tables: what is quantized, what stays float and why; the size on disk, the time and the memory."""
+    plan = plan_json(job, expected)
     rows = [[path, *_specs(module)] for path, module in plan["quantized"].items()]
     screen.table(f"Quantized ({len(rows)} modules)", ["module", "type", "weights", "activations"], rows)
     kept = [[path, reason] for path, reason in plan["kept_float"].items()]
@@ -191,6 +194,10 @@ def render_plan(screen: Screen, job: "Job") -> None:
     screen.line(
         f"Size on disk: {megabytes(plan['size_bytes'])}, {share:.1f} % of the float model's "
         f"{megabytes(plan['source_bytes'])}. Nothing was calibrated, nothing was written."
+    )
+    screen.line(
+        f"Expected on this machine, within a factor of two: {expected.seconds:.0f} s, "
+        f"peak memory {megabytes(expected.peak_bytes)}."
     )
 
 
@@ -220,22 +227,49 @@ def render_quantized(screen: Screen, result: "Quantized") -> None:
     )
 
 
-def render_evaluation(screen: Screen, result: "Evaluation") -> None:
+def render_evaluations(screen: Screen, results: "Sequence[tuple[str, Evaluation]]") -> None:
+    """One result as a table of both models; several as one table, a row each, under the labels of their recipes."""
+    if len(results) == 1:
+        _render_evaluation(screen, results[0][1])
+        return
+    labelled = any(label for label, _ in results)
+    columns = ["task", "score", "baseline", "candidate", "drop", "95 % interval", "agreement %", "speed", "n"]
+    rows = [[*([label] if labelled else []), *_summary(result)] for label, result in results]
+    screen.table("Results", [*(["recipe"] if labelled else []), *columns], rows)
+
+
+def _summary(result: "Evaluation") -> list[str]:
+    """Cells of one row; a dash where there is no baseline."""
+    own, theirs = result.candidate, result.baseline
+    paired = ["-"] * 4
+    if theirs is not None and result.interval is not None and result.drop is not None:
+        low, high = result.interval
+        percent = " %" if result.relative else ""
+        same = "-" if result.agreement is None else f"{result.agreement:.2f}"
+        paired = [f"{result.drop:+.2f}{percent}", f"[{low:+.2f}, {high:+.2f}]", same, f"{result.speed_ratio:.2f}x"]
+    floats = f"{theirs.value:.2f}" if theirs else "-"
+    return [result.task, result.metric, floats, f"{own.value:.2f}", *paired, f"{result.n} {result.unit}"]
+
+
+def _render_evaluation(screen: Screen, result: "Evaluation") -> None:
     """Float and candidate side by side, then the drop with its interval."""
-    rows = []
+    rows, others = [], list(result.candidate.others)
     for side, score in (("baseline", result.baseline), ("candidate", result.candidate)):
         if score is not None:
             side += "" if score.quantized else " (float)"
             rate = f"{1000 * score.seconds / result.n:.2f}"
-            rows.append([side, f"{score.value:.2f}", megabytes(score.size_bytes), rate, score.model])
-    title = f"{result.task}, {result.split}, {result.n} examples"
-    screen.table(title, ["", f"{result.metric} %", "size", "ms/example", "model"], rows)
-    if result.drop is not None and result.interval is not None and result.agreement is not None:
+            values = [f"{value:.2f}" for value in (score.value, *(score.others[name] for name in others))]
+            rows.append([side, *values, megabytes(score.size_bytes), rate, score.model])
+    unit, percent = result.unit.removesuffix("s"), "" if result.relative else " %"
+    title = f"{result.task}, {result.split}, {result.n} {result.unit}"
+    names = [f"{name}{percent}" for name in (result.metric, *others)]
+    screen.table(title, ["", *names, "size", f"ms/{unit}", "model"], rows)
+    if result.drop is not None and result.interval is not None:
         low, high = result.interval
-        screen.line(
-            f"drop {result.drop:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}]; "
-            f"agreement {result.agreement:.2f} %; {result.speed_ratio:.2f}x the baseline's speed"
-        )
+        loss = f"{result.drop:+.2f} % above the baseline" if result.relative else f"drop {result.drop:+.2f} points"
+        same = "" if result.agreement is None else f"agreement {result.agreement:.2f} %; "
+        speed = f"{result.speed_ratio:.2f}x the baseline's speed"
+        screen.line(f"{loss}, 95 % interval [{low:+.2f}, {high:+.2f}]; {same}{speed}")
     if result.probe is not None:
         screen.line(f"linear probe on {result.probe.rows} rows of {result.probe.source}, the same for both models")
 

@@ -6,6 +6,7 @@ beside them; only hub data goes through `datasets`. No code of a data set is eve
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,8 +38,12 @@ TEXT_COLUMNS: tuple[tuple[str, ...], ...] = (
     ("sentence1",),
     ("question",),
     ("premise",),
+    ("tokens",),
 )
 """Where text is looked for when nobody says where, in this order: pairs before single texts."""
+
+WORD_COLUMNS: tuple[str, ...] = ("tokens", "words")
+"""Where sentences are that come as lists of words."""
 
 _HUB_SECONDS = 5.0
 
@@ -145,12 +150,41 @@ def _text(path: Path) -> list[Row]:
         return [{"text": line.rstrip("\n")} for line in lines if line.strip()]
 
 
+def _conll(path: Path) -> list[Row]:
+    """Columns separated by white space: a word a line, its tag in the last column, a blank line between sentences."""
+    rows: list[Row] = []
+    words: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate([*path.read_text("utf-8-sig").splitlines(), ""], start=1):
+        cells = line.split()
+        if cells and cells[0] != "-DOCSTART-":
+            if len(cells) < 2:
+                raise InputError(f"{path}: line {number} has one column; CoNLL columns are a word … and its tag")
+            words.append(cells[0])
+            tags.append(cells[-1])
+        elif words:
+            rows.append({"tokens": words, "tags": tags})
+            words, tags = [], []
+    return rows
+
+
+def read_text(path: Path) -> str:
+    """A whole text file. Raises InputError when it is not UTF-8 or cannot be read."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: line {_line_of(path, error)} is not UTF-8; save the file as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl": _json_lines,
     ".json": _json_lines,
     ".csv": _csv,
     ".parquet": _parquet,
     ".txt": _text,
+    ".conll": _conll,
 }
 """What reads a local file, by suffix."""
 
@@ -176,13 +210,19 @@ def texts_of(rows: Sequence[Row], columns: tuple[str, ...], source: str, *, skip
     Raises InputError for a cell that holds no text; with `skip_missing`, rows with an empty cell (None) are left out.
     """
     texts = [
-        [_cell(row[column], f"{source}: row {number}, column {column}") for column in columns]
+        [_cell(_joined(row[column], column), f"{source}: row {number}, column {column}") for column in columns]
         for number, row in enumerate(rows, start=1)
         if not (skip_missing and any(row[column] is None for column in columns))
     ]
     if len(columns) == 1:
         return [first for (first,) in texts]
     return [(first, second) for first, second in texts]
+
+
+def _joined(value: Any, column: str) -> Any:
+    """The words of a tagged sentence are a text too."""
+    words = column in WORD_COLUMNS and isinstance(value, list) and all(isinstance(word, str) for word in value)
+    return " ".join(value) if words else value
 
 
 def _cell(value: Any, where: str) -> str:
@@ -201,8 +241,10 @@ def unicode(text: str, where: str) -> str:
     return text
 
 
-def split_file(data: Path, split: Split) -> Path | None:
+def split_file(data: Path, split: Split, other: str | None = None) -> Path | None:
     """The file of `split` in a data folder (`train.*`; `validation.*`, `dev.*` or `val.*`; `test.*`), or None.
+
+    A file named `other` comes first: some tasks have several validation splits.
 
     A `data` that is a file is the split itself, whichever is asked for. Raises InputError when `data` does not exist or
     when several files of the folder could be the split.
@@ -211,14 +253,28 @@ def split_file(data: Path, split: Split) -> Path | None:
         return data
     if not data.is_dir():
         raise InputError(f"no data at {data}: neither a file nor a folder")
-    found = [data / f"{name}{suffix}" for name in SPLIT_NAMES[split] for suffix in READERS]
-    found = [path for path in found if path.is_file()]
+    for names in [(other,)] * bool(other) + [SPLIT_NAMES[split]]:
+        found = [path for name in names for suffix in READERS if (path := data / f"{name}{suffix}").is_file()]
+        if found:
+            break
     if len(found) > 1:
         raise InputError(f"{data} holds several files for {split}: {_listed(path.name for path in found)}; keep one")
     return found[0] if found else None
 
 
-def hub_rows(repo: str, config: str | None, split: Split, limit: int | None = None) -> list[Row]:
+def hub_name(text: str) -> tuple[str, str | None] | None:
+    """`org/name` or `org/name:config` as the names of a hub data set and of its config; None for a local path.
+
+    What exists here is local, and so is what lies in a folder that exists, or ends like a file of rows.
+    """
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?", text)
+    path = Path(text)
+    if match is None or path.exists() or Path(path.parts[0]).exists() or path.suffix.lower() in READERS:
+        return None
+    return match[1], match[2]
+
+
+def hub_rows(repo: str, config: str | None, split: str, limit: int | None = None) -> list[Row]:
     """The first `limit` rows (all, when None) of a split of a hub data set, fetched into the hub's own cache.
 
     Without a connection the cache alone is asked. Raises UnavailableError when the data are in neither place,

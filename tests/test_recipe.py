@@ -266,7 +266,9 @@ def test_bad_yaml_names_file_and_line(text: str, line: int, write: Write) -> Non
 
 
 UNUSABLE = [
-    ("- methods", "a recipe is a mapping of sections, not a list"),
+    ("- methods", "#1: a recipe is a mapping of sections, not a str"),
+    ("- {methods: zeroquant}\n- {methods: zeroquant}", "holds 2 recipes; `qtool run` takes such a list"),
+    ("methods", "a recipe is a mapping of sections, not a str"),
     ("methods: 5", "methods is a list"),
     ("methods: [{nam: zeroquant}]", "methods is a list"),
     ("methods: {zeroquant: float}", r"methods\.zeroquant: options are"),

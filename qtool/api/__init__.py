@@ -19,12 +19,42 @@ from qtool.api.jobs import (
     read_statistics,
     set_threads,
 )
-from qtool.api.recipes import FLAG_KEYS, recipe_task, resolve_recipe
-from qtool.api.scores import baseline_for, evaluate, evaluate_recipe, record_scores, recorded_source
+from qtool.api.recipes import FLAG_KEYS, recipe_list, recipe_task, resolve_recipe
+from qtool.api.scores import (
+    baseline_for,
+    evaluate,
+    evaluate_recipe,
+    evaluations,
+    kept_results,
+    record_scores,
+    recorded_source,
+)
 
 __all__ = [
-    "DEFAULT_FOLDER", "FLAG_KEYS", "LATEST", "Quantized", "baseline_for", "calibrate_events", "calibration_batches",
-    "calibration_texts", "default_output", "evaluate", "evaluate_recipe", "golden_inputs", "latest", "note_latest",
-    "open_job", "quantize", "quantize_events", "read_statistics", "recipe_task", "record_scores", "recorded_source",
-    "resolve_recipe", "set_threads",
+    "DEFAULT_FOLDER",
+    "FLAG_KEYS",
+    "LATEST",
+    "Quantized",
+    "baseline_for",
+    "calibrate_events",
+    "calibration_batches",
+    "calibration_texts",
+    "default_output",
+    "evaluate",
+    "evaluate_recipe",
+    "evaluations",
+    "golden_inputs",
+    "kept_results",
+    "latest",
+    "note_latest",
+    "open_job",
+    "quantize",
+    "quantize_events",
+    "read_statistics",
+    "recipe_list",
+    "recipe_task",
+    "record_scores",
+    "recorded_source",
+    "resolve_recipe",
+    "set_threads",
 ]  # fmt: skip

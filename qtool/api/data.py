@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.anatomy import max_tokens
 from qtool.api.recipes import recipe_task
-from qtool.errors import InputError
+from qtool.errors import InputError, UnavailableError
 from qtool.recipe import Recipe
+from qtool.rows import Texts, find_text_columns, hub_name, hub_rows, split_file, texts_of
 
 if TYPE_CHECKING:
     import torch
@@ -45,18 +46,18 @@ def calibration_texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
 
     wanted, scored = recipe.calibration, recipe.evaluate
     source, column = wanted.source, wanted.text_column
-    if source == "auto" and scored.task is None and scored.data is not None:  # data without a task are text
+    if source == "auto" and not scored.tasks and isinstance(scored.data, str):  # data without a task are text
         source, column = scored.data, column or next(iter(scored.text_columns or ()), None)
     if source == "auto":
-        source = "task" if scored.task else "builtin"
+        source = "task" if scored.tasks else "builtin"
     if source == "task":
         return _task_texts(recipe)
     if source == "builtin":
         return sources.builtin_sentences(), "qtool's own 500 sentences"
-    path = Path(source)
+    if (hub := hub_name(source)) is not None:
+        return _hub_texts(*hub, column, wanted.num_samples), f"the training split of {source}"
+    path = Path(source).expanduser()
     if path.is_dir():
-        from qtool.rows import split_file
-
         found = split_file(path, "train")
         if found is None:
             raise InputError(f"{path} has no train file (train.jsonl, .csv or .parquet) to calibrate on")
@@ -64,14 +65,24 @@ def calibration_texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
     return sources.file_texts(path, column), f"the rows of {path.name}"
 
 
-def _task_texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
-    from qtool.evaluation.tasks import load_texts
+def _hub_texts(repo: str, config: str | None, column: str | None, count: int) -> Texts:
+    """Up to `count` texts of a hub data set; corpora have many empty rows, so more are read."""
+    try:
+        rows = hub_rows(repo, config, "train", 4 * count)
+    except UnavailableError as error:
+        raise UnavailableError(f"no file or folder {repo} here, and {error}") from error
+    columns = find_text_columns(rows, repo, [column] if column else [])
+    return texts_of(rows, columns, repo, skip_missing=True)
 
-    wanted = recipe.evaluate
-    texts = load_texts(
-        recipe_task(recipe), wanted.data, "train", recipe.calibration.num_samples, text_columns=wanted.text_columns
-    )
-    return texts, f"the training split of {wanted.task}"
+
+def _task_texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
+    from qtool.evaluation.tasks import calibration_split, load_texts
+
+    task, wanted = recipe_task(recipe), recipe.evaluate
+    data = wanted.data_of(task.name)
+    split = calibration_split(task, data)
+    texts = load_texts(task, data, split, recipe.calibration.num_samples, text_columns=wanted.text_columns)
+    return texts, f"the {'training' if split == 'train' else split} split of {task.name}"
 
 
 def golden_inputs(job: "Job", batches: "Batches") -> "dict[str, torch.Tensor]":

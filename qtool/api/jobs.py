@@ -83,7 +83,9 @@ def quantize_events(
 
     started = time.perf_counter()
     rundir.check_output(out, resume=resume, overwrite=overwrite)
-    read = (recipe.evaluate.data, recipe.evaluate.baseline, recipe.calibration.source, statistics)
+    data = recipe.evaluate.data
+    places = list(data.values()) if isinstance(data, dict) else [data]
+    read = (*places, recipe.evaluate.baseline, recipe.calibration.source, statistics)
     rundir.keep_apart(out, *(Path(path) for path in read if path and Path(path).exists()))
     set_threads(recipe, (rundir.recorded(out) or rundir.published(out)) if resume else None)
     job = open_job(model, recipe)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool import recipe as recipes
-from qtool.errors import InputError, UsageError, one_of
+from qtool.errors import InputError, UsageError
 from qtool.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -19,13 +19,16 @@ def resolve_recipe(
     methods: Sequence[str] = (),
     model: str | None = None,
     flags: Mapping[str, Any] | None = None,
+    file: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """Merge the layers; `flags` holds only what was given, by its name in `FLAG_KEYS`.
+
+    `config` is a recipe file or a preset; with `file`, its content, only a label for messages.
 
     Raises UsageError for an unknown method or task among the arguments, InputError for one in the recipe file.
     """
     from qtool.evaluation.tasks import task
-    from qtool.methods import METHODS, entry
+    from qtool.methods import entry, preset_keys
 
     for name in methods:
         entry(name)
@@ -34,15 +37,18 @@ def resolve_recipe(
         task(given["evaluate.task"])
     if model is not None:
         given["model.name"] = model
-    file = recipes.read(config) if config else {}
+    if file is None:
+        file = recipes.read(config) if config else {}
     listed = recipes.method_list(file.get("methods"))
     for item in listed:
-        if item["name"] not in METHODS:
-            raise InputError(f"{config}: {one_of(item['name'], list(METHODS), 'method')}")
+        try:
+            entry(item["name"])
+        except UsageError as error:
+            raise InputError(f"{config}: {error}") from error
     names = methods or [item["name"] for item in listed]
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if "weights" not in file and "activations" not in file:
-        layers += [(f"preset {entry(name).preset}", recipes.preset(entry(name).preset)) for name in names]
+        layers += [(f"preset of {name}", preset_keys(entry(name).preset)) for name in names]
     layers.append((config or "recipe", file))
     if methods:
         layers.append(("--method", {"methods": _chosen(methods, listed)}))
@@ -85,13 +91,23 @@ def _chosen(methods: Sequence[str], known: Sequence[dict[str, Any]]) -> list[dic
     return [options.get(name, {"name": name}) for name in methods]
 
 
+def recipe_list(files: Sequence[str], sets: Sequence[str] = ()) -> list[tuple[str, Recipe]]:
+    """The recipes of several files, each of which may hold a list, with labels. Errors of `resolve_recipe`."""
+    return [
+        (label, resolve_recipe(config=label, sets=sets, file=values))
+        for name in files
+        for label, values in recipes.read_list(name)
+    ]
+
+
 def recipe_task(recipe: Recipe) -> "Task":
-    """The task of the recipe. Raises InputError when it is unknown or not given."""
+    """The (first) task of the recipe. Raises InputError when one is unknown or none is given."""
     from qtool.evaluation.tasks import task
 
-    if recipe.evaluate.task is None:
+    if not recipe.evaluate.tasks:
         raise InputError("the recipe names no task; pass --task or set evaluate.task")
     try:
-        return task(recipe.evaluate.task)
+        chosen = [task(name) for name in recipe.evaluate.tasks]
     except UsageError as error:
         raise InputError(f"evaluate.task: {error}") from error
+    return chosen[0]

@@ -1,15 +1,19 @@
 """`evaluate`: a model, its recorded float source, and where scores are kept."""
 
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.api.jobs import latest
-from qtool.api.recipes import recipe_task
 from qtool.errors import InputError, QtoolError
 from qtool.recipe import Recipe
 
 if TYPE_CHECKING:
     from qtool.evaluation.result import Evaluation
+    from qtool.evaluation.tasks import Task
 
 
 def evaluate(model: str | Path | None, task: str, **options: Any) -> "Evaluation":
@@ -62,18 +66,103 @@ def baseline_for(model: str | Path, *, required: bool) -> tuple[str | None, str 
     return source, None
 
 
-def evaluate_recipe(out: Path, source: str, recipe: Recipe, progress: Any = None) -> "Evaluation":
-    """What the recipe's `evaluate` section asks for, against the float model it names, or `source`."""
-    from qtool.checkpoint import locate
+def evaluations(
+    model: str | Path,
+    tasks: Sequence[str],
+    data: Mapping[str, str] | str | None = None,
+    *,
+    baseline: str | Path | None = None,
+    known: Sequence[Mapping[str, Any]] = (),
+    progress: Any = None,
+    **options: Any,
+) -> Iterator["Evaluation"]:
+    """One task after the other; `known` results (JSON) that would be the same again are not computed again.
+
+    `data` is one place for all tasks or one a task. Unknown tasks and options without a meaning are errors before the
+    first is scored.
+    """
     from qtool.evaluation import runner
+    from qtool.evaluation.result import Evaluation
+    from qtool.evaluation.tasks import task
 
-    wanted = recipe.evaluate.model_dump(exclude={"task", "baseline"})
-    baseline = recipe.evaluate.baseline or locate(source, recipe.model.revision)
-    return runner.evaluate(out, recipe_task(recipe), baseline=baseline, progress=progress, **wanted)
+    chosen = [task(name) for name in tasks]
+    runner.check(chosen, **options)
+    for item in chosen:
+        source = data.get(item.name) if isinstance(data, Mapping) else data
+        mark = _fingerprint(model, baseline, item, source, options)
+        old = next((body for body in known if body.get("fingerprint") == mark), None)
+        if old is not None:
+            yield Evaluation.from_json(old)
+        else:
+            found = runner.evaluate(model, item, data=source, baseline=baseline, progress=progress, **options)
+            yield replace(found, fingerprint=mark)
 
 
-def record_scores(out: Path, result: "Evaluation") -> None:
-    """Keep the scores of `qtool run` in the artifact's report."""
+def _fingerprint(
+    model: str | Path, baseline: str | Path | None, task: "Task", data: str | None, options: Mapping[str, Any]
+) -> str:
+    """Digest of everything that an evaluation depends on."""
+    from qtool.checkpoint import locate
+    from qtool.pipeline import instruction_set, versions
+
+    folders = [locate(model, options.get("revision")), *([locate(baseline)] if baseline else [])]
+    facts = {
+        "models": [_digests(folder) for folder in folders],
+        "task": repr(task),
+        "data": [data, _digests(Path(data).expanduser()) if data else None],
+        "options": {name: str(value) for name, value in options.items()},
+        "machine": [instruction_set(), versions()],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(place: Path) -> dict[str, str]:
+    """SHA-256 of a file, or of each file of a folder but what is said about a model; empty where there is nothing."""
+    from qtool.artifact import CARD, REPORT
+    from qtool.checkpoint import sha256
+
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    return {file.name: sha256(file) for file in files if file.is_file() and file.name not in (CARD, REPORT)}
+
+
+def kept_results(file: str | Path | None) -> list[dict[str, Any]]:
+    """The results in a JSON file of an earlier `qtool eval`, finished or not; none when there is no such file.
+
+    Raises InputError for a file that is something else.
+    """
+    if file is None or not Path(file).is_file():
+        return []
+    try:
+        body = json.loads(Path(file).read_text("utf-8"))
+        return list(body["results"]) if "results" in body else [body]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file} holds no results of qtool; choose another --json, or leave out --resume") from error
+
+
+def evaluate_recipe(
+    out: Path, source: str, recipe: Recipe, progress: Any = None, *, resume: bool = False
+) -> Iterator["Evaluation"]:
+    """What the recipe's `evaluate` section asks for, against the float model it names, or `source`.
+
+    With `resume`, scores that the artifact records and that would be the same again are taken over.
+    """
+    from qtool.artifact import report
+    from qtool.checkpoint import locate
+
+    wanted = recipe.evaluate
+    options = wanted.model_dump(exclude={"task", "data", "baseline"})
+    baseline = wanted.baseline or locate(source, recipe.model.revision)
+    known = report(out).get("scores", []) if resume else []
+    places = wanted.data if isinstance(wanted.data, str | None) else dict(wanted.data)
+    yield from evaluations(
+        out, wanted.tasks, places, baseline=baseline, known=known, progress=progress, threads=recipe.threads, **options
+    )
+
+
+def record_scores(out: Path, results: Sequence["Evaluation"]) -> None:
+    """Keep the scores of `qtool run` in the artifact's report and on its card."""
+    from qtool import card
     from qtool.artifact import REPORT, report, write_json
 
-    write_json(out / REPORT, {**report(out), "scores": [result.to_json()]}, sort=False)
+    write_json(out / REPORT, {**report(out), "scores": [result.to_json() for result in results]}, sort=False)
+    card.write(out)

@@ -1,6 +1,6 @@
 """From texts to padded batches: tokenise once, sort by length, cut."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,20 @@ def encode(tokenizer: Any, config: Any, texts: Sequence[Text], max_length: int |
     Raises InputError when the tokenizer does not belong to the model, makes nothing of a text, or leaves no room for
     text within `max_length`.
     """
-    columns = model_inputs(tokenizer, texts, max_length, getattr(config, "type_vocab_size", 0))
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows = rows_of(model_inputs(tokenizer, texts, max_length, getattr(config, "type_vocab_size", 0)), config)
+    check_rows(rows, config, model)
+    return rows
+
+
+def rows_of(columns: Mapping[str, Sequence[list[int]]], config: Any) -> list[Tokens]:
+    """A tokenizer's columns as one dict a text; token types only for a model that has two of them."""
+    typed = getattr(config, "type_vocab_size", 0) >= 2
+    wanted = {name: values for name, values in columns.items() if name != "token_type_ids" or typed}
+    return [dict(zip(wanted, values, strict=True)) for values in zip(*wanted.values(), strict=True)]
+
+
+def check_rows(rows: Sequence[Tokens], config: Any, model: str) -> None:
+    """Raises InputError for a row without tokens, or with one that the model does not have."""
     for number, row in enumerate(rows, start=1):
         if not row["input_ids"]:
             raise InputError(f"the tokenizer of {model} makes no tokens of row {number}")
@@ -45,7 +57,6 @@ def encode(tokenizer: Any, config: Any, texts: Sequence[Text], max_length: int |
                 f"the tokenizer of {model} does not belong to it: it gives token {max(row['input_ids'])}, "
                 f"the model knows {config.vocab_size}; restore the tokenizer files of its source"
             )
-    return rows
 
 
 def cut(rows: Sequence[Tokens], batch_size: int) -> list[list[int]]:

@@ -10,6 +10,8 @@ from qtool.evaluation.result import Evaluation
 class Gate:
     """Limits in points (`max_drop`, `min_score`) and percent (`min_agreement`); None asks nothing.
 
+    For perplexity, drop and score are percent of the baseline's.
+
     Point estimates are compared, and a value that equals its limit holds. Only losses count: a candidate that beats its
     baseline passes any `max_drop` that is not negative.
     """
@@ -18,10 +20,10 @@ class Gate:
     min_score: float | None = None
     min_agreement: float | None = None
 
-    @property
-    def needs_baseline(self) -> bool:
+    def needs_baseline(self, metric: str) -> bool:
         """Whether a limit is about the difference to a baseline."""
-        return self.max_drop is not None or self.min_agreement is not None
+        relative = metric == "perplexity" and self.min_score is not None
+        return self.max_drop is not None or self.min_agreement is not None or relative
 
     def failures(self, evaluation: Evaluation) -> list[str]:
         """One line for each limit that does not hold: gate, measured value, limit. Empty when the gate holds.
@@ -29,9 +31,10 @@ class Gate:
         A value that is NaN or was not measured fails its gate.
         """
         drop, agreement = evaluation.drop, evaluation.agreement
+        unit = "% of the baseline's" if evaluation.relative else "points"
         checks = [
-            _above("max-drop", "drop", drop, self.max_drop, "points"),
-            _below("min-score", evaluation.metric, evaluation.candidate.value, self.min_score, "points"),
+            _above("max-drop", "drop", drop, self.max_drop, unit),
+            _below("min-score", evaluation.metric, evaluation.points, self.min_score, unit),
             _below("min-agreement", "agreement", agreement, self.min_agreement, "%"),
         ]
         return [line for line in checks if line is not None]

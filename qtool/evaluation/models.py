@@ -3,7 +3,6 @@
 No code of a model is ever run and no pickle opened.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,23 +14,11 @@ from safetensors import SafetensorError
 
 from qtool.checkpoint import check, load_config, locate, weight_files
 from qtool.errors import InputError, QtoolError, UnavailableError
+from qtool.evaluation.exams import exam_class
 from qtool.evaluation.tasks import Task
 
 DTYPES = ("float32", "bfloat16", "float16")
 """The types in which float weights can be loaded; integer codes of an artifact stay what they are."""
-
-_ENCODER = re.compile(r"\w+(ForMaskedLM|(?<!LMHead)(?<!DoubleHeads)Model)")
-
-_PURPOSES = {
-    "ForQuestionAnswering": "finding answers in a text",
-    "ForTokenClassification": "labelling every token",
-    "ForMultipleChoice": "choosing among answers",
-    "ForNextSentencePrediction": "telling whether two sentences follow each other",
-    "ForPreTraining": "pretraining",
-    "ForCausalLM": "generating text",
-    "LMHeadModel": "generating text",
-    "ForConditionalGeneration": "generating text from text",
-}
 
 _VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model",
@@ -40,12 +27,18 @@ _VOCABULARIES = (
 
 @dataclass(frozen=True)
 class Subject:
-    """A model folder whose head suits the task, before its weights are loaded; `name` is what the user called it."""
+    """A model folder whose head suits the task, before its weights are loaded; `name` is what the user called it, and
+    `loader` the Auto class for it."""
 
     name: str
     path: Path
     config: Any
-    probed: bool
+    loader: str
+
+    @property
+    def probed(self) -> bool:
+        """Whether it has no head of its own for the task, and a linear probe reads its features."""
+        return self.loader == "AutoModel"
 
     @property
     def quantized(self) -> bool:
@@ -66,34 +59,17 @@ def subject(name: str | Path, task: Task, revision: str | None = None) -> Subjec
     path = locate(name, revision)
     check(path)
     config = load_config(path)
-    return Subject(str(name), path, config, probed(config.architectures[0], task, str(name)))
+    return Subject(str(name), path, config, exam_class(task).loader_for(config.architectures[0], task, str(name)))
 
 
-def probed(architecture: str, task: Task, model: str) -> bool:
-    """Whether a model of this class is scored by a linear probe (an encoder) and not by its own classification head.
-
-    Raises InputError for every other class.
-    """
-    if architecture.endswith("ForSequenceClassification"):
-        return False
-    if _ENCODER.fullmatch(architecture):
-        return True
-    purpose = next((text for suffix, text in _PURPOSES.items() if architecture.endswith(suffix)), "something else")
-    raise InputError(
-        f"wrong task for the head: {model} is a {architecture}, made for {purpose}; task '{task.name}' "
-        "takes a …ForSequenceClassification, a …ForMaskedLM or a bare encoder"
-    )
-
-
-def load_for(path: Path, task: Task, dtype: str = "float32") -> Any:
-    """The model in `path`, in eval mode, in the class that `task` needs: with its classification head, or the encoder.
+def load_for(item: Subject, dtype: str = "float32") -> Any:
+    """The model of a subject, in eval mode, in the class that its task needs.
 
     Raises InputError when transformers cannot load it or when a tensor that counts is missing or of another shape.
     """
     import qtool.hf  # noqa: F401 (artifacts of qtool load as ordinary models from here on)
 
-    encoder = probed(load_config(path).architectures[0], task, str(path))
-    loader = transformers.AutoModel if encoder else transformers.AutoModelForSequenceClassification
+    path, loader = item.path, getattr(transformers, item.loader)
     with _plain_errors(path), _quiet():
         model, report = loader.from_pretrained(
             path,
@@ -109,7 +85,7 @@ def load_for(path: Path, task: Task, dtype: str = "float32") -> Any:
             "restore config.json and the weights of one model"
         )
     # A masked-LM checkpoint has no pooler; the probe does not read it.
-    missing = sorted(key for key in report["missing_keys"] if not (encoder and key.startswith("pooler.")))
+    missing = sorted(key for key in report["missing_keys"] if not (item.probed and key.startswith("pooler.")))
     if missing:
         name = type(model).__name__
         raise InputError(f"{path} lacks weights of {name}: {', '.join(missing[:3])}; fine-tune it for this task first")
@@ -117,13 +93,19 @@ def load_for(path: Path, task: Task, dtype: str = "float32") -> Any:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer in `path`. Raises InputError when there is none: transformers would invent a useless one."""
+    """The tokenizer in `path`; one without padding (GPT-2's, Llama's) pads with its end of text.
+
+    Raises InputError when there is none: transformers would invent a useless one.
+    """
     if not any((path / name).is_file() for name in _VOCABULARIES):
         raise InputError(f"{path} has no tokenizer files; copy those of its source (tokenizer.json and others)")
     try:
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise InputError(f"the tokenizer in {path} cannot be loaded: {_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 @contextmanager

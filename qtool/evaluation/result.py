@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,20 @@ from qtool.errors import InputError, UsageError
 SCHEMA_VERSION = 1
 INTERVAL_LEVEL = 0.95
 
-Prediction = dict[str, int | str | None]
+Prediction = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Score:
-    """A model's score in points (0–100; NaN when it gave NaN), its forward seconds, the bytes of its weight files, and
-    whether it is a quantized model."""
+    """A model's score in points (0–100; NaN when it gave NaN) or its perplexity, its forward seconds, the bytes of its
+    weight files, whether it is a quantized model, and `others`: the task's further metrics."""
 
     model: str
     value: float
     seconds: float
     size_bytes: int
     quantized: bool = False
+    others: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,14 @@ class ProbeInfo:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a candidate and its baseline on the same `n` examples of `data`, in the same batches.
+    """Scores of a candidate and its baseline on the same `n` examples (or tokens: `unit`) of `data`.
 
-    `drop` is the baseline's score minus the candidate's, in points (negative: the candidate is better), `interval` its
-    paired 95 % confidence interval, `agreement` the percent of equal predictions, `speed_ratio` the baseline's seconds
-    over the candidate's; all four are None without a baseline. A row of `predictions` holds `index` (position in the
-    data), `label`, `baseline` and `candidate` by class name, None where there is no prediction.
+    `drop` is the baseline's score minus the candidate's, in points; for perplexity, by how many percent the candidate's
+    is above the baseline's (negative: the candidate is better). `interval` is its paired 95 % confidence interval,
+    `agreement` the percent of equal predictions (None where numbers are predicted), `speed_ratio` the baseline's
+    seconds over the candidate's; all four are None without a baseline. A row of `predictions` holds `index` (position
+    in the data), `label`, `baseline` and `candidate` by class name, None where there is no prediction. `fingerprint`
+    tells whether an evaluation would be the same again.
     """
 
     task: str
@@ -70,6 +73,20 @@ class Evaluation:
     probe: ProbeInfo | None
     settings: dict[str, Any]
     predictions: list[Prediction] = field(repr=False)
+    unit: str = "examples"
+    fingerprint: str | None = None
+
+    @property
+    def relative(self) -> bool:
+        """Whether the score has no 0–100 scale (perplexity), so that limits are percent of the baseline's."""
+        return self.metric == "perplexity"
+
+    @property
+    def points(self) -> float | None:
+        """The candidate's score on a 0–100 scale: as it is, or for perplexity `100 · baseline / candidate`."""
+        if not self.relative:
+            return self.candidate.value
+        return None if self.baseline is None else 100.0 * self.baseline.value / self.candidate.value
 
     def to_json(self) -> dict[str, Any]:
         """The result without its predictions, as JSON values only: NaN and infinity become None."""
@@ -80,6 +97,7 @@ class Evaluation:
             "split": self.split,
             "data": self.data,
             "n": self.n,
+            "unit": self.unit,
             "metric": self.metric,
             **sides,
             "drop": self.drop,
@@ -88,8 +106,27 @@ class Evaluation:
             "speed_ratio": self.speed_ratio,
             "probe": vars(self.probe) if self.probe else None,
             "settings": self.settings,
+            "fingerprint": self.fingerprint,
         }
         return {key: _clean(value) for key, value in body.items()}
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> "Evaluation":
+        """What `to_json` made, without predictions. Raises InputError for anything else."""
+        try:
+            values = {name: body[name] for name in _PLAIN}
+            interval, probe = body["interval"], body["probe"]
+            return cls(
+                **values,
+                drop=_number(body["drop"]) if body["baseline"] else None,
+                candidate=_score(body["candidate"]),
+                baseline=_score(body["baseline"]) if body["baseline"] else None,
+                interval=(_number(interval["low"]), _number(interval["high"])) if interval else None,
+                probe=ProbeInfo(**probe) if probe else None,
+                predictions=[],
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"a recorded evaluation is damaged: {error}") from error
 
     def _interval(self) -> dict[str, float] | None:
         if self.interval is None:
@@ -101,10 +138,23 @@ def _side(score: Score) -> dict[str, Any]:
     return {
         "model": score.model,
         "score": score.value,
+        "metrics": score.others,
         "seconds": score.seconds,
         "size_bytes": score.size_bytes,
         "quantized": score.quantized,
     }
+
+
+_PLAIN = ("task", "split", "data", "n", "unit", "metric", "agreement", "speed_ratio", "settings", "fingerprint")
+
+
+def _score(side: Mapping[str, Any]) -> Score:
+    others = {name: _number(value) for name, value in side["metrics"].items()}
+    return Score(side["model"], _number(side["score"]), side["seconds"], side["size_bytes"], side["quantized"], others)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _clean(value: Any) -> Any:
@@ -125,7 +175,8 @@ def _csv(rows: list[Prediction]) -> str:
     stream = io.StringIO()
     writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    # Cells of a csv are single values: lists (tags, several right answers) are written as JSON.
+    writer.writerows({k: json.dumps(v) if isinstance(v, (list, dict)) else v for k, v in row.items()} for row in rows)
     return stream.getvalue()
 
 

@@ -1,40 +1,70 @@
 """The task table, and examples (texts and labels) from the rows of a task.
 
-Adding a task of an existing kind is one entry in `TASKS`.
+Adding a task of an existing kind is one entry in `TASKS`; other packages add theirs by the entry point `qtool.tasks`.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from qtool import plugins
 from qtool.errors import InputError, UsageError, one_of
-from qtool.rows import Row, Split, Texts, find_text_columns, hub_rows, read_rows, split_file, texts_of, unicode
+from qtool.rows import (
+    Row,
+    Split,
+    Texts,
+    find_text_columns,
+    hub_name,
+    hub_rows,
+    read_rows,
+    read_text,
+    split_file,
+    texts_of,
+    unicode,
+)
+
+if TYPE_CHECKING:
+    from qtool.evaluation.exams import Exam
 
 Text = str | tuple[str, str]
 
-LABEL_COLUMNS: tuple[str, ...] = ("label", "labels")
+LABEL_COLUMNS: tuple[str, ...] = ("label", "labels", "score")
 """Where a task that names no label column looks for it."""
+
+GROUP = "qtool.tasks"
+"""The entry point by which other packages add tasks."""
 
 
 @dataclass(frozen=True)
 class Task:
     """What is asked of a model, and where its data come from.
 
-    `repo` and `config` name the data on the hub (None: local files only). `text_columns` are one column or a pair;
-    empty means that they are looked for, as a `label_column` of None does. `labels` are the class names in the order of
-    the integer labels, None where the data or the model say. `metric` is a name in `metrics.METRICS`.
+    `kind` is a key of `exams.EXAMS`, or an `Exam` class of one's own. `repo` and `config` name the data on the hub
+    (None: local files only), `splits` its splits where they have other names than ours. `text_columns` are one column
+    or a pair; empty means that they are looked for, as a `label_column` of None does. `labels` are the class names in
+    the order of the integer labels, None where the data or the model say. `metrics` are names in `metrics.METRICS`: the
+    first is the score, the others are shown beside it. `max_length` replaces the kind's own.
     """
 
     name: str
-    kind: Literal["sequence-classification"]
-    repo: str | None
-    config: str | None
-    text_columns: tuple[str, ...]
-    label_column: str | None
-    labels: tuple[str, ...] | None
+    kind: "str | type[Exam]"
     description: str
-    metric: str = "accuracy"
+    repo: str | None = None
+    config: str | None = None
+    text_columns: tuple[str, ...] = ()
+    label_column: str | None = None
+    labels: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] = ("accuracy",)
+    splits: Mapping[str, str] = field(default_factory=dict)
+    default_split: Split = "validation"
+    max_length: int | None = None
+
+    @property
+    def metric(self) -> str:
+        """The score."""
+        return self.metrics[0]
 
 
 @dataclass(frozen=True)
@@ -53,35 +83,84 @@ class Examples:
         return len(self.texts)
 
 
-TASKS: dict[str, Task] = {
-    "sst2": Task(
-        name="sst2",
-        kind="sequence-classification",
-        repo="nyu-mll/glue",
-        config="sst2",
-        text_columns=("sentence",),
-        label_column="label",
-        labels=("negative", "positive"),
-        description="sentiment of film reviews (GLUE SST-2), accuracy",
-    ),
-    "classification": Task(
-        name="classification",
-        kind="sequence-classification",
-        repo=None,
-        config=None,
-        text_columns=(),
-        label_column=None,
-        labels=None,
-        description="any labelled file or folder given with --data, accuracy",
-    ),
+def _glue(
+    name: str, description: str, columns: tuple[str, ...], labels: tuple[str, ...] | None, *metrics: str, **more: Any
+) -> Task:
+    """A task of GLUE (Wang et al. 2019) with the label order of its hub data."""
+    kind = "sequence-classification" if labels else "regression"
+    known = {"repo": "nyu-mll/glue", "config": name, "label_column": "label", **more}
+    return Task(name, kind, f"{description} (GLUE)", text_columns=columns, labels=labels, metrics=metrics, **known)
+
+
+_NLI = ("entailment", "neutral", "contradiction")
+_WIKITEXT: dict[str, Any] = {
+    "repo": "Salesforce/wikitext",
+    "config": "wikitext-2-raw-v1",
+    "text_columns": ("text",),
+    "default_split": "test",
 }
+_TABLE = (
+    _glue("sst2", "sentiment of film reviews", ("sentence",), ("negative", "positive"), "accuracy"),
+    _glue("cola", "grammatical or not", ("sentence",), ("unacceptable", "acceptable"), "matthews_correlation",
+          "accuracy"),
+    _glue("mrpc", "do two sentences say the same", ("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "f1",
+          "accuracy"),
+    _glue("qqp", "do two questions ask the same", ("question1", "question2"), ("not_duplicate", "duplicate"), "f1",
+          "accuracy"),
+    _glue("stsb", "how alike two sentences are, 0 to 5", ("sentence1", "sentence2"), None, "pearson", "spearman"),
+    _glue("mnli", "does one sentence follow from another", ("premise", "hypothesis"), _NLI, "accuracy",
+          splits={"validation": "validation_matched", "test": "test_matched"}),
+    _glue("mnli-mm", "MNLI on genres that were not trained on", ("premise", "hypothesis"), _NLI, "accuracy",
+          config="mnli", splits={"validation": "validation_mismatched", "test": "test_mismatched"}),
+    _glue("qnli", "does a sentence answer a question", ("question", "sentence"), ("entailment", "not_entailment"),
+          "accuracy"),
+    _glue("rte", "does one sentence follow from another", ("sentence1", "sentence2"), ("entailment", "not_entailment"),
+          "accuracy"),
+    _glue("wnli", "what a pronoun refers to", ("sentence1", "sentence2"), ("not_entailment", "entailment"), "accuracy"),
+    Task("classification", "sequence-classification", "any labelled texts"),
+    Task("regression", "regression", "any texts with numbers", metrics=("pearson", "spearman")),
+    Task("squad", "question-answering", "answers in a paragraph (SQuAD v1.1)", repo="rajpurkar/squad",
+         text_columns=("question", "context"), label_column="answers", metrics=("squad_f1", "exact_match")),
+    Task("token-classification", "token-classification", "any words with tags: jsonl, parquet, CoNLL columns",
+         metrics=("entity_f1", "entity_precision", "entity_recall")),
+    Task("wikitext-2", "perplexity", "perplexity on WikiText-2", metrics=("perplexity",), **_WIKITEXT),
+    Task("perplexity", "perplexity", "perplexity on any text", metrics=("perplexity",)),
+    Task("masked-lm", "masked-lm", "masked tokens guessed in any texts (WikiText-2 if no data are given)",
+         metrics=("token_accuracy",), **_WIKITEXT),
+)  # fmt: skip
+TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
+"""qtool's own tasks by name."""
+
+
+def tasks() -> dict[str, Task]:
+    """All tasks: qtool's own and those of other packages."""
+    return {**TASKS, **{name: plugin.value for name, plugin in plugged().good.items()}}
+
+
+def plugged() -> "plugins.Found":
+    """What other packages offer."""
+    return plugins.found(GROUP, _check_task, TASKS)
+
+
+def _check_task(value: Any) -> None:
+    from qtool.evaluation.exams import EXAMS, Exam
+    from qtool.evaluation.metrics import METRICS
+
+    if not isinstance(value, Task):
+        raise TypeError(f"is a {type(value).__name__}, not a qtool.evaluation.tasks.Task")
+    if value.kind not in EXAMS and not (isinstance(value.kind, type) and issubclass(value.kind, Exam)):
+        raise ValueError(f"has the kind {value.kind!r}; kinds are {', '.join(EXAMS)} and subclasses of Exam")
+    if unknown := [name for name in value.metrics if name not in METRICS]:
+        raise ValueError(one_of(unknown[0], list(METRICS), "metric"))
 
 
 def task(name: str) -> Task:
     """The task called `name`. Raises UsageError with the nearest names for one that does not exist."""
-    if name not in TASKS:
-        raise UsageError(one_of(name, list(TASKS), "task"))
-    return TASKS[name]
+    known = tasks()
+    if name not in known:
+        plugged().refuse_broken(name, "task")
+        raise UsageError(one_of(name, list(known), "task"))
+    return known[name]
 
 
 def load_rows(task: Task, data: str | Path | None, split: Split, limit: int | None = None) -> tuple[list[Row], str]:
@@ -92,19 +171,89 @@ def load_rows(task: Task, data: str | Path | None, split: Split, limit: int | No
     """
     if limit is not None and limit < 1:
         raise UsageError(f"the number of rows must be at least 1, not {limit}")
-    if data is None:
-        if task.repo is None:
+    hub = None if data is None else hub_name(str(data))
+    if data is None or hub is not None:
+        if hub is None and task.repo is None:
             raise UsageError(f"task '{task.name}' has no data of its own; pass a file or a folder with --data")
-        rows = hub_rows(task.repo, task.config, split, limit)
-        source = f"{task.repo}/{task.config}" if task.config else task.repo
+        repo, config = hub or (str(task.repo), task.config)
+        rows = hub_rows(repo, config, split if hub else task.splits.get(split, split), limit)
+        source = f"{repo}/{config}" if config else repo
     else:
-        path = split_file(Path(data).expanduser(), split)
-        if path is None:
-            raise InputError(f"{data} has no data for {split}: put a file {split}.jsonl, .csv or .parquet there")
+        path = _split_path(task, Path(data).expanduser(), split)
         rows, source = read_rows(path)[:limit], str(path)
     if not rows:
         raise InputError(f"{source} is empty: split {split} holds no rows")
     return rows, source
+
+
+def _split_path(task: Task, data: Path, split: Split) -> Path:
+    """The file of a split, also under the name that the task's hub data give it (`validation_matched.jsonl`)."""
+    path = split_file(data, split, task.splits.get(split))
+    if path is None:
+        raise InputError(f"{data} has no data for {split}: put a file {split}.jsonl, .csv or .parquet there")
+    return path
+
+
+def load_running_text(
+    task: Task, data: str | Path | None, split: Split, text_columns: Sequence[str] | None
+) -> tuple[str, str]:
+    """The whole text of a split, and where it is from: a .txt file as it is, else the texts of all rows, in lines."""
+    path = None
+    if data is not None and hub_name(str(data)) is None:
+        path = _split_path(task, Path(data).expanduser(), split)
+    if path is not None and path.suffix == ".txt":
+        return read_text(path), str(path)
+    texts, source = load_examples_texts(task, data, split, None, text_columns)
+    return "".join(text if text.endswith("\n") else f"{text}\n" for text in texts), source
+
+
+def load_examples_texts(
+    task: Task, data: str | Path | None, split: Split, limit: int | None, text_columns: Sequence[str] | None
+) -> tuple[list[str], str]:
+    """Single texts of a split that are not blank, without any labels, and where they are from."""
+    rows, source = load_rows(task, data, split)
+    columns = find_text_columns(rows, source, text_columns or task.text_columns)
+    texts = texts_of(rows, columns[:1], source, skip_missing=True)
+    kept = [text for text in texts if isinstance(text, str) and text.strip()][:limit]
+    if not kept:
+        raise InputError(f"{source} holds no text in column {columns[0]}")
+    return kept, source
+
+
+def load_numbers(
+    task: Task,
+    data: str | Path | None,
+    split: Split,
+    limit: int | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+) -> tuple[Texts, list[float], str]:
+    """Texts with a number each, and where they are from. Errors of `load_examples`."""
+    rows, source = load_rows(task, data, split, limit)
+    texts = texts_of(rows, find_text_columns(rows, source, text_columns or task.text_columns), source)
+    column = find_label_column(task, rows, source, label_column)
+    return texts, [_number(row[column], f"{source}: row {i}, column {column}") for i, row in enumerate(rows, 1)], source
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{where} holds {value!r}, which is no number; name the numbers' with --label-column")
+    return number
+
+
+def calibration_split(task: Task, data: str | Path | None) -> Split:
+    """`train`; for tasks without labels `validation`, where local data have no training split and are scored on test.
+
+    Texts of a language model's corpus come without one often enough, and no label can leak.
+    """
+    unlabelled = task.kind in ("perplexity", "masked-lm") and task.default_split == "test"
+    if data is None or not unlabelled or not (folder := Path(data).expanduser()).is_dir():
+        return "train"
+    return "train" if split_file(folder, "train") or not split_file(folder, "validation") else "validation"
 
 
 def load_texts(

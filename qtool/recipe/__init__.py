@@ -4,12 +4,12 @@ Precedence, weakest first: built-in defaults, preset, file, `--set`, command-lin
 the nearest known one. A resolved recipe is written into the artifact, so it can be run again.
 """
 
-from qtool.recipe.files import parse_yaml, preset, preset_folder, presets, read
+from qtool.recipe.files import parse_yaml, preset, preset_folder, presets, read, read_list
 from qtool.recipe.layers import assignments, build, check_keys, first_problem, merge, method_list, nested
 from qtool.recipe.sections import Calibration, Evaluate, GateSection, MethodChoice, Model, Recipe, Rule, Spec
 
 __all__ = [
     "Calibration", "Evaluate", "GateSection", "MethodChoice", "Model", "Recipe", "Rule", "Spec", "assignments", "build",
     "check_keys", "first_problem", "merge", "method_list", "nested", "parse_yaml", "preset", "preset_folder", "presets",
-    "read",
+    "read", "read_list",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ from pydantic import (
 
 from qtool.errors import InputError, QtoolError
 from qtool.numerics import QuantSpec
+from qtool.rows import hub_name
 
 
 def _spec(value: Any) -> QuantSpec:
@@ -140,18 +141,30 @@ class MethodChoice(BaseModel):
 
 
 class Evaluate(Section):
-    """What `qtool run` evaluates, and where the data is."""
+    """What `qtool run` evaluates, and where the data is: one task, or a list; one place for all, or one a task."""
 
-    task: str | None = None
-    data: str | None = None
-    split: Literal["train", "validation", "test"] = "validation"
+    task: str | list[str] | None = None
+    data: str | dict[str, str] | None = None
+    split: Literal["train", "validation", "test"] | None = None
     baseline: str | None = None
     text_columns: list[str] | None = None
     label_column: str | None = None
-    batch_size: Count = 32
-    max_length: Count = 128
+    batch_size: Count | None = None
+    max_length: Count | None = None
+    stride: Count | None = None
+    doc_stride: Annotated[int, Field(ge=0)] | None = None
+    n_best: Count | None = None
     limit: Count | None = None
     allow_weak_baseline: bool = False
+
+    @property
+    def tasks(self) -> list[str]:
+        """The names of all tasks."""
+        return [self.task] if isinstance(self.task, str) else list(self.task or ())
+
+    def data_of(self, task: str) -> str | None:
+        """Where the data of a task is; None: its own on the hub."""
+        return self.data.get(task) if isinstance(self.data, dict) else self.data
 
 
 class GateSection(Section):
@@ -189,7 +202,7 @@ class Recipe(Section):
     def without_paths(self) -> "Recipe":
         """For publication: no name of a folder or file of this machine."""
         calibration = self.calibration
-        if calibration.source not in ("auto", "task", "builtin", "random"):
+        if calibration.source not in ("auto", "task", "builtin", "random") and not hub_name(calibration.source):
             calibration = calibration.model_copy(update={"source": Path(calibration.source).name})
         model = self.model.model_copy(update={"name": Path(self.model.name).name if self.model.name else None})
         evaluate = self.evaluate.model_copy(update={"data": None, "baseline": None})

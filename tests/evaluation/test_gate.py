@@ -66,5 +66,7 @@ def test_rounding_never_hides_a_failure() -> None:
 
 
 def test_which_gates_need_a_baseline() -> None:
-    assert Gate(max_drop=1).needs_baseline and Gate(min_agreement=1).needs_baseline
-    assert not Gate(min_score=1).needs_baseline
+    assert Gate(max_drop=1).needs_baseline("f1") and Gate(min_agreement=1).needs_baseline("f1")
+    assert not Gate(min_score=1).needs_baseline("f1")
+    assert Gate(min_score=1).needs_baseline("perplexity")  # percent of the baseline's
+    assert not Gate().needs_baseline("perplexity")

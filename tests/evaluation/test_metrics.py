@@ -2,6 +2,7 @@ import math
 import stat
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
@@ -10,7 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score
 
-from qtool.evaluation.metrics import METRICS, Accuracy, agreement, majority, paired_interval, points
+from qtool.errors import UsageError
+from qtool.evaluation.metrics import METRICS, Accuracy, agreement, drop, majority, paired_interval, points, value
+
+TAGS = ([[], ["B-A", "I-A", "O"], ["B-A"]], [[], ["B-A", "I-A", "B-B"], ["I-A"]])
+TEXTS = (["", "the Cat", "", "dog"], [[""], ["cat", "a dog"], ["x", ""], ["cats"]])
+EXAMPLES: dict[str, tuple[list[Any], list[Any], float]] = {
+    "accuracy": ([0, 1, 1, 2], [0, 1, 0, 2], 0.75),
+    "f1": ([0, 1, 1, 1], [0, 1, 0, 0], 0.5),
+    "matthews_correlation": ([1, 1, 0, 0, 1], [1, 1, 0, 1, 1], 3 / 24**0.5),
+    "token_accuracy": ([[], [1, 2], [3]], [[], [1, 0], [3]], 2 / 3),
+    "pearson": ([1.0, 2.0, 4.0], [1.0, 3.0, 2.0], 1 / (14 / 3 * 2) ** 0.5),
+    "spearman": ([1.0, 2.0, 4.0], [1.0, 3.0, 2.0], 0.5),
+    "squad_f1": (*TEXTS, 0.25),
+    "exact_match": (*TEXTS, 0.75),
+    "entity_f1": (*TAGS, 0.8),
+    "entity_precision": (*TAGS, 1.0),
+    "entity_recall": (*TAGS, 2 / 3),
+    "perplexity": ([3.0, 0.0, 1.5], [4, 0, 5], math.exp(0.5)),
+}
+"""Predictions, references, value by hand."""
 
 IDS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60)
 
@@ -47,13 +67,81 @@ def test_accuracy_is_an_evaluate_metric() -> None:
 @pytest.mark.parametrize("name", list(METRICS))
 def test_metrics_leave_nothing_on_disk(name: str, tmp_path: Path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    METRICS[name](cache_dir=str(tmp_path / "metrics")).compute(predictions=[0, 1], references=[0, 1])
+    predictions, references, _ = EXAMPLES[name]
+    METRICS[name](cache_dir=str(tmp_path / "metrics")).compute(predictions=predictions, references=references)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_prediction_is_nan() -> None:
-    assert math.isnan(points("accuracy", [0, -1], [0, 0]))
-    assert math.isnan(agreement([0, -1], [0, 1])) and math.isnan(agreement([0, 1], [-1, 1]))
+@pytest.mark.parametrize("name", list(METRICS))
+def test_compute_and_points_give_the_value_by_hand(name: str) -> None:
+    predictions, references, expected = EXAMPLES[name]
+    assert value(name, predictions, references) == pytest.approx(expected, abs=1e-12)
+    scale = 1 if name == "perplexity" else 100
+    assert points(name, predictions, references) == pytest.approx(scale * expected, abs=1e-10)
+    metric = METRICS[name]()
+    assert metric.compute(predictions=predictions, references=references) == {
+        name: value(name, predictions, references)
+    }
+    for prediction, reference in zip(predictions, references, strict=True):
+        metric.add(prediction=prediction, reference=reference)
+    assert metric.compute() == {name: value(name, predictions, references)}
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_arrays_are_as_good_as_lists(name: str) -> None:
+    predictions, references, expected = EXAMPLES[name]
+    kind = object if isinstance(references[0], list) else None
+    arrays = [
+        np.array([*side, None], dtype=kind)[:-1] if kind else np.array(side) for side in (predictions, references)
+    ]
+    assert value(name, *arrays) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", list(METRICS))
+def test_no_example_has_no_score_and_lengths_must_agree(name: str) -> None:
+    assert math.isnan(points(name, [], []))
+    predictions, references, _ = EXAMPLES[name]
+    with pytest.raises(ValueError, match=f"{len(predictions) - 1} predictions for {len(references)} references"):
+        points(name, predictions[1:], references)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        *((name, -1) for name in ("accuracy", "f1", "matthews_correlation")),
+        *(("token_accuracy", answers) for answers in (None, [0, -1])),
+        *((name, None) for name in METRICS if name.startswith(("entity", "squad", "exact"))),
+        *((name, bad) for name in ("pearson", "spearman", "perplexity") for bad in (math.nan, math.inf, None)),
+    ],
+)
+def test_a_missing_prediction_is_nan(name: str, missing: Any) -> None:
+    predictions, references, _ = EXAMPLES[name]
+    assert math.isnan(points(name, [missing, *predictions[1:]], references))
+    assert math.isnan(points(name, [*predictions[:-1], missing], references))
+
+
+@pytest.mark.parametrize(("missing", "there"), [(-1, 1), (np.int64(-1), 1), (None, "x"), (None, ["O"])])
+def test_agreement_with_a_missing_prediction_is_nan(missing: Any, there: Any) -> None:
+    assert math.isnan(agreement([there, missing], [there, there]))
+    assert math.isnan(agreement([there, there], [missing, there]))
+    assert agreement([there, there], [there, there]) == 100.0
+
+
+def test_agreement_of_texts_and_lists() -> None:
+    assert agreement(["a", "", "b", "b"], ["a", "", "b", "c"]) == 75.0
+    assert agreement([["O", "B-X"], []], [["O", "O"], []]) == 50.0
+    assert agreement(np.array([0, 1, 2]), [0, 1, 1]) == pytest.approx(200 / 3)
+
+
+def test_drop_in_points_and_in_percent() -> None:
+    assert drop("accuracy", 90.0, 92.5) == 2.5
+    assert drop("perplexity", 20.2, 20.0) == pytest.approx(1.0)
+    assert math.isnan(drop("perplexity", math.inf, math.inf)) and math.isnan(drop("f1", math.nan, 1.0))
+
+
+def test_an_unknown_metric_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="unknown metric 'matthews'; did you mean matthews_correlation"):
+        points("matthews", [0], [0])
 
 
 @given(IDS)

@@ -9,7 +9,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qtool.errors import InputError
-from qtool.evaluation.models import load_for, load_tokenizer, probed, subject
+from qtool.evaluation.exams.classification import Classification
+from qtool.evaluation.models import load_for, load_tokenizer, subject
 from qtool.evaluation.tasks import task
 
 SST2 = task("sst2")
@@ -25,7 +26,7 @@ SST2 = task("sst2")
     ],
 )
 def test_what_is_probed(architecture: str, probe: bool) -> None:
-    assert probed(architecture, SST2, "m") is probe
+    assert (Classification.loader_for(architecture, SST2, "m") == "AutoModel") is probe
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def test_what_is_probed(architecture: str, probe: bool) -> None:
 )
 def test_heads_for_other_tasks(architecture: str, purpose: str) -> None:
     with pytest.raises(InputError) as error:
-        probed(architecture, SST2, "some-model")
+        Classification.loader_for(architecture, SST2, "some-model")
     assert all(word in str(error.value) for word in ("wrong task for the head", "some-model", architecture, purpose))
 
 
@@ -57,9 +58,9 @@ def test_heads_for_other_tasks(architecture: str, purpose: str) -> None:
 def test_classes_that_are_loaded(zoo: Any, capfd: Any, architecture: str, loaded: type[Any]) -> None:
     folder = zoo.make("m", architecture)
     capfd.readouterr()
-    model = load_for(folder, SST2)
+    model = load_for(subject(folder, SST2))
     assert type(model) is loaded and not model.training and model.dtype == torch.float32
-    assert load_for(folder, SST2, "bfloat16").dtype == torch.bfloat16
+    assert load_for(subject(folder, SST2), "bfloat16").dtype == torch.bfloat16
     weights = load_file(folder / "model.safetensors")
     table = next(value for name, value in weights.items() if name.endswith("word_embeddings.weight"))
     assert torch.equal(model.get_input_embeddings().weight, table)
@@ -71,7 +72,7 @@ def test_a_missing_head_is_named(zoo: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClassification"]}))
     with pytest.raises(InputError, match=r"lacks weights of BertForSequenceClassification: classifier\.bias"):
-        load_for(folder, SST2)
+        load_for(subject(folder, SST2))
 
 
 def test_a_missing_encoder_tensor_is_named(zoo: Any) -> None:
@@ -80,7 +81,7 @@ def test_a_missing_encoder_tensor_is_named(zoo: Any) -> None:
     del tensors["encoder.layer.1.output.dense.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"encoder\.layer\.1\.output\.dense\.weight"):
-        load_for(folder, SST2)
+        load_for(subject(folder, SST2))
 
 
 def test_a_wrong_shape_is_one_line(zoo: Any) -> None:
@@ -89,7 +90,7 @@ def test_a_wrong_shape_is_one_line(zoo: Any) -> None:
     tensors["classifier.weight"] = tensors["classifier.weight"][:, :-1].contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError) as error:
-        load_for(folder, SST2)
+        load_for(subject(folder, SST2))
     assert str(error.value).startswith(
         f"{folder}: tensor classifier.weight has shape [2, 31], and the config asks for [2, 32]"
     )
@@ -102,7 +103,7 @@ def test_a_head_of_another_config_is_named(zoo: Any) -> None:
     config |= {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=r"tensor classifier\.bias has shape \[3\], and the config asks for \[2\]"):
-        load_for(folder, SST2)
+        load_for(subject(folder, SST2))
 
 
 def test_a_masked_lm_head_is_not_read_and_may_be_wrong(zoo: Any) -> None:
@@ -110,11 +111,11 @@ def test_a_masked_lm_head_is_not_read_and_may_be_wrong(zoo: Any) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["cls.predictions.transform.dense.bias"] = torch.zeros(3)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert type(load_for(folder, SST2)) is transformers.BertModel
+    assert type(load_for(subject(folder, SST2))) is transformers.BertModel
     tensors["bert.encoder.layer.0.output.dense.bias"] = torch.zeros(3)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"encoder\.layer\.0\.output\.dense\.bias has shape \[3\]"):
-        load_for(folder, SST2)
+        load_for(subject(folder, SST2))
 
 
 def test_damage_is_found_before_loading(zoo: Any) -> None:
@@ -145,6 +146,18 @@ def test_a_damaged_tokenizer_is_one_line(zoo: Any) -> None:
     with pytest.raises(InputError, match="cannot be loaded") as error:
         load_tokenizer(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end_of_text(zoo: Any) -> None:
+    folder: Path = zoo.make("m")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("pad_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "[SEP]"}))
+    before = (folder / "tokenizer_config.json").read_bytes()
+    own = load_tokenizer(folder)
+    assert (own.pad_token, own.pad_token_id) == ("[SEP]", 3)
+    assert own(["w1 w2 w3", "w1"], padding=True).input_ids[1][-2:] == [3, 3]
+    assert (folder / "tokenizer_config.json").read_bytes() == before
 
 
 def test_no_remote_code_is_run(zoo: Any, tmp_path: Path) -> None:

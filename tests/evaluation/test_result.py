@@ -41,7 +41,7 @@ def test_json_is_plain_and_nan_is_null() -> None:
     assert json.loads(json.dumps(body, allow_nan=False)) == body
     assert body["schema_version"] == 1
     assert body["candidate"] == {
-        "model": "out", "score": None, "seconds": 0.5, "size_bytes": 25, "quantized": True,
+        "model": "out", "score": None, "metrics": {}, "seconds": 0.5, "size_bytes": 25, "quantized": True,
     }  # fmt: skip
     assert body["baseline"]["quantized"] is False
     assert (body["drop"], body["agreement"]) == (None, None)

@@ -219,11 +219,11 @@ def test_each_side_has_its_own_tokenizer(zoo: Any) -> None:
 def test_arguments_that_mean_nothing(pair: tuple[Path, Path, Path]) -> None:
     _, model, data = pair
     for options, word in (
-        ({"batch_size": 0}, "batch size"),
-        ({"max_length": 0}, "maximum length"),
+        ({"batch_size": 0}, "batch-size"),
+        ({"max_length": 0}, "max-length"),
         ({"threads": 0}, "threads"),
         ({"dtype": "float23"}, "float32"),
-        ({"limit": 0}, "rows"),
+        ({"limit": 0}, "limit"),
     ):
         with pytest.raises(UsageError, match=word):
             evaluate(model, SST2, data=data, **options)  # type: ignore[arg-type]
@@ -263,7 +263,7 @@ def test_the_probe_is_what_scikit_learn_makes_of_plain_features(zoo: Any, archit
 
 
 def test_the_probe_takes_the_first_rows(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtool.evaluation.runner.MAX_ROWS", 50)
+    monkeypatch.setattr("qtool.evaluation.exams.classification.MAX_ROWS", 50)
     model = zoo.make("float", "BertModel")
     data, _, _ = probe_data(zoo, model)
     few = evaluate(model, SST2, data=data)

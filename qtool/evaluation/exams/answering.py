@@ -1,0 +1,172 @@
+"""Extractive question answering: the span of a context that answers a question (SQuAD v1.1, Rajpurkar et al. 2016)."""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qtool.errors import InputError
+from qtool.evaluation.batches import check_rows, rows_of
+from qtool.evaluation.exams.base import Batch, Exam, Request, Tokens
+from qtool.evaluation.tasks import Task, load_rows
+from qtool.rows import Row, find_text_columns, texts_of
+
+if TYPE_CHECKING:
+    from qtool.evaluation.sides import Side
+
+ANSWER_TOKENS = 30
+"""The longest answer that is considered, as in the usual evaluation of SQuAD."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a context: which question, and of each token its characters in the context (−1: not of it)."""
+
+    question: int
+    spans: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A candidate answer: sum of its start and end logits, question, and text."""
+
+    score: float
+    question: int
+    text: str
+
+
+class QuestionAnswering(Exam):
+    """Spans of one or several windows of a context, the best by start logit + end logit.
+
+    Every span of at most `ANSWER_TOKENS` tokens of the context is considered. A long context is cut into windows that
+    share `doc_stride` tokens (128 if not said); with 0 there is one window, and what does not fit is not read.
+    """
+
+    heads = ("ForQuestionAnswering",)
+    loader = "AutoModelForQuestionAnswering"
+    takes = frozenset({"doc_stride", "n_best"})
+    max_length = 384
+    unit = "questions"
+
+    def __init__(self, task: Task, request: Request) -> None:
+        """Raises InputError for rows without question, context or answers."""
+        super().__init__(task, request)
+        rows, self.source = load_rows(task, request.data, self.split, request.limit)
+        columns = find_text_columns(rows, self.source, request.text_columns or task.text_columns)
+        if len(columns) != 2:
+            raise InputError(f"{self.source}: a question needs two columns, question and context, not {columns[0]}")
+        self.pairs = texts_of(rows, columns, self.source)
+        column = request.label_column or task.label_column or "answers"
+        self.references = [
+            _gold(row, column, f"{self.source}: row {number}") for number, row in enumerate(rows, start=1)
+        ]
+        self.stride = 128 if request.doc_stride is None else request.doc_stride
+        self.n_best = request.n_best or 1
+
+    def encode(self, tokenizer: Any, config: Any, length: int | None, model: str) -> tuple[list[Tokens], list[Any]]:
+        """One row a window. Raises InputError where a question leaves no room for its context."""
+        if not tokenizer.is_fast:
+            raise InputError(f"the tokenizer of {model} gives no positions in the text; it needs a tokenizer.json")
+        questions, contexts = [pair[0].lstrip() for pair in self.pairs], [pair[1] for pair in self.pairs]
+        cut = length if length is not None else tokenizer.model_max_length
+        windows = {"stride": self.stride, "return_overflowing_tokens": True} if self.stride else {}
+        try:
+            encoded = tokenizer(
+                questions, contexts, truncation="only_second", max_length=cut, return_offsets_mapping=True, **windows
+            )
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise InputError(
+                f"{self.source}: a question leaves no room for windows of its context within {cut} tokens (overlap "
+                f"{self.stride}); allow more with --max-length or less with --doc-stride"
+            ) from error
+        origins = encoded.pop("overflow_to_sample_mapping", range(len(questions)))
+        offsets = encoded.pop("offset_mapping")
+        about = [
+            Window(question, _spans(offsets[index], encoded.sequence_ids(index)))
+            for index, question in enumerate(origins)
+        ]
+        rows = rows_of(dict(encoded), config)
+        check_rows(rows, config, model)
+        return rows, about
+
+    def collect(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[Any]:
+        """The best spans of each window; none where logits are NaN."""
+        starts, ends = output.start_logits.double().numpy(), output.end_logits.double().numpy()
+        # A tokenizer that pads on the left moves the tokens of shorter rows to the right.
+        left = side.tokenizer.padding_side == "left"
+        kept = []
+        for window, start, end in zip(about, starts, ends, strict=True):
+            size = len(window.spans)
+            place = slice(len(start) - size, None) if left else slice(size)
+            kept.append(self._best(window, start[place], end[place]))
+        return kept
+
+    def _best(self, window: Window, start: NDArray[np.float64], end: NDArray[np.float64]) -> list[Span]:
+        inside = np.flatnonzero(window.spans[:, 0] >= 0)
+        if not len(inside) or np.isnan(start).any() or np.isnan(end).any():
+            return []
+        first = inside[0]
+        begins, finishes = start[inside], end[inside]
+        size = len(inside)
+        # scores[i, k] is the span of tokens i … i + k.
+        padded = np.concatenate([finishes, np.full(ANSWER_TOKENS - 1, -np.inf)])
+        scores = begins[:, None] + np.lib.stride_tricks.sliding_window_view(padded, ANSWER_TOKENS)
+        order = np.argsort(-scores, axis=None, kind="stable")[: self.n_best]
+        context = self.pairs[window.question][1]
+        spans = []
+        for token, extra in zip(*np.unravel_index(order, scores.shape), strict=True):
+            if token + extra < size:
+                begin, finish = window.spans[first + token, 0], window.spans[first + token + extra, 1]
+                spans.append(Span(float(scores[token, extra]), window.question, context[begin:finish]))
+        return spans
+
+    def candidates(self, side: "Side") -> list[list[Span]]:
+        """The `n_best` spans of each question over all of its windows, the best first, each text once."""
+        found: list[list[Span]] = [[] for _ in self.references]
+        for spans in side.collected:
+            for span in spans:
+                found[span.question].append(span)
+        return [_distinct(spans, self.n_best) for spans in found]
+
+    def answers(self, side: "Side") -> list[Any]:
+        """The best text of each question; None without one."""
+        return [spans[0].text if spans else None for spans in self.candidates(side)]
+
+    def rows(self, sides: "Sequence[Side]") -> list[dict[str, Any]]:
+        """With `n_best` above 1 also the candidate's other answers with their scores."""
+        rows = super().rows(sides)
+        if self.n_best > 1:
+            for row, spans in zip(rows, self.candidates(sides[-1]), strict=True):
+                row["n_best"] = [{"text": span.text, "score": span.score} for span in spans]
+        return rows
+
+
+def _gold(row: Row, column: str, where: str) -> list[str]:
+    """The texts of the answers, from SQuAD's `{"text": […], "answer_start": […]}`, a list of texts, or one text."""
+    value = row.get(column)
+    texts = value.get("text") if isinstance(value, dict) else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(
+            f"{where} has no answers in column {column} (SQuAD v1.1: every question has one); "
+            "name their column with --label-column"
+        )
+    return texts
+
+
+def _spans(offsets: Sequence[tuple[int, int]], parts: Sequence[int | None]) -> NDArray[np.int64]:
+    """Characters `[tokens, 2]` of the context; −1 for tokens of the question and of the tokenizer."""
+    return np.asarray(
+        [offset if part == 1 else (-1, -1) for offset, part in zip(offsets, parts, strict=True)], dtype=np.int64
+    )
+
+
+def _distinct(spans: list[Span], count: int) -> list[Span]:
+    """The best ones; of equal scores the earlier window's, of equal texts the better."""
+    ranked = heapq.nsmallest(len(spans), spans, key=lambda span: -span.score)
+    best: dict[str, Span] = {}
+    for span in ranked:
+        best.setdefault(span.text, span)
+    return list(best.values())[:count]

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from qtool import cli, recipe
+from qtool.evaluation.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,6 +51,13 @@ def test_every_recipe_key_is_documented() -> None:
     for section in (recipe.Model, recipe.Calibration, recipe.Evaluate, recipe.GateSection):
         for name in section.model_fields:
             assert f"`{name}`" in text, f"{section.__name__}.{name}"
+
+
+def test_every_task_is_documented() -> None:
+    text = (ROOT / "docs" / "tasks.md").read_text("utf-8")
+    for task in TASKS.values():
+        assert f"`{task.name}`" in text, task.name
+        assert all(metric in text for metric in task.metrics), task.name
 
 
 def test_the_ci_page_runs(zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

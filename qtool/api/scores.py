@@ -94,8 +94,14 @@ def evaluations(
         if old is not None:
             yield Evaluation.from_json(old)
         else:
-            found = runner.evaluate(model, item, data=source, baseline=baseline, progress=progress, **options)
+            report = _named(progress, item.name) if len(chosen) > 1 else progress
+            found = runner.evaluate(model, item, data=source, baseline=baseline, progress=report, **options)
             yield replace(found, fingerprint=mark)
+
+
+def _named(progress: Any, task: str) -> Any:
+    """Progress that says which task it is about."""
+    return progress and (lambda stage, done, total: progress(f"{task}: {stage}", done, total))
 
 
 def _fingerprint(

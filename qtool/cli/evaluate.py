@@ -110,7 +110,7 @@ def evaluate(context: click.Context, /, model: str | None, **params: Any) -> Non
                 _places(params["places"], tasks),
                 baseline=baseline,
                 known=known,
-                progress=_progress(screen, tasks),
+                progress=_progress(screen),
                 text_columns=list(params["text_columns"]) or None,
                 **{name: params[name] for name in _PASSED_ON},
             ):
@@ -163,8 +163,7 @@ def _places(given: tuple[str, ...], tasks: list[str]) -> dict[str, str]:
     return places
 
 
-def _progress(screen: "Screen", tasks: list[str]) -> Any:
-    """Bars that restart with each task."""
+def _progress(screen: "Screen") -> Any:
     return lambda stage, done, total: screen.step(stage, "", done, total)
 
 
@@ -302,9 +301,7 @@ def _run_one(
         console.render_quantized(screen, made)
     results: list[Evaluation] = []
     with _shown_if_interrupted(screen, results):
-        for result in api.evaluate_recipe(
-            out, name, recipe, _progress(screen, recipe.evaluate.tasks), resume=params["resume"]
-        ):
+        for result in api.evaluate_recipe(out, name, recipe, _progress(screen), resume=params["resume"]):
             results.append(result)
             screen.close()
             api.record_scores(out, results)

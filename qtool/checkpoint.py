@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I16": 2, "F16": 2, "BF16
 """Bytes of a value by safetensors' name of its dtype; the names that are missing take one."""
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_LEGACY = ((".LayerNorm.weight", ".LayerNorm.gamma"), (".LayerNorm.bias", ".LayerNorm.beta"))
 
 
 def locate(name: str | Path, revision: str | None = None) -> Path:
@@ -61,7 +60,7 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER_FILES]
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "README.md", *TOKENIZER_FILES]
     missing = f"no model '{name}': no such local folder, and"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -176,15 +175,17 @@ def _in_a_line(error: Exception) -> str:
 class Checkpoint:
     """The tensors of a float model folder under the names that the model class uses.
 
-    Older checkpoints spell LayerNorm's parameters gamma and beta, and a base model's tensors may carry or lack the
-    prefix of the class; both are resolved as transformers does. A parameter with no tensor is an InputError: nothing is
-    ever left to random initialisation. `tied` (default: what `model` ties) names tensors that serve for missing ones.
+    Older checkpoints use other names (LayerNorm's gamma and beta, GPT-NeoX's embed_out), and a base model's tensors may
+    carry or lack the prefix of the class; both are resolved as transformers does. A parameter with no tensor is an
+    InputError: nothing is ever left to random initialisation. `tied` (default: what `model` ties) names tensors that
+    serve for missing ones.
     """
 
     def __init__(self, folder: Path, model: Any, tied: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.files = weight_files(folder)
         self.infos = tensor_infos(self.files)
+        self._stored_as, self._joins = _renamed(model, self.infos)
         self._digest: str | None = None
         self._names = self._resolve(model, tied_names(model) if tied is None else tied)
 
@@ -217,6 +218,11 @@ class Checkpoint:
                 names[key] = found
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            if self._joins:
+                raise InputError(
+                    f"{self.folder} stores {missing[0]}{more} in pieces that transformers joins while loading; "
+                    f"such models ({model.config.model_type}) are not supported"
+                )
             raise InputError(
                 f"{self.folder} lacks weights of {type(model).__name__}: {', '.join(missing[:3])}{more}; "
                 "fine-tune or save it as that class first"
@@ -225,9 +231,8 @@ class Checkpoint:
 
     def _spelled(self, key: str, prefix: str) -> str | None:
         for name in (key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")):
-            for spelling in (name, *(name.replace(*pair) for pair in _LEGACY)):
-                if spelling in self.infos:
-                    return spelling
+            if name in self._stored_as:
+                return self._stored_as[name]
         return None
 
     def tensor(self, name: str) -> Any:
@@ -256,6 +261,17 @@ class Checkpoint:
             files = (self.folder / "config.json", *self.files)
             self._digest = hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
         return self._digest
+
+
+def _renamed(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], bool]:
+    """The names that transformers gives on loading → those in the files; and whether it also joins or splits any."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    names = {apply_renamings(name, renamings): name for name in stored}
+    return names, len(renamings) < len(steps)
 
 
 def tied_names(model: Any) -> dict[str, str]:

@@ -178,7 +178,7 @@ def plan_json(job: "Job", expected: "Estimate") -> dict[str, Any]:
         "kept_float": dict(job.plan.kept_float),
         "size_bytes": predicted,
         "source_bytes": job.checkpoint.num_bytes,
-        "seconds": round(expected.seconds, 1),
+        "seconds": round(expected.seconds, 2),
         "peak_memory_bytes": expected.peak_bytes,
     }
 
@@ -261,7 +261,8 @@ def _render_evaluation(screen: Screen, result: "Evaluation") -> None:
             values = [f"{value:.2f}" for value in (score.value, *(score.others[name] for name in others))]
             rows.append([side, *values, megabytes(score.size_bytes), rate, score.model])
     unit, percent = result.unit.removesuffix("s"), "" if result.relative else " %"
-    title = f"{result.task}, {result.split}, {result.n} {result.unit}"
+    windows = f" in windows of {result.settings['max_length']}" if result.relative else ""
+    title = f"{result.task}, {result.split}, {result.n} {result.unit}{windows}"
     names = [f"{name}{percent}" for name in (result.metric, *others)]
     screen.table(title, ["", *names, "size", f"ms/{unit}", "model"], rows)
     if result.drop is not None and result.interval is not None:

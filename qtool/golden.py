@@ -36,6 +36,7 @@ def compute(folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch
         raise InputError(f"transformers has no class {name}, which {folder / 'config.json'} names in `architectures`")
     transformers.utils.logging.disable_progress_bar()
     model = cls.from_pretrained(folder, trust_remote_code=False, use_safetensors=True).eval()
+    model.config.use_cache = False  # a cache changes the masks, and with them how floats are rounded
     with torch.inference_mode():
         output = model(**inputs, return_dict=True)
     return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}

@@ -14,8 +14,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtool import nn
+from qtool.anatomy import FAMILIES
 from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, manifest_of_tensors
 from qtool.errors import InputError, UnavailableError
+
+REPEATABLE = "qtool_sdpa_float64"
+"""Name of the attention that decoders of qtool use; see `repeatable_attention`."""
 
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -78,12 +82,18 @@ class QtoolQuantizer(HfQuantizer):
         modules = paths_in(model, self.quantization_config.modules)
         _refuse_shared_tables(model, modules)
         nn.install(model, modules, dtype=self.dtype)
+        repeatable_attention(model)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        """None: tensors of an artifact have the names of the modules, also where a float checkpoint uses others."""
+        return []
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         # A base model inside a headed one may be saved on its own: its manifest has to be made then.
         for module in model.modules():
             if hasattr(module, "save_pretrained"):
                 module.hf_quantizer = self
+                module._weight_conversions = []  # or saving would rename tensors again
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """The manifest and the descriptions of the model as it is now: a base model taken out of a classifier, say."""
@@ -101,6 +111,36 @@ class QtoolQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Integer codes have no gradient."""
         return False
+
+
+def _wide_sdpa(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """SDPA in float64: `[batch, heads, tokens, size]` in, `[batch, tokens, heads, size]` out."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    wide = mask.double() if mask is not None and mask.is_floating_point() else mask
+    out, _ = sdpa_attention_forward(module, query.double(), key.double(), value.double(), wide, **options)
+    return out.to(query.dtype), None
+
+
+def repeatable_attention(model: Any) -> None:
+    """Let a decoder's attention give the same numbers with a cache and without, in place of plain SDPA.
+
+    In float32 the order of its sums depends on how many queries come at once. The last bits that differ flip activation
+    codes in the next layer, these flip more, and a hard model soon says other words. In float64 the differences vanish
+    when the result is rounded to float32.
+    """
+    # Not at the top: this file is imported while transformers itself is half imported.
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(REPEATABLE, _wide_sdpa)
+    AttentionMaskInterface.register(REPEATABLE, sdpa_mask)
+    family = FAMILIES.get(model.config.model_type)
+    decoder = family.decoder if family else model.can_generate()
+    if decoder and model._supports_attention_backend and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(REPEATABLE)
 
 
 def paths_in(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

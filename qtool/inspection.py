@@ -71,8 +71,13 @@ def _same_machine(fingerprint: Mapping[str, Any]) -> bool:
 
     from qtool.pipeline import instruction_set, versions
 
-    here = {"instruction set": instruction_set(), "threads": torch.get_num_threads(), "versions": versions()}
-    return all(fingerprint.get(key) == value for key, value in here.items())
+    here = {"instruction set": instruction_set(), "threads": torch.get_num_threads()}
+    there = fingerprint.get("versions")
+    return (
+        all(fingerprint.get(key) == value for key, value in here.items())
+        and isinstance(there, Mapping)
+        and all(there.get(name) == version for name, version in versions().items())
+    )
 
 
 def _verify(folder: Path, report: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:

@@ -33,8 +33,9 @@ from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
 from qtool.checkpoint import Checkpoint, load_config, open_float, opened, sha256, skeleton, tied_names
 from qtool.errors import InputError, QtoolError
+from qtool.hf import repeatable_attention
 from qtool.kernels import backend, reference
-from qtool.methods import build
+from qtool.methods import build, entry
 from qtool.methods.base import Method, Plan
 from qtool.nn import install
 from qtool.recipe import Recipe
@@ -99,6 +100,7 @@ class Job:
             setattr(config, key, value)
         model = skeleton(config)
         install(model, self.plan.modules, dtype=torch.float32)
+        repeatable_attention(model)
         return model
 
     def stored_names(self, model: Any) -> list[str]:
@@ -126,7 +128,7 @@ class Job:
             "seed": self.recipe.seed,
             "threads": torch.get_num_threads(),
             "instruction set": instruction_set(),
-            "versions": versions(),
+            "versions": {**versions(), **_plugin_versions(self.methods)},
             "statistics": sha256(statistics) if statistics else None,
         }
 
@@ -151,6 +153,12 @@ def versions() -> dict[str, str]:
     return {"qtool": __version__, **{name: metadata.version(name) for name in packages}}
 
 
+def _plugin_versions(methods: Sequence[Method]) -> dict[str, str]:
+    """Of the packages that bring methods along."""
+    origins = {method.name: entry(method.name).origin for method in methods}
+    return {name: origin for name, origin in origins.items() if origin != "qtool"}
+
+
 def peak_bytes() -> int:
     """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -165,7 +173,7 @@ def calibrate(job: Job, batches: Batches) -> Generator[Event, None, Statistics]:
     """Pass 1: stream the float units once. Returns the statistics that the job's method asked for."""
     stream = Stream(job.model, job.anatomy, job.checkpoint.tensor)
     states: dict[tuple[str, str], Any] = {}
-    flow: list[tuple[torch.Tensor, Call]] = []
+    flow: list[tuple[torch.Tensor, tuple[Call, ...]]] = []
     for index, unit in enumerate(job.anatomy.units[:-1]):
         started = time.perf_counter()
         yield Progress("calibrate", unit.name, index, len(job.anatomy.blocks) + 1)
@@ -174,9 +182,9 @@ def calibrate(job: Job, batches: Batches) -> Generator[Event, None, Statistics]:
             if unit.kind == "embeddings":
                 flow = [stream.embed(batch) for batch in batches.batches]
             else:
-                for number, (hidden, call) in enumerate(flow):
+                for number, (hidden, calls) in enumerate(flow):
                     with _watching(stream.model, observers, batches.batches[number]["attention_mask"].bool()):
-                        flow[number] = stream.block(unit, hidden, call), call
+                        flow[number] = stream.block(unit, hidden, calls[index - 1]), calls
         for path, observer in observers.items():
             states[path, job.observed()[unit.name][path]] = observer.state()
         yield _ended("calibrate", unit, index, len(job.anatomy.blocks) + 1, started)
@@ -190,7 +198,9 @@ def _watching(model: Any, observers: Mapping[str, Observer], real: torch.Tensor)
         for path, observer in observers.items():
 
             def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...], observer: Observer = observer) -> None:
-                observer.update(args[0][real])
+                rows = args[0].flatten(0, -2)
+                # An expert sees only the tokens that were sent to it: then nobody knows which are padding.
+                observer.update(rows[real.flatten()] if len(rows) == real.numel() else rows)
 
             stack.callback(model.get_submodule(path).register_forward_pre_hook(watch).remove)
         yield
@@ -212,6 +222,11 @@ def quantize(
         yield Note(f"{run.out} was already published by this run")
         run.finish()
         return
+    if job.anatomy.generic:
+        yield Note(
+            f"model type '{job.model.config.model_type}' is not in qtool's table: its generic anatomy is used "
+            f"({len(job.anatomy.blocks)} blocks, all Linears in them)"
+        )
     if job.observed():
         statistics = yield from _statistics(job, batches, run, statistics)
     outputs = yield from _lower_all(job, run, statistics, inputs)
@@ -237,7 +252,7 @@ def _lower_all(
     model = job.lowered_skeleton()
     names = job.stored_names(model)
     stream = Stream(model, job.anatomy, _shard_reader(job, run))
-    hidden, call, outputs = torch.empty(0), Call((), {}), {}
+    hidden, calls, outputs = torch.empty(0), tuple[Call, ...](), {}
     total = len(job.anatomy.units)
     for index, unit in enumerate(job.anatomy.units):
         started = time.perf_counter()
@@ -248,9 +263,9 @@ def _lower_all(
             _write_unit(job, unit, [name for name in names if unit.owns(name)], shard, statistics)
         with stream.loaded(unit):
             if unit.kind == "embeddings":
-                hidden, call = stream.embed(inputs)
+                hidden, calls = stream.embed(inputs)
             elif unit.kind == "block":
-                hidden = stream.block(unit, hidden, call)
+                hidden = stream.block(unit, hidden, calls[index - 1])
             else:
                 outputs = stream.head(inputs, hidden)
         yield _ended("quantize", unit, index, total, started)
@@ -307,7 +322,12 @@ def _publish(
     yield Progress("publish", "assemble", 0, 2, time.perf_counter() - started, peak_bytes())
     started = time.perf_counter()
     yield Progress("publish", "golden check", 1, 2)
-    _check_in_fresh_process(run, inputs, outputs)
+    try:
+        _check_in_fresh_process(run, inputs, outputs)
+    except QtoolError as error:
+        if job.anatomy.generic:  # what was only guessed did not fit: no bug of this model's loader
+            raise InputError(f"{job.anatomy.architecture} does not compute the same unit by unit: {error}") from error
+        raise
     run.publish()
     yield Progress("publish", "golden check", 1, 2, time.perf_counter() - started, peak_bytes())
     run.finish()

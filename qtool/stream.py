@@ -1,111 +1,204 @@
-"""Run a model unit by unit, with only the tensors of one unit in memory.
+"""Run a model unit by unit, with only the tensors of one unit in memory (the head needs the embeddings beside it).
 
 The model lives on the meta device; `loaded` fills one unit from a reader and empties it again. Batches flow through as
-hidden states. What transformers passes to its blocks (masks, positions) is captured once from a hook on block 0, so
-nothing about the call is guessed, and the head runs inside the model's own forward with the body stubbed out.
+hidden states. What transformers passes to each block (masks, positions) is recorded from the model's own forward, so
+nothing about the calls is guessed, and the head runs inside that forward too, with the blocks stubbed out.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from qtool.anatomy import Anatomy, Unit
+from qtool.errors import InputError
 
 Batch = Mapping[str, torch.Tensor]
 Reader = Callable[[str], torch.Tensor]
 
+_FORMS = (None, 2, 3)
+"""What a model may expect of a block, tried in this order: the hidden states, or a tuple that begins with them."""
+
+_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 @dataclass
 class Call:
-    """The arguments with which the model calls a block, except the hidden states that come first."""
+    """The arguments with which the model calls a block, except the hidden states.
+
+    Those come first, or under the name `keyword`.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    keyword: str | None = None
 
 
-class _Captured(Exception):
-    def __init__(self, hidden: torch.Tensor, call: Call) -> None:
-        super().__init__("block 0 was reached")
-        self.hidden, self.call = hidden, call
+class _Recorded(Exception):
+    """The last block was reached: nothing behind it is needed."""
+
+
+class _WrongForm(TypeError):
+    """What came into a block is not what left the one before."""
 
 
 class Stream:
-    """A model skeleton (meta device) through which batches flow one unit at a time."""
+    """A model skeleton (meta device) through which batches flow one unit at a time; caches are switched off."""
 
     def __init__(self, model: Any, anatomy: Anatomy, reader: Reader) -> None:
         self.model, self.anatomy, self.reader = model, anatomy, reader
+        model.config.use_cache = False
+        self._forms: dict[str, int | None] = {}
 
     @contextmanager
     def loaded(self, unit: Unit) -> Iterator[None]:
-        """The unit's tensors in memory; the head also gets the word table that its output layer may share."""
-        paths = [*unit.modules]
-        if unit.kind == "head" and self.anatomy.tied_head:
-            paths.append(self.anatomy.word_table)
+        """The unit's tensors in memory; with the head come the embeddings, which the model's forward begins with."""
+        units = (self.anatomy.embeddings, unit) if unit.kind == "head" else (unit,)
+        holders = dict(_holders(self.model, units))
         try:
-            for path in paths:
-                fill(self.model, path, self.reader)
+            with self._plain_errors():
+                fill(self.model, holders, self.reader)
             yield
         finally:
-            for path in paths:
-                self.model.get_submodule(path).to("meta")
+            for path in holders:
+                self.model.get_submodule(path)._apply(lambda tensor: tensor.to("meta"), recurse=False)
 
     @torch.inference_mode()
-    def embed(self, batch: Batch) -> tuple[torch.Tensor, Call]:
-        """Hidden states `[batch, tokens, hidden]` that enter block 0, and the call that all blocks get."""
+    def embed(self, batch: Batch) -> tuple[torch.Tensor, tuple[Call, ...]]:
+        """Hidden states `[batch, tokens, hidden]` that enter block 0, and the call of every block.
 
-        def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Captured(args[0], Call(args[1:], kwargs))
-
-        block = self.model.get_submodule(self.anatomy.blocks[0].modules[0])
-        handle = block.register_forward_pre_hook(capture, with_kwargs=True)
-        try:
-            self.model(**batch)
-        except _Captured as captured:
-            return captured.hidden, captured.call
-        finally:
-            handle.remove()
-        raise AssertionError("the model's forward ended without calling its first block")
+        Raises InputError for a model that does not pass what leaves one block to the next.
+        """
+        said = ""
+        with self._plain_errors():
+            for form in _FORMS:
+                recorder = _Recorder(form, self._name, len(self.anatomy.blocks))
+                try:
+                    with _replaced(self._blocks(), recorder.forward):
+                        self.model(**batch)
+                except _Recorded:
+                    return recorder.entered, tuple(recorder.calls)
+                except _ERRORS as error:
+                    if not recorder.calls:
+                        raise
+                    said = f" ({_line(error)})"
+        raise InputError(f"{self._name} does not run block after block{said}; such models are not supported")
 
     @torch.inference_mode()
     def block(self, unit: Unit, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """One block: `[batch, tokens, hidden]` in and out."""
-        out = self.model.get_submodule(unit.modules[0])(hidden, *call.args, **call.kwargs)
-        hidden = out[0] if isinstance(out, tuple) else out
-        assert isinstance(hidden, torch.Tensor)
+        module = self.model.get_submodule(unit.modules[0])
+        with self._plain_errors():
+            if call.keyword is None:
+                out = module(hidden, *call.args, **call.kwargs)
+            else:
+                out = module(*call.args, **call.kwargs, **{call.keyword: hidden})
+            several = isinstance(out, tuple | list)
+            self._forms[unit.name] = len(out) if several else None
+            hidden = out[0] if several else out
+            assert isinstance(hidden, torch.Tensor), f"a block returns {type(hidden).__name__}, no tensor"
         return hidden
 
     @torch.inference_mode()
     def head(self, batch: Batch, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors that the model returns, given what left the last block."""
-        with ExitStack() as stack:
-            for unit in self.anatomy.units[:-1]:
-                stack.enter_context(_returning(self.model.get_submodule(unit.modules[0]), hidden))
+        """The tensors that the model returns, given what left the last block (which must have run before)."""
+        forms = [self._forms.get(unit.name) for unit in self.anatomy.blocks]
+
+        def stub(index: int, *args: Any, **kwargs: Any) -> Any:
+            return _formed(hidden, forms[index])
+
+        with self._plain_errors(), _replaced(self._blocks(), stub):
             output = self.model(**batch, return_dict=True)  # a config may ask for tuples
         return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
 
+    @property
+    def _name(self) -> str:
+        return self.anatomy.architecture
+
+    def _blocks(self) -> list[nn.Module]:
+        return [self.model.get_submodule(unit.modules[0]) for unit in self.anatomy.blocks]
+
+    @contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        """A layout that was only guessed may not fit: that is a fact about the model, and one line."""
+        try:
+            yield
+        except _ERRORS as error:
+            if not self.anatomy.generic:
+                raise
+            raise InputError(f"{self._name} cannot be run unit by unit: {_line(error)}") from error
+
+
+class _Recorder:
+    """Stands for every block: notes how it is called and hands its input on, as a new tensor that can be recognised."""
+
+    def __init__(self, form: int | None, name: str, count: int) -> None:
+        self.form, self.name, self.count = form, name, count
+        self.calls: list[Call] = []
+        self.entered = self._passed = torch.empty(0)
+
+    def forward(self, index: int, *args: Any, **kwargs: Any) -> Any:
+        if index != len(self.calls):
+            raise InputError(f"{self.name} runs its blocks more than once or in another order, which is not supported")
+        keyword = None if args else next((key for key in kwargs if "hidden" in key), "")
+        hidden = args[0] if keyword is None else kwargs.pop(keyword, None)
+        if not isinstance(hidden, torch.Tensor) or (index and hidden is not self._passed):
+            raise _WrongForm("what enters a block is not what left the one before")
+        self.calls.append(Call(args[1:], kwargs, keyword))
+        if not index:
+            self.entered = hidden
+        if len(self.calls) == self.count:
+            raise _Recorded
+        self._passed = hidden.view_as(hidden)
+        return _formed(self._passed, self.form)
+
+
+def _formed(hidden: torch.Tensor, form: int | None) -> Any:
+    return hidden if form is None else (hidden, *[None] * (form - 1))
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
 
 @contextmanager
-def _returning(module: nn.Module, value: torch.Tensor) -> Iterator[None]:
-    """`module(...)` gives `value`, whatever it is called with."""
-    module.forward = lambda *args, **kwargs: value
+def _replaced(modules: Sequence[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Calling `modules[i]` calls `forward(i, …)`."""
     try:
+        for index, module in enumerate(modules):
+            module.forward = partial(forward, index)
         yield
     finally:
-        del module.forward
+        for module in modules:
+            vars(module).pop("forward", None)
 
 
-def fill(model: Any, path: str, reader: Reader) -> None:
-    """Give the submodule at `path` its tensors: stored ones from `reader`, others as transformers initialises them."""
-    module = model.get_submodule(path)
-    tensors = {name: reader(f"{path}.{name}") for name in module.state_dict()}
-    module.load_state_dict(tensors, strict=True, assign=True)
-    for child in module.modules():
-        computed = child._non_persistent_buffers_set
+def _holders(model: Any, units: Sequence[Unit]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that directly hold tensors of `units`, by path."""
+    for path, module in model.named_modules():
+        dot = f"{path}." if path else ""
+        names = (f"{dot}{name}" for name in (*module._parameters, *module._buffers))
+        if any(unit.owns(name) for name in names for unit in units):
+            yield path, module
+
+
+def fill(model: Any, holders: Mapping[str, nn.Module], reader: Reader) -> None:
+    """Give `holders` their tensors: stored ones from `reader`, others as transformers initialises them."""
+    for module in holders.values():  # first, because that would initialise weights too
+        computed = [name for name in module._non_persistent_buffers_set if module._buffers[name] is not None]
         for name in computed:
-            child.register_buffer(name, torch.empty_like(child.get_buffer(name), device="cpu"), persistent=False)
+            module.register_buffer(name, torch.empty_like(module.get_buffer(name), device="cpu"), persistent=False)
         if computed:
-            model._init_weights(child)
+            model._init_weights(module)
+    for path, module in holders.items():
+        slots = {**module._parameters, **module._buffers}
+        stored = [
+            name for name, slot in slots.items() if slot is not None and name not in module._non_persistent_buffers_set
+        ]
+        dot = f"{path}." if path else ""
+        module.load_state_dict({name: reader(f"{dot}{name}") for name in stored}, strict=False, assign=True)

@@ -175,9 +175,9 @@ class Zoo:
         model_class = getattr(transformers, architecture)
         named = {"id2label": dict(enumerate(labels)), "label2id": {x: i for i, x in enumerate(labels)}}
         torch.manual_seed(seed)
-        model = model_class(model_class.config_class(**SHAPE, **options, **(named if labels else {}))).eval()
+        model = model_class(model_class.config_class(**{**SHAPE, **options}, **(named if labels else {}))).eval()
         with torch.no_grad():
-            if architecture.endswith("ForSequenceClassification"):
+            if hasattr(model, "classifier") and architecture.endswith("ForSequenceClassification"):
                 balance(model)
             if change is not None:
                 change(model)
@@ -185,6 +185,28 @@ class Zoo:
         if words is not None:
             tokenizer(words).save_pretrained(self.folder / name)
         return self.folder / name
+
+    def causal(
+        self, name: str, architecture: str = "GPT2LMHeadModel", *, bos: bool = False, left: bool = False, **options: Any
+    ) -> Path:
+        """A decoder whose tokenizer adds nothing to a text, or (`bos`) a token before it, and has no padding token
+        unless it pads on the `left`."""
+        folder = self.make(name, architecture, words=None, bos_token_id=2, eos_token_id=3, **options)
+        causal_tokenizer(WORDS, bos, left).save_pretrained(folder)
+        return folder
+
+    def byte_level(self, name: str, architecture: str, text: str, **options: Any) -> Path:
+        """A model with a tokenizer of bytes and some merges, as RoBERTa's; it knows the bytes of `text`."""
+        folder = self.make(name, architecture, words=None, **options)
+        byte_tokenizer(text).save_pretrained(folder)
+        return folder
+
+    def table(self, name: str, rows: Iterable[dict[str, Any]]) -> Path:
+        """A jsonl file of any rows; folders are made."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
 
     def write(self, name: str, texts: Iterable[str], labels: Iterable[int | str]) -> Path:
         """A jsonl file with the columns `sentence` and `label`; folders are made."""
@@ -255,6 +277,46 @@ def tokenizer(words: Sequence[str]) -> Any:
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=inputs, **names)
+
+
+def causal_tokenizer(words: Sequence[str], bos: bool, left: bool) -> Any:
+    """A word-level tokenizer as decoders have it."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        made.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    names = {
+        "unk_token": "[UNK]",
+        "bos_token": "[CLS]",
+        "eos_token": "[SEP]",
+        **({"pad_token": "[PAD]"} if left else {}),
+    }
+    side = "left" if left else "right"
+    inputs = ["input_ids", "attention_mask"]
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, model_input_names=inputs, padding_side=side, **names
+    )
+
+
+def byte_tokenizer(text: str) -> Any:
+    """A byte-level BPE tokenizer trained on one text, special tokens placed as RoBERTa places them."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    made = Tokenizer(models.BPE(unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=SHAPE["vocab_size"], special_tokens=list(SPECIAL), show_progress=False)
+    made.train_from_iterator([text], trainer)
+    made.post_processor = processors.RobertaProcessing(("[SEP]", 3), ("[CLS]", 2), add_prefix_space=False)
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, model_input_names=["input_ids", "attention_mask"], **names
+    )
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import qtool
 
 ROOT = Path(qtool.__file__).parent
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "__init__"}),
+    frozenset({"errors", "plugins", "__init__"}),
     frozenset({"numerics", "rows"}),
     frozenset({"kernels"}),
     frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream"}),
     frozenset({"artifact", "methods", "recipe", "rundir", "golden", "card", "hf"}),
-    frozenset({"pipeline", "evaluation", "inspection", "doctor"}),
+    frozenset({"pipeline", "evaluation", "estimate", "inspection", "doctor"}),
     frozenset({"api"}),
     frozenset({"cli", "console", "demo", "__main__"}),
 )

@@ -340,6 +340,32 @@ def test_without_qtool_every_load_is_an_error(quantized: Quantized) -> None:
     assert [(name, folder) for name, statuses in found.items() for folder in statuses if statuses[folder] == 0] == []
 
 
+CAUSAL_WITHOUT = (
+    CHILDREN
+    + """
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM, pipeline
+
+loaders = [AutoModel.from_pretrained, AutoModelForCausalLM.from_pretrained, lambda x: pipeline("text-generation", x)]
+own = [GPT2LMHeadModel.from_pretrained, LlamaForCausalLM.from_pretrained]
+found = [
+    [child(lambda: load(folder)) for load in (*loaders, mine)]
+    for mine, folders in zip(own, (sys.argv[1:3], sys.argv[3:5])) for folder in folders
+]
+assert "qtool" not in sys.modules
+print(json.dumps(found))
+"""
+)
+
+
+def test_without_qtool_every_load_of_a_decoder_is_an_error(quantized: Quantized) -> None:
+    folders = [quantized(kind) for kind in ("GPT2LMHeadModel", "LlamaForCausalLM")]
+    found, stderr = run_script(CAUSAL_WITHOUT, *(path for folder in folders for path in (source_of(folder), folder)))
+    floats, codes = found[0::2], found[1::2]
+    assert floats == [[0] * 4] * 2, stderr
+    assert codes == [[1] * 4] * 2, stderr
+
+
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_quantized_weights_have_another_shape_than_float_ones(quantized: Quantized, architecture: str) -> None:
     folder = quantized(architecture)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +236,8 @@ def test_a_dry_run_tells_the_size_and_touches_nothing(
     model = shelf.make(architecture, architecture)
     arguments = ["quantize", model, "--method", "zeroquant", *(part for pair in sets for part in ("--set", pair))]
     before = files(model)
-    with headers_only(monkeypatch):
+    static = any("tensor" in pair for pair in sets)  # then a block is timed, on weights that are there
+    with nullcontext() if static else headers_only(monkeypatch):
         ended = qtool_command(*arguments, "--dry-run", "--json", "-")
         assert ended.code == 0, ended.err
         table = qtool_command(*arguments, "--dry-run")

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qtool.errors import InputError, QtoolError, UnavailableError, UsageError
-from qtool.rows import TEXT_COLUMNS, find_text_columns, hub_rows, read_rows, split_file, texts_of
+from qtool.rows import TEXT_COLUMNS, find_text_columns, hub_name, hub_rows, read_rows, split_file, texts_of
 
 ROWS = [{"text": "a fine film", "label": 1}, {"text": 'it said "no",\nand meant it — déjà vu', "label": 0}]
 
@@ -173,6 +173,19 @@ def test_two_files_for_one_split(tmp_path: Path) -> None:
 def test_no_data_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no data at"):
         split_file(tmp_path / "nowhere", "train")
+
+
+def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What exists is local, also when it looks like a name on the hub; so is what lies in a folder that exists."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "sst2").mkdir(parents=True)
+    assert hub_name("nyu-mll/glue:sst2") == ("nyu-mll/glue", "sst2")
+    assert hub_name("stanfordnlp/imdb") == ("stanfordnlp/imdb", None)
+    assert hub_name("some-org/v1.2_x:a-b.c") == ("some-org/v1.2_x", "a-b.c")
+    for local in ("data/sst2", "data/sst3", "elsewhere/x.jsonl", "elsewhere/x.PARQUET", "./a/b", "/a/b", "~/b", "../b"):
+        assert hub_name(local) is None, local
+    for neither in ("imdb", "a/b/c", "a/b:", "a/b:c:d", "a /b", "", ":", "/", "data"):
+        assert hub_name(neither) is None, neither
 
 
 def test_hub_offline_says_what_to_do() -> None:

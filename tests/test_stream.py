@@ -10,6 +10,7 @@ import transformers
 
 from qtool.anatomy import anatomy
 from qtool.checkpoint import Checkpoint, load_config, skeleton
+from qtool.errors import InputError
 from qtool.stream import Stream
 
 CLASSES = [
@@ -17,6 +18,28 @@ CLASSES = [
     for family in ("Bert", "Roberta", "XLMRoberta", "Camembert")
     for head in ("ForSequenceClassification", "ForMaskedLM", "Model")
 ]
+
+TIDY = {"bos_token_id": 1, "eos_token_id": 2}
+OTHERS: dict[str, dict[str, Any]] = {
+    "DistilBertForQuestionAnswering": {},
+    "ElectraForTokenClassification": {"embedding_size": 16},
+    "GPT2LMHeadModel": TIDY,
+    "OPTForCausalLM": {**TIDY, "word_embed_proj_dim": 16},
+    "GPTNeoXForCausalLM": TIDY,
+    "GPTJForCausalLM": {**TIDY, "rotary_dim": 8},  # its blocks return tuples
+    "LlamaForCausalLM": {**TIDY, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "FalconForCausalLM": TIDY,
+    "GPTBigCodeForCausalLM": TIDY,  # a buffer of the base model itself
+    "MPNetModel": {},  # tuples of one, a position bias beside the blocks
+    "DebertaV2Model": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},  # tuples that are unpacked
+    "Gemma2ForCausalLM": {
+        **TIDY,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "sliding_window": 4,
+    },  # a mask for each block
+    "OpenAIGPTLMHeadModel": {},  # lists
+}
 
 
 def open_stream(folder: Path) -> Stream:
@@ -51,9 +74,9 @@ def in_memory(model: Any) -> set[str]:
 def run(stream: Stream, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Outputs, and the hidden states that enter each block and leave the last."""
     with stream.loaded(stream.anatomy.embeddings):
-        hidden, call = stream.embed(batch)
+        hidden, calls = stream.embed(batch)
     states = [hidden]
-    for unit in stream.anatomy.blocks:
+    for unit, call in zip(stream.anatomy.blocks, calls, strict=True):
         with stream.loaded(unit):
             states.append(stream.block(unit, states[-1], call))
     with stream.loaded(stream.anatomy.head):
@@ -77,14 +100,38 @@ def test_streamed_outputs_are_those_of_the_model(shelf: Any, architecture: str) 
     assert in_memory(stream.model) == set()
 
 
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_streamed_outputs_of_other_classes(shelf: Any, architecture: str) -> None:
+    folder = shelf.make(f"other-{architecture}", architecture, words=None, **OTHERS[architecture])
+    stream, model = open_stream(folder), whole(folder)
+    model.config.use_cache = False
+    for batch in batches():
+        inputs = {name: value for name, value in batch.items() if name != "token_type_ids"}
+        found = run(stream, inputs)[0]
+        with torch.inference_mode():
+            wanted = {name: value for name, value in model(**inputs).items() if isinstance(value, torch.Tensor)}
+        assert sorted(found) == sorted(wanted) != []
+        assert all(torch.equal(found[name].nan_to_num(), value.nan_to_num()) for name, value in wanted.items())
+    assert in_memory(stream.model) == set()
+
+
+def test_each_block_gets_its_own_call(shelf: Any) -> None:
+    folder = shelf.make("masks", "Gemma2ForCausalLM", words=None, **OTHERS["Gemma2ForCausalLM"])
+    stream = open_stream(folder)
+    with stream.loaded(stream.anatomy.embeddings):
+        masks = [call.kwargs["attention_mask"] for call in stream.embed(batches()[0])[1]]
+    sliding, full = (mask.squeeze() for mask in masks)
+    assert full is None or not torch.equal(sliding[0] if sliding.dim() > 2 else sliding, full)
+
+
 @pytest.mark.parametrize("architecture", ["BertForMaskedLM", "RobertaForMaskedLM", "BertForSequenceClassification"])
 def test_only_one_unit_is_in_memory(zoo: Any, architecture: str) -> None:
     stream = open_stream(zoo.make("m", architecture, words=None))
     for unit in stream.anatomy.units:
         own = {name for name in stream.model.state_dict() if unit.owns(name)}
-        shared = {f"{stream.anatomy.word_table}.weight"} if unit.kind == "head" and stream.anatomy.tied_head else set()
-        with stream.loaded(unit):
-            assert in_memory(stream.model) == own | shared
+        first = {name for name in stream.model.state_dict() if stream.anatomy.embeddings.owns(name)}
+        with stream.loaded(unit):  # the model's forward begins with the embeddings, also for the head's sake
+            assert in_memory(stream.model) == own | (first if unit.kind == "head" else set())
         assert in_memory(stream.model) == set()
 
 
@@ -93,9 +140,9 @@ def test_batches_flow_while_a_unit_stays(zoo: Any) -> None:
     stream, model = open_stream(folder), whole(folder)
     with stream.loaded(stream.anatomy.embeddings):
         flow = [stream.embed(batch) for batch in batches()]
-    for unit in stream.anatomy.blocks:
+    for index, unit in enumerate(stream.anatomy.blocks):
         with stream.loaded(unit):
-            flow = [(stream.block(unit, hidden, call), call) for hidden, call in flow]
+            flow = [(stream.block(unit, hidden, calls[index]), calls) for hidden, calls in flow]
     with stream.loaded(stream.anatomy.head):
         found = [stream.head(batch, hidden)["logits"] for batch, (hidden, _) in zip(batches(), flow, strict=True)]
     with torch.inference_mode():
@@ -133,14 +180,14 @@ def test_the_model_is_as_before_after_a_failed_call(zoo: Any) -> None:
     with stream.loaded(stream.anatomy.embeddings):
         with pytest.raises(IndexError):
             stream.embed({"input_ids": torch.full((1, 3), 10**6)})
-        hidden, call = stream.embed(batch)
+        hidden, calls = stream.embed(batch)
     with stream.loaded(stream.anatomy.head):
         with pytest.raises((RuntimeError, TypeError)):
             stream.head(batch, hidden[..., :1])
         stream.head(batch, hidden)
     assert torch.equal(run(stream, batch)[0]["logits"], run(open_stream(folder), batch)[0]["logits"])
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in stream.model.modules())
-    assert len(call.args) + len(call.kwargs) > 0
+    assert len(calls) == 2 and all(len(call.args) + len(call.kwargs) > 0 for call in calls)
 
 
 @pytest.mark.parametrize("option", [{"return_dict": False}, {"output_hidden_states": True}])
@@ -162,3 +209,74 @@ def test_other_attention_settings_are_kept(zoo: Any) -> None:
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         assert torch.equal(run(stream, batches()[1])[0]["logits"], model(**batches()[1]).logits)
+
+
+# Models that do not run block after block
+
+
+def wired(zoo: Any, forward: Any) -> Stream:
+    """The stream of a BERT whose encoder runs its blocks as `forward` says."""
+    stream = open_stream(zoo.make("m", "BertModel", words=None))
+    encoder = stream.model.encoder
+
+    def run_blocks(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        hidden = forward(list(encoder.layer), hidden)
+        return transformers.modeling_outputs.BaseModelOutput(last_hidden_state=hidden)
+
+    encoder.forward = run_blocks
+    return stream
+
+
+def twice(blocks: list[Any], hidden: torch.Tensor) -> torch.Tensor:
+    return blocks[1](blocks[0](blocks[0](hidden)))
+
+
+def backwards(blocks: list[Any], hidden: torch.Tensor) -> torch.Tensor:
+    return blocks[0](blocks[1](hidden))
+
+
+def changed_between(blocks: list[Any], hidden: torch.Tensor) -> torch.Tensor:
+    return blocks[1](blocks[0](hidden) + 1)
+
+
+def parallel(blocks: list[Any], hidden: torch.Tensor) -> torch.Tensor:
+    return blocks[0](hidden) + blocks[1](hidden)
+
+
+def by_name(blocks: list[Any], hidden: torch.Tensor) -> torch.Tensor:
+    for block in blocks:
+        hidden = block(hidden_states=hidden)
+    return hidden
+
+
+@pytest.mark.parametrize("forward", [twice, backwards, changed_between, parallel])
+def test_what_does_not_run_block_after_block_is_refused(zoo: Any, forward: Any) -> None:
+    stream = wired(zoo, forward)
+    with (
+        stream.loaded(stream.anatomy.embeddings),
+        pytest.raises(InputError, match=r"BertModel (runs its blocks more than once|does not run block after block)"),
+    ):
+        stream.embed(batches()[0])
+    assert not any("forward" in vars(module) for module in stream.model.encoder.layer)
+
+
+def test_hidden_states_may_come_by_name(zoo: Any) -> None:
+    stream = wired(zoo, by_name)
+    with stream.loaded(stream.anatomy.embeddings):
+        hidden, calls = stream.embed(batches()[0])
+    assert [call.keyword for call in calls] == ["hidden_states"] * 2
+    for unit, call in zip(stream.anatomy.blocks, calls, strict=True):
+        with stream.loaded(unit):
+            hidden = stream.block(unit, hidden, call)
+    model = whole(zoo.folder / "m")
+    with torch.inference_mode():
+        assert torch.equal(hidden, model(**batches()[0]).last_hidden_state)
+
+
+def test_a_guessed_anatomy_that_fails_is_one_line(zoo: Any) -> None:
+    stream = open_stream(zoo.make("m", "MPNetModel", words=None))
+    with stream.loaded(stream.anatomy.embeddings):
+        hidden, calls = stream.embed(batches()[1] | {"token_type_ids": None})
+        with pytest.raises(InputError, match="MPNetModel cannot be run unit by unit: ") as error:
+            stream.block(stream.anatomy.blocks[0], hidden, calls[0])  # its tensors are not there
+    assert "\n" not in str(error.value)

@@ -65,6 +65,8 @@ def model_inputs(
             f"allow at least {own + 1} with --max-length"
         )
     sides = ([text[0] for text in texts], [text[1] for text in texts]) if paired else (list(texts),)
+    if options.get("padding") and tokenizer.pad_token is None:
+        raise InputError("the tokenizer has neither a padding nor an end-of-text token; name one in its config")
     limit = {"truncation": True, "max_length": max_length} if max_length is not None else {}
     columns = dict(tokenizer(*sides, return_attention_mask=True, **limit, **options))
     if type_vocab_size is not None and type_vocab_size < 2:

@@ -30,7 +30,7 @@ def cli() -> None:
 
 for command in (
     quantize.quantize, quantize.calibrate, evaluate.evaluate, evaluate.run,
-    look.inspect, look.methods, look.doctor, look.demo,
+    look.inspect, look.methods, look.schema, look.doctor, look.demo,
 ):  # fmt: skip
     cli.add_command(command)
 

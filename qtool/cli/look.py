@@ -1,4 +1,4 @@
-"""The commands that look around: `inspect`, `methods`, `doctor`, `demo`."""
+"""The commands that look around: `inspect`, `methods`, `schema`, `doctor`, `demo`."""
 
 from pathlib import Path
 from typing import Any
@@ -33,21 +33,50 @@ def inspect(context: click.Context, /, model: str, **params: Any) -> None:
 @json_option
 @click.pass_context
 def methods(context: click.Context, json_file: str | None) -> None:
-    """List the methods and presets."""
+    """List the methods, presets and tasks."""
     from qtool import console
-    from qtool.methods import METHODS
+    from qtool.evaluation import tasks
+    from qtool.methods import known, plugged
     from qtool.recipe import presets
 
+    entries, broken = known(), [*plugged().broken, *tasks.plugged().broken]
+    from_others = {name: plugin.origin for name, plugin in tasks.plugged().good.items()}
     if json_file:
-        known = {
-            name: {"summary": e.summary, "preset": e.preset, "execution": e.execution} for name, e in METHODS.items()
+        listed = {
+            name: {"summary": e.summary, "preset": e.preset, "execution": e.execution, "origin": e.origin}
+            for name, e in entries.items()
         }
-        console.emit_json({"schema_version": 1, "methods": known, "presets": list(presets())}, json_file)
+        body = {"schema_version": 1, "methods": listed, "presets": list(presets())}
+        body["tasks"] = {
+            name: {"summary": task.description, "metrics": task.metrics, "origin": from_others.get(name, "qtool")}
+            for name, task in tasks.tasks().items()
+        }
+        console.emit_json({**body, "broken": [vars(plugin) for plugin in broken]}, json_file)
     if json_file != "-":
         with screen_of(context) as screen:
-            rows = [[name, e.preset, e.execution, e.summary] for name, e in METHODS.items()]
-            screen.table("Methods", ["method", "default preset", "execution", "what it does"], rows)
+            rows = [[name, e.preset_name, e.execution, e.origin, e.summary] for name, e in entries.items()]
+            rows += [[plugin.name, "-", "broken", plugin.origin, plugin.why] for plugin in plugged().broken]
+            screen.table("Methods", ["method", "default preset", "execution", "from", "what it does"], rows)
             screen.line(f"Presets for -c: {', '.join(presets())}")
+            screen.line("")
+            rows = [
+                [name, ", ".join(task.metrics), from_others.get(name, "qtool"), task.description]
+                for name, task in tasks.tasks().items()
+            ]
+            rows += [[plugin.name, "broken", plugin.origin, plugin.why] for plugin in tasks.plugged().broken]
+            screen.table("Tasks", ["task", "scores", "from", "what it asks"], rows)
+
+
+@click.command()
+@click.option("-o", "--output", metavar="FILE", default="-", help="Where it goes [stdout].")
+def schema(output: str) -> None:
+    """Print the JSON Schema of a recipe, with the options of all methods that are installed."""
+    from qtool import console
+    from qtool.methods import known, method_class
+    from qtool.recipe.schema import recipe_schema
+
+    described = {name: (entry.summary, method_class(name).options_class) for name, entry in known().items()}
+    console.emit_json(recipe_schema(described), output)
 
 
 @click.command()

@@ -1,11 +1,17 @@
 """`qtool quantize` and `qtool calibrate`."""
 
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from qtool.cli.options import drain, json_option, model_of, recipe_of, recipe_options, run_options, screen_of, verbosity
+
+if TYPE_CHECKING:
+    from qtool.estimate import Estimate
+    from qtool.pipeline import Job
+    from qtool.recipe import Recipe
 
 
 @click.command()
@@ -14,7 +20,9 @@ from qtool.cli.options import drain, json_option, model_of, recipe_of, recipe_op
 @click.option("-o", "--output", metavar="DIR", help="Where the model goes [qtool-out/<model>-<method>].")
 @click.option("--statistics", metavar="FILE", help="Statistics from `qtool calibrate` instead of a pass over the data.")
 @run_options
-@click.option("--dry-run", is_flag=True, help="Say what would be quantized and how large it becomes; write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would become of the model, in what time and memory; write nothing."
+)
 @json_option
 @verbosity
 @click.pass_context
@@ -24,6 +32,7 @@ def quantize(context: click.Context, /, model: str | None, **params: Any) -> Non
     \b
     qtool quantize M/minilm-sst2 --method zeroquant --task sst2 --data DATA/sst2 -o out
     """
+    started = time.perf_counter()
     from qtool import api, console
 
     console.check_json_target(params["json_file"])
@@ -32,16 +41,29 @@ def quantize(context: click.Context, /, model: str | None, **params: Any) -> Non
     out = Path(params["output"] or recipe.output or api.default_output(name, recipe))
     with screen_of(context) as screen:
         if params["dry_run"]:
-            job = api.open_job(name, recipe)
+            job, expected = _rehearse(name, recipe, started, calibrates=not params["statistics"])
             if params["json_file"] != "-":
-                console.render_plan(screen, job)
-            console.emit_json(console.plan_json(job), params["json_file"])
+                console.render_plan(screen, job, expected)
+            console.emit_json(console.plan_json(job, expected), params["json_file"])
             return
         choices = {key: params[key] for key in ("resume", "overwrite", "statistics")}
         result = drain(screen, api.quantize_events(name, recipe, out, **choices))
         if params["json_file"] != "-":
             console.render_quantized(screen, result)
         console.emit_json(console.quantized_json(result), params["json_file"])
+
+
+def _rehearse(name: str, recipe: "Recipe", started: float, *, calibrates: bool) -> "tuple[Job, Estimate]":
+    """The job, and what it will take; `started` is when the command began."""
+    from qtool import api
+    from qtool.estimate import estimate
+
+    api.set_threads(recipe)
+    job = api.open_job(name, recipe)
+    startup = time.perf_counter() - started
+    batches = api.calibration_batches(job)
+    reading = time.perf_counter() - started - startup
+    return job, estimate(job, batches, startup=startup, reading=reading, calibrates=calibrates)
 
 
 @click.command()

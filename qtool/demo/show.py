@@ -10,7 +10,7 @@ from qtool.console import Screen
 from qtool.demo.model import float_model
 from qtool.errors import InputError
 from qtool.evaluation import runner, tasks
-from qtool.methods import METHODS
+from qtool.methods import entry
 
 if TYPE_CHECKING:
     from qtool.evaluation.result import Evaluation, Score
@@ -62,7 +62,6 @@ def show(out: Path, threads: int | None, screen: Screen) -> Table:
     table = Table()
     for name in recipe.presets():
         wanted = api.resolve_recipe(config=name, flags={"threads": threads} if threads else {})
-        entry = METHODS[wanted.methods[0].name]
         target = out / name
         _quantize(str(source), wanted, target, screen)
         with resources.as_file(resources.files("qtool.demo") / "sentences.jsonl") as data:
@@ -71,7 +70,7 @@ def show(out: Path, threads: int | None, screen: Screen) -> Table:
                 progress=lambda stage, done, total: screen.step(stage, "", done, total),
             )  # fmt: skip
         screen.close()
-        table.execution[name] = entry.execution
+        table.execution[name] = entry(wanted.methods[0].name).execution
     return table
 
 

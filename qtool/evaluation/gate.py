@@ -32,12 +32,17 @@ class Gate:
         """
         drop, agreement = evaluation.drop, evaluation.agreement
         unit = "% of the baseline's" if evaluation.relative else "points"
+        # Answers that are numbers (regression) have none although there is a baseline.
+        absent = _NO_BASELINE if evaluation.baseline is None else f"has no meaning for task '{evaluation.task}'"
         checks = [
             _above("max-drop", "drop", drop, self.max_drop, unit),
             _below("min-score", evaluation.metric, evaluation.points, self.min_score, unit),
-            _below("min-agreement", "agreement", agreement, self.min_agreement, "%"),
+            _below("min-agreement", "agreement", agreement, self.min_agreement, "%", absent),
         ]
         return [line for line in checks if line is not None]
+
+
+_NO_BASELINE = "was not measured (no baseline)"
 
 
 def _above(gate: str, what: str, value: float | None, limit: float | None, unit: str) -> str | None:
@@ -46,16 +51,18 @@ def _above(gate: str, what: str, value: float | None, limit: float | None, unit:
     return f"{gate}: {what} {_shown(value, limit)}, limit {limit:g} {unit}"
 
 
-def _below(gate: str, what: str, value: float | None, limit: float | None, unit: str) -> str | None:
+def _below(
+    gate: str, what: str, value: float | None, limit: float | None, unit: str, absent: str = _NO_BASELINE
+) -> str | None:
     if limit is None or (value is not None and value >= limit):
         return None
-    return f"{gate}: {what} {_shown(value, limit)}, limit {limit:g} {unit}"
+    return f"{gate}: {what} {_shown(value, limit, absent)}, limit {limit:g} {unit}"
 
 
-def _shown(value: float | None, limit: float) -> str:
+def _shown(value: float | None, limit: float, absent: str = _NO_BASELINE) -> str:
     """The value with as many decimals as it takes to tell it from the limit."""
     if value is None:
-        return "was not measured (no baseline)"
+        return absent
     if math.isnan(value):
         return "is NaN"
     short = f"{value:.2f}"

@@ -64,7 +64,10 @@ def load_sides(subjects: Sequence[Subject], exam: Exam, dtype: str) -> list[Side
                 f"{item.name} and {sides[0].subject.name} cut text into different tokens: their scores on "
                 f"{exam.task.name} cannot be compared"
             )
-        sides.append(Side(item, load_for(item, dtype), tokenizer, length, rows, about))
+        model = load_for(item, dtype)
+        if getattr(model.config, "pad_token_id", None) is None:  # a decoder's classifier looks for the last other token
+            model.config.pad_token_id = tokenizer.pad_token_id
+        sides.append(Side(item, model, tokenizer, length, rows, about))
     return sides
 
 

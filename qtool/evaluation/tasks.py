@@ -6,11 +6,12 @@ Adding a task of an existing kind is one entry in `TASKS`; other packages add th
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool import plugins
-from qtool.errors import InputError, UsageError, one_of
+from qtool.errors import InputError, UnavailableError, UsageError, one_of
 from qtool.rows import (
     Row,
     Split,
@@ -137,7 +138,8 @@ def tasks() -> dict[str, Task]:
     return {**TASKS, **{name: plugin.value for name, plugin in plugged().good.items()}}
 
 
-def plugged() -> "plugins.Found":
+@cache
+def plugged() -> plugins.Found:
     """What other packages offer."""
     return plugins.found(GROUP, _check_task, TASKS)
 
@@ -156,6 +158,8 @@ def _check_task(value: Any) -> None:
 
 def task(name: str) -> Task:
     """The task called `name`. Raises UsageError with the nearest names for one that does not exist."""
+    if name in TASKS:  # without importing other packages
+        return TASKS[name]
     known = tasks()
     if name not in known:
         plugged().refuse_broken(name, "task")
@@ -176,7 +180,10 @@ def load_rows(task: Task, data: str | Path | None, split: Split, limit: int | No
         if hub is None and task.repo is None:
             raise UsageError(f"task '{task.name}' has no data of its own; pass a file or a folder with --data")
         repo, config = hub or (str(task.repo), task.config)
-        rows = hub_rows(repo, config, split if hub else task.splits.get(split, split), limit)
+        try:
+            rows = hub_rows(repo, config, split if hub else task.splits.get(split, split), limit)
+        except UnavailableError as error:
+            raise UnavailableError(f"no file or folder {data} here, and {error}" if hub else str(error)) from error
         source = f"{repo}/{config}" if config else repo
     else:
         path = _split_path(task, Path(data).expanduser(), split)
@@ -197,14 +204,19 @@ def _split_path(task: Task, data: Path, split: Split) -> Path:
 def load_running_text(
     task: Task, data: str | Path | None, split: Split, text_columns: Sequence[str] | None
 ) -> tuple[str, str]:
-    """The whole text of a split, and where it is from: a .txt file as it is, else the texts of all rows, in lines."""
+    """The whole text of a split, and where it is from: a .txt file as it is, else the texts of all rows, in lines.
+
+    Rows without text stay as empty lines, as they were in the file that was cut into rows.
+    """
     path = None
     if data is not None and hub_name(str(data)) is None:
         path = _split_path(task, Path(data).expanduser(), split)
     if path is not None and path.suffix == ".txt":
         return read_text(path), str(path)
-    texts, source = load_examples_texts(task, data, split, None, text_columns)
-    return "".join(text if text.endswith("\n") else f"{text}\n" for text in texts), source
+    rows, source = load_rows(task, data, split)
+    columns = find_text_columns(rows, source, text_columns or task.text_columns)
+    texts = texts_of(rows, columns[:1], source, skip_missing=True)
+    return "".join(text if text.endswith("\n") else f"{text}\n" for text in map(str, texts)), source
 
 
 def load_examples_texts(
@@ -232,7 +244,10 @@ def load_numbers(
     rows, source = load_rows(task, data, split, limit)
     texts = texts_of(rows, find_text_columns(rows, source, text_columns or task.text_columns), source)
     column = find_label_column(task, rows, source, label_column)
-    return texts, [_number(row[column], f"{source}: row {i}, column {column}") for i, row in enumerate(rows, 1)], source
+    numbers = [_number(row[column], f"{source}: row {i}, column {column}") for i, row in enumerate(rows, 1)]
+    if set(numbers) == {-1.0}:  # as in the test splits of GLUE
+        raise InputError(f"{source}: column {column} is -1 throughout: this split hides its labels (--split)")
+    return texts, numbers, source
 
 
 def _number(value: Any, where: str) -> float:

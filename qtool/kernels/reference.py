@@ -15,7 +15,7 @@ from qtool.numerics.qtensor import untile
 
 QMAX = 127
 _TINY = torch.finfo(torch.float32).tiny
-_TABLE_ROWS = 4096  # rows of a vocabulary table that are expanded to float at a time
+_TABLE_ROWS = 512  # of a vocabulary table, expanded to float at a time: they should stay in the cache
 
 Product = Literal["direct", "split", "integer"]
 

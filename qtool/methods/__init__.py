@@ -1,10 +1,12 @@
 """The table of methods. Descriptions are plain text, so that `qtool methods` needs no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from qtool import plugins
 from qtool.errors import InputError, UsageError, one_of
 
 if TYPE_CHECKING:
@@ -14,12 +16,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a method is, in one line what it does, and the preset that is its default."""
+    """Where a method is, in one line what it does, and its default preset: a preset's name, or the keys themselves."""
 
-    target: str
+    target: "str | type[Method]"
     summary: str
-    preset: str
+    preset: str | Mapping[str, Any] | None
     execution: str
+    origin: str = "qtool"
+
+    @property
+    def preset_name(self) -> str:
+        """For tables."""
+        return self.preset if isinstance(self.preset, str) else "its own" if self.preset else "none"
 
 
 METHODS: dict[str, Entry] = {
@@ -30,19 +38,64 @@ METHODS: dict[str, Entry] = {
         "real: int8 × int8 → int32 products",
     ),
 }
-"""Methods by the name that recipes and `--method` use."""
+"""The built-in methods by the name that recipes and `--method` use."""
+
+
+@cache
+def plugged() -> plugins.Found:
+    """The methods of other packages. Importing them is left until somebody asks for what is not built in."""
+    return plugins.found("qtool.methods", _check, METHODS)
+
+
+def known() -> dict[str, Entry]:
+    """All methods that can be used: built-in ones and those of plug-ins."""
+    declared = {
+        name: Entry(p.value, p.value.summary, p.value.preset, p.value.execution, p.origin)
+        for name, p in plugged().good.items()
+    }
+    return {**METHODS, **declared}
+
+
+def _check(value: Any) -> None:
+    """Raises TypeError or ValueError for what is no method, before a recipe meets it."""
+    from qtool.methods.base import PHASES, Method, Options
+    from qtool.recipe import build as build_recipe
+
+    if not (isinstance(value, type) and issubclass(value, Method)):
+        raise TypeError(f"{value!r} is not a subclass of qtool.methods.base.Method")
+    for name in ("name", "phase", "summary", "execution"):
+        if not isinstance(getattr(value, name, None), str):
+            raise TypeError(f"{value.__name__}.{name} is not a text")
+    if missing := sorted(value.__abstractmethods__):
+        raise TypeError(f"{value.__name__} does not define {', '.join(missing)}")
+    if value.phase not in PHASES or not issubclass(value.options_class, Options):
+        raise ValueError(f"{value.__name__}: phase is one of {', '.join(PHASES)}, options_class a subclass of Options")
+    build_recipe([("preset", preset_keys(value.preset))])
+
+
+def preset_keys(preset: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The recipe keys of a method's default preset."""
+    from qtool.recipe import preset as read_preset
+
+    return read_preset(preset) if isinstance(preset, str) else preset or {}
 
 
 def entry(name: str) -> Entry:
-    """Raises UsageError with the nearest names for an unknown method."""
-    if name not in METHODS:
-        raise UsageError(one_of(name, list(METHODS), "method"))
-    return METHODS[name]
+    """Raises UsageError with the nearest names for an unknown method, UnavailableError for a broken plug-in."""
+    if name in METHODS:
+        return METHODS[name]
+    plugged().refuse_broken(name, "method")
+    if name not in known():
+        raise UsageError(one_of(name, list(known()), "method"))
+    return known()[name]
 
 
 def method_class(name: str) -> "type[Method]":
     """The class behind a name."""
-    module, _, attribute = entry(name).target.partition(":")
+    target = entry(name).target
+    if isinstance(target, type):
+        return target
+    module, _, attribute = target.partition(":")
     cls: type[Method] = getattr(import_module(module), attribute)
     return cls
 

@@ -38,12 +38,16 @@ class Method(ABC):
 
     `plan` decides, from shapes alone; `observers` says what to watch in the float model (nothing: no pass over data);
     `lower` turns one unit's float weights into
-    modules of `qtool.nn`, filled.
+    modules of `qtool.nn`, filled. A method of another package also says in a line what it does (`summary`) and how the
+    result computes (`execution`), and may name a default `preset`: one of qtool's, or recipe keys.
     """
 
     name: ClassVar[str]
     phase: ClassVar[Literal["shape", "lower", "attach"]]
     options_class: ClassVar[type[Options]] = Options
+    summary: ClassVar[str]
+    execution: ClassVar[str]
+    preset: ClassVar[str | Mapping[str, Any] | None] = None
 
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe, self.options = recipe, options

@@ -1,6 +1,7 @@
 """ZeroQuant (Yao et al., NeurIPS 2022), W8A8: fine-grained INT8 weights and token-wise INT8 activations.
 
-Every Linear of every block runs as an int8 × int8 → int32 product (paper, section 4.1: `(S_token · S_channel) · Σ`).
+Every Linear of every block (GPT-2's Conv1D too) runs as an int8 × int8 → int32 product (paper, section 4.1:
+`(S_token · S_channel) · Σ`).
 Embedding tables are stored as integers with a scale a row; the head stays in float, as do LayerNorm, softmax and GELU.
 """
 
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from qtool.anatomy import Anatomy, Part, Unit
+from qtool.anatomy import Anatomy, Part, Unit, matrix_kind
 from qtool.calibrate.statistics import Statistics
 from qtool.errors import InputError
 from qtool.methods.base import Method, Options, Plan
@@ -40,15 +41,18 @@ class ZeroQuant(Method):
 
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
         """A rule's overrides are applied here; a spec that cannot be executed is refused with the module's name."""
-        self.recipe.check_rules([part.path for _, part in anatomy.parts()])
+        whole = {part.path: (unit, part) for unit, part in anatomy.parts()}  # parts of a fused matrix share a module
+        self.recipe.check_rules(list(whole))
         modules: dict[str, dict[str, Any]] = {}
         kept: dict[str, str] = {}
-        for unit, part in anatomy.parts():
-            description = self._describe(unit, part, model.get_submodule(part.path))
+        for path, (unit, part) in whole.items():
+            module = model.get_submodule(path)
+            reason = _irreplaceable(anatomy, model, path)
+            description = None if reason else self._describe(unit, part, module)
             if description is None:
-                kept[part.path] = "asked for by a rule or an option"
+                kept[path] = reason or "asked for by a rule or an option"
             else:
-                modules[part.path] = description
+                modules[path] = description
         changes: dict[str, Any] = {}
         if anatomy.tied_head and anatomy.word_table in modules:
             bias = model.get_submodule(anatomy.tied_head).bias is not None
@@ -62,7 +66,7 @@ class ZeroQuant(Method):
         rule = self.recipe.rule_for(part.path)
         if rule.keep_float:
             return None
-        shape = tuple(module.weight.shape)
+        shape = tuple(module.weight.shape)[:: -1 if part.transposed else 1]
         if unit.kind == "embeddings":
             default = self.options.word_embeddings if part.name == "word" else self.options.small_embeddings
             weights = rule.weights or default
@@ -81,20 +85,19 @@ class ZeroQuant(Method):
 
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
         """The input range of each Linear with static activations."""
-        return {
-            part.path: "minmax"
-            for part in unit.parts
-            if part.path in plan.modules and _is_static(plan.modules[part.path])
-        }
+        paths = dict.fromkeys(part.path for part in unit.parts)
+        return {path: "minmax" for path in paths if path in plan.modules and _is_static(plan.modules[path])}
 
     def lower(self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None) -> dict[str, QModule]:
         """Round each matrix of the unit and fill a module with codes and scales."""
         lowered: dict[str, QModule] = {}
+        transposed = {part.path for part in unit.parts if part.transposed}
         for path, description in plan.modules.items():
             if not unit.owns(path) or description["type"] == "tied_linear":  # a tied layer has only a float bias
                 continue
             module = MODULES[description["type"]].from_description(torch.nn.Module(), path, description, device="meta")
             weight = weights(f"{path}.weight")
+            weight = weight.t().contiguous() if path in transposed else weight
             spec = QuantSpec.parse(description["weights"])
             rounding = ROUNDINGS[self.recipe.weights.rounding]
             tensor = rounding(weight, spec, layout="tiled" if isinstance(module, QLinear) else "rows")
@@ -160,14 +163,30 @@ def _check_block(weights: QuantSpec, shape: Any, path: str) -> None:
         raise InputError(f"{path}: {error}") from error
 
 
+def _irreplaceable(anatomy: Anatomy, model: Any, path: str) -> str | None:
+    """Why codes cannot stand for the module at `path`: it, or an output layer that shares it, computes its own way."""
+    sharing = [anatomy.tied_head] if anatomy.tied_head and path == anatomy.word_table else []
+    for other in (path, *sharing):
+        module = model.get_submodule(other)
+        if matrix_kind(module) is None:
+            return f"{type(module).__name__}{f' ({other})' * (other != path)}: its forward is not the plain one"
+    return None
+
+
 def _float_rest(anatomy: Anatomy, model: Any, modules: Any) -> dict[str, str]:
     """Why what is left stays float."""
     reasons = {}
+    parts = {part.path for _, part in anatomy.parts()}
     for path, module in model.named_modules():
-        if path in modules or not any(True for _ in module.parameters(recurse=False)):
+        weights = [weight for _, weight in module.named_parameters(recurse=False)]
+        if path in modules or path in parts or not weights:
             continue
         if anatomy.head.owns(path):
             reasons[path] = "head: small, and its error reaches the logits undamped"
-        elif not any(path == part.path for _, part in anatomy.parts()):
+        elif all(weight.dim() < 2 for weight in weights):
             reasons[path] = "normalisation: a vector of weights, computed in float"
+        elif anatomy.embeddings.owns(path):
+            reasons[path] = "beside the word table: small, and its error reaches every block"
+        else:
+            reasons[path] = f"{type(module).__name__}: its weights are not those of a Linear"
     return reasons

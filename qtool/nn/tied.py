@@ -28,6 +28,11 @@ class QTiedLinear(QModule):
         self._table = (table,)
         self.register_buffer("bias", torch.empty(table.num_embeddings, device=device) if bias else None)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The table's codes, for code that looks whether the weight of an output layer was loaded."""
+        return self._table[0].weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any leading shape, any float dtype."""
         table = self._table[0]

@@ -270,3 +270,10 @@ def test_a_tokenizer_of_another_model(shelf: Any) -> None:
     model = shelf.make("too-small", words=[f"w{index}" for index in range(200)])
     with pytest.raises(InputError, match="the tokenizer has 205 tokens, the model only 65"):
         calibration_batches(job(model))
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(zoo: Any) -> None:
+    own = transformers.AutoTokenizer.from_pretrained(zoo.make("m"))
+    own.pad_token = None
+    with pytest.raises(InputError, match="neither a padding nor an end-of-text token"):
+        tokenize(own, ["w1"], num_samples=1, batch_size=1, max_length=8, description="d")

@@ -360,3 +360,61 @@ def test_a_tied_head_follows_its_table(
         expected, logits = exact(ids).logits, found(ids).logits
     assert rms(logits - expected) < 0.15 * rms(expected)
     assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.9
+
+
+def test_every_tensor_of_a_gpt2_is_the_one_that_float64_gives(zoo: Any, desk: Path, qtool_command: Command) -> None:
+    """Conv1D stores `[in, out]`: codes are those of the transposed matrix, a scale for each output."""
+    source = zoo.make("model", "GPT2LMHeadModel", change=zoo.noise(0.05), bos_token_id=1, eos_token_id=2)
+    floats = transformers.GPT2LMHeadModel.from_pretrained(source).state_dict()
+    stored = quantized(qtool_command, source, "--method", "zeroquant")
+    for layer, name in itertools.product(range(2), ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")):
+        path = f"transformer.h.{layer}.{name}"
+        weight = floats[f"{path}.weight"].t()
+        codes, scales = grid(weight, 127, 1, weight.shape[1])
+        np.testing.assert_array_equal(stored.pop(f"{path}.weight").numpy(), tiled(codes), err_msg=path)
+        np.testing.assert_array_equal(stored.pop(f"{path}.weight_scale").numpy(), scales)
+        assert torch.equal(stored.pop(f"{path}.bias"), floats[f"{path}.bias"])
+    tables = {name for name in stored if ".wte." in name or ".wpe." in name}
+    assert len(tables) == 4
+    assert {name for name in stored if name not in tables} == {name for name in floats if ".ln_" in name}
+
+
+def test_a_rule_names_a_fused_matrix_once(shelf: Any) -> None:
+    source = shelf.make("rule-gpt2", "GPT2LMHeadModel", bos_token_id=1, eos_token_id=2)
+    plan = job(source, "rules={'*.0.attn.c_attn': float, '*.c_proj': {weights: 'int8:group:16:sym'}}").plan
+    assert plan.kept_float["transformer.h.0.attn.c_attn"] == "asked for by a rule or an option"
+    assert plan.modules["transformer.h.1.attn.c_attn"]["shape"] == [96, 32]
+    assert plan.modules["transformer.h.1.mlp.c_proj"]["weights"] == "int8:group:16:sym"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "path", "said"),
+    [
+        ("OPTForCausalLM", "model.decoder.embed_positions", "OPTLearnedPositionalEmbedding: its forward is not the p"),
+        ("OPTForCausalLM", "model.decoder.project_in", "beside the word table"),
+        ("Gemma2ForCausalLM", "model.embed_tokens", "Gemma2TextScaledWordEmbedding: its forward is not the plain one"),
+        ("Gemma2ForCausalLM", "model.layers.0.input_layernorm", "normalisation"),
+        ("MPNetForMaskedLM", "mpnet.encoder.relative_attention_bias", "beside the word table"),
+        ("Lfm2ForCausalLM", "model.layers.0.conv.conv", "Conv1d: its weights are not those of a Linear"),
+        ("Qwen2ForCausalLM", "lm_head", "head"),
+    ],
+)
+def test_what_cannot_be_replaced_says_why(architecture: str, path: str, said: str, shelf: Any) -> None:
+    options: dict[str, Any] = {"word_embed_proj_dim": 16} if "OPT" in architecture else {"num_key_value_heads": 1}
+    options |= {"layer_types": ["conv", "full_attention"]} if "Lfm2" in architecture else {}
+    options |= {"bos_token_id": 1, "eos_token_id": 2}
+    found = job(shelf.make(f"why-{architecture}", architecture, words=None, **options))
+    assert found.plan.kept_float[path].startswith(said)
+    assert found.plan.modules and path not in found.plan.modules
+
+
+def test_static_scales_of_a_decoder(zoo: Any, desk: Path, qtool_command: Command) -> None:
+    """Every input range was seen, also that of the last block, and the artifact still says what the model says."""
+    source = zoo.make("static", "LlamaForCausalLM", bos_token_id=1, eos_token_id=2)
+    stored = quantized(qtool_command, source, "-c", "zeroquant-w8a8-static", "--set", "calibration.source=random")
+    assert len([name for name in stored if name.endswith("act_scale")]) == 2 * 7
+    exact, found = (transformers.LlamaForCausalLM.from_pretrained(folder).eval() for folder in (source, desk / "out"))
+    ids = torch.randint(5, 65, (4, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = exact(ids).logits
+        assert rms(found(ids).logits - expected) < 0.3 * rms(expected)

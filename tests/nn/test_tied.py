@@ -55,5 +55,11 @@ def test_a_copied_model_shares_within_the_copy(make: Any) -> None:
         assert torch.equal(both["head"](x), before)
 
 
+def test_its_weight_is_the_tables(make: Any) -> None:
+    """Some classes of transformers look at the weight of an output layer while they load."""
+    table = make.embedding().module
+    assert make.tied(table).weight is table.weight and "weight" not in make.tied(table).state_dict()
+
+
 def test_it_says_what_it_is(make: Any) -> None:
     assert "table=table" in str(make.tied(make.embedding().module))

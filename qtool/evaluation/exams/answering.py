@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 30
 """The longest answer that is considered, as in the usual evaluation of SQuAD."""
 
+DOC_STRIDE = 128
+"""Tokens that neighbouring windows share unless asked otherwise."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -42,7 +45,8 @@ class QuestionAnswering(Exam):
     """Spans of one or several windows of a context, the best by start logit + end logit.
 
     Every span of at most `ANSWER_TOKENS` tokens of the context is considered. A long context is cut into windows that
-    share `doc_stride` tokens (128 if not said); with 0 there is one window, and what does not fit is not read.
+    share `doc_stride` tokens (128 if not said, at most half a window, as transformers has it); with 0 there is one
+    window, and what does not fit is not read.
     """
 
     heads = ("ForQuestionAnswering",)
@@ -63,7 +67,6 @@ class QuestionAnswering(Exam):
         self.references = [
             _gold(row, column, f"{self.source}: row {number}") for number, row in enumerate(rows, start=1)
         ]
-        self.stride = 128 if request.doc_stride is None else request.doc_stride
         self.n_best = request.n_best or 1
 
     def encode(self, tokenizer: Any, config: Any, length: int | None, model: str) -> tuple[list[Tokens], list[Any]]:
@@ -72,16 +75,19 @@ class QuestionAnswering(Exam):
             raise InputError(f"the tokenizer of {model} gives no positions in the text; it needs a tokenizer.json")
         questions, contexts = [pair[0].lstrip() for pair in self.pairs], [pair[1] for pair in self.pairs]
         cut = length if length is not None else tokenizer.model_max_length
-        windows = {"stride": self.stride, "return_overflowing_tokens": True} if self.stride else {}
-        try:
-            encoded = tokenizer(
-                questions, contexts, truncation="only_second", max_length=cut, return_offsets_mapping=True, **windows
-            )
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise InputError(
-                f"{self.source}: a question leaves no room for windows of its context within {cut} tokens (overlap "
-                f"{self.stride}); allow more with --max-length or less with --doc-stride"
-            ) from error
+        asked = self.request.doc_stride
+        stride = min(DOC_STRIDE, cut // 2) if asked is None else asked
+        most = self._check_room(tokenizer, questions, contexts, cut, stride)
+        windows = {"stride": min(stride, most), "return_overflowing_tokens": True} if stride else {}
+        encoded = tokenizer(
+            questions,
+            contexts,
+            truncation="only_second",
+            max_length=cut,
+            return_offsets_mapping=True,
+            return_attention_mask=True,
+            **windows,
+        )
         origins = encoded.pop("overflow_to_sample_mapping", range(len(questions)))
         offsets = encoded.pop("offset_mapping")
         about = [
@@ -92,8 +98,28 @@ class QuestionAnswering(Exam):
         check_rows(rows, config, model)
         return rows, about
 
+    def _check_room(
+        self, tokenizer: Any, questions: Sequence[str], contexts: Sequence[str], cut: int, stride: int
+    ) -> int:
+        """The widest overlap that windows of `cut` tokens can have. Raises InputError where one has no new tokens.
+
+        Asked before, because the tokenizers library panics, with a backtrace, over an overlap that a question makes
+        too wide.
+        """
+        room: int = cut - tokenizer.num_special_tokens_to_add(pair=True)
+        alone = tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
+        for number, ids in enumerate(alone):
+            tight = room - len(ids) <= stride
+            if tight and len(tokenizer(questions[number], contexts[number], verbose=False)["input_ids"]) > cut:
+                raise InputError(
+                    f"{self.source}: row {number + 1}: a question of {len(ids)} tokens leaves no room for windows of "
+                    f"its context within {cut} tokens (overlap {stride}); allow more with --max-length or less with "
+                    "--doc-stride"
+                )
+        return room - 1
+
     def collect(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[Any]:
-        """The best spans of each window; none where logits are NaN."""
+        """The best spans of each window; None where logits are NaN."""
         starts, ends = output.start_logits.double().numpy(), output.end_logits.double().numpy()
         # A tokenizer that pads on the left moves the tokens of shorter rows to the right.
         left = side.tokenizer.padding_side == "left"
@@ -104,9 +130,12 @@ class QuestionAnswering(Exam):
             kept.append(self._best(window, start[place], end[place]))
         return kept
 
-    def _best(self, window: Window, start: NDArray[np.float64], end: NDArray[np.float64]) -> list[Span]:
+    def _best(self, window: Window, start: NDArray[np.float64], end: NDArray[np.float64]) -> list[Span] | None:
+        """The `n_best` spans with different texts."""
         inside = np.flatnonzero(window.spans[:, 0] >= 0)
-        if not len(inside) or np.isnan(start).any() or np.isnan(end).any():
+        if np.isnan(start).any() or np.isnan(end).any():
+            return None
+        if not len(inside):
             return []
         first = inside[0]
         begins, finishes = start[inside], end[inside]
@@ -114,33 +143,39 @@ class QuestionAnswering(Exam):
         # scores[i, k] is the span of tokens i … i + k.
         padded = np.concatenate([finishes, np.full(ANSWER_TOKENS - 1, -np.inf)])
         scores = begins[:, None] + np.lib.stride_tricks.sliding_window_view(padded, ANSWER_TOKENS)
-        order = np.argsort(-scores, axis=None, kind="stable")[: self.n_best]
         context = self.pairs[window.question][1]
-        spans = []
-        for token, extra in zip(*np.unravel_index(order, scores.shape), strict=True):
+        best: dict[str, Span] = {}
+        for place in np.argsort(-scores, axis=None, kind="stable"):
+            token, extra = divmod(int(place), ANSWER_TOKENS)
             if token + extra < size:
-                begin, finish = window.spans[first + token, 0], window.spans[first + token + extra, 1]
-                spans.append(Span(float(scores[token, extra]), window.question, context[begin:finish]))
-        return spans
+                text = context[window.spans[first + token, 0] : window.spans[first + token + extra, 1]]
+                best.setdefault(text, Span(float(scores[token, extra]), window.question, text))
+            if len(best) == self.n_best:
+                break
+        return list(best.values())
 
-    def candidates(self, side: "Side") -> list[list[Span]]:
-        """The `n_best` spans of each question over all of its windows, the best first, each text once."""
+    def candidates(self, side: "Side") -> list[list[Span] | None]:
+        """The `n_best` spans of each question over all of its windows, the best first, each text once.
+
+        None where a window gave NaN: whether it held the answer is not known.
+        """
         found: list[list[Span]] = [[] for _ in self.references]
-        for spans in side.collected:
-            for span in spans:
-                found[span.question].append(span)
-        return [_distinct(spans, self.n_best) for spans in found]
+        broken: set[int] = set()
+        for window, spans in zip(side.about, side.collected, strict=True):
+            found[window.question] += spans or []
+            broken |= {window.question} if spans is None else set()
+        return [None if index in broken else _distinct(spans, self.n_best) for index, spans in enumerate(found)]
 
     def answers(self, side: "Side") -> list[Any]:
-        """The best text of each question; None without one."""
-        return [spans[0].text if spans else None for spans in self.candidates(side)]
+        """The best text of each question, empty for a context without tokens; None where it is missing."""
+        return [None if spans is None else spans[0].text if spans else "" for spans in self.candidates(side)]
 
     def rows(self, sides: "Sequence[Side]") -> list[dict[str, Any]]:
         """With `n_best` above 1 also the candidate's other answers with their scores."""
         rows = super().rows(sides)
         if self.n_best > 1:
             for row, spans in zip(rows, self.candidates(sides[-1]), strict=True):
-                row["n_best"] = [{"text": span.text, "score": span.score} for span in spans]
+                row["n_best"] = [{"text": span.text, "score": self.shown(span.score)} for span in spans or []]
         return rows
 
 

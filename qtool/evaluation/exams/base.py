@@ -70,13 +70,16 @@ class Exam(ABC):
     """See the module. A subclass reads its examples in `__init__` and sets `source` and `references`.
 
     `heads` are the ends of class names that it takes, `loader` the Auto class that loads them, `takes` the own options
-    that have a meaning. `references` fit the task's metrics; where they depend on the tokenizer they are set by
+    that have a meaning, `columns` how many columns of text at most, `labelled` whether there is one of labels.
+    `references` fit the task's metrics; where they depend on the tokenizer they are set by
     `encode`, and `same_tokens` says that all models must then share one.
     """
 
     heads: ClassVar[tuple[str, ...]]
     loader: ClassVar[str]
     takes: ClassVar[frozenset[str]] = frozenset()
+    columns: ClassVar[int] = 2
+    labelled: ClassVar[bool] = True
     max_length: ClassVar[int] = 128
     unit: ClassVar[str] = "examples"
     same_tokens: ClassVar[bool] = False
@@ -94,8 +97,15 @@ class Exam(ABC):
             value = getattr(request, name)
             if value is not None and name not in cls.takes:
                 raise UsageError(f"--{name.replace('_', '-')} has no meaning for task '{task.name}'")
-            if value is not None and value < (0 if name == "doc_stride" else 1):
-                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+            least = 0 if name == "doc_stride" else 1
+            if value is not None and value < least:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+        if request.label_column is not None and not cls.labelled:
+            raise UsageError(f"--label-column has no meaning for task '{task.name}'")
+        if len(request.text_columns or ()) > cls.columns:
+            raise UsageError(
+                f"task '{task.name}' reads {cls.columns} --text-column, not {len(request.text_columns or ())}"
+            )
 
     @classmethod
     def loader_for(cls, architecture: str, task: "Task", model: str) -> str:
@@ -161,7 +171,7 @@ class Exam(ABC):
 
     def shown(self, answer: Any) -> Any:
         """An answer or a reference as users know it; None for a missing one."""
-        return None if isinstance(answer, float) and math.isnan(answer) else answer
+        return None if isinstance(answer, float) and not math.isfinite(answer) else answer
 
     def constant_floor(self, answers: Sequence[Any]) -> float:
         """The best score that one and the same answer to everything would get."""

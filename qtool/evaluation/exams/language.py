@@ -31,6 +31,7 @@ class Perplexity(Exam):
     heads = ("ForCausalLM", "LMHeadModel")
     loader = "AutoModelForCausalLM"
     takes = frozenset({"stride"})
+    columns, labelled = 1, False
     max_length = 1024
     unit = "tokens"
     same_tokens = True
@@ -68,12 +69,16 @@ class Perplexity(Exam):
         return rows, list(self.references)
 
     def collect(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[Any]:
-        """Of each window the sum of negative log-likelihoods in nats, and the most likely token at each place."""
+        """Of each window the sum of negative log-likelihoods in nats, and the most likely token at each place.
+
+        −1 is the token where logits are NaN.
+        """
         kept = []
         for logits, ids, count in zip(output.logits, batch["input_ids"], about, strict=True):
             scores, targets = logits[-count - 1 : -1].float(), ids[-count:]
             losses = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
-            kept.append((float(losses.double().sum()), scores.argmax(dim=-1).tolist()))
+            choices = torch.where(losses.isnan(), -1, scores.argmax(dim=-1))
+            kept.append((float(losses.double().sum()), choices.tolist()))
         return kept
 
     def answers(self, side: "Side") -> list[Any]:
@@ -91,7 +96,8 @@ class Perplexity(Exam):
     def rows(self, sides: "Sequence[Side]") -> list[dict[str, Any]]:
         """Mean negative log-likelihood of each window's scored tokens."""
         means = [
-            [loss / count for loss, count in zip(self.answers(side), self.references, strict=True)] for side in sides
+            [self.shown(loss / count) for loss, count in zip(self.answers(side), self.references, strict=True)]
+            for side in sides
         ]
         theirs = means[0] if len(sides) > 1 else [None] * len(self.references)
         return [
@@ -108,6 +114,7 @@ class MaskedLanguage(Exam):
 
     heads = ("ForMaskedLM",)
     loader = "AutoModelForMaskedLM"
+    columns, labelled = 1, False
     unit = "texts"
     same_tokens = True
 

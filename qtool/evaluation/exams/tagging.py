@@ -27,6 +27,7 @@ class TokenClassification(Exam):
     heads = ("ForTokenClassification",)
     loader = "AutoModelForTokenClassification"
     unit = "sentences"
+    columns = 1
 
     def __init__(self, task: Task, request: Request) -> None:
         """Raises InputError for rows without words or with another number of tags than words."""
@@ -50,8 +51,13 @@ class TokenClassification(Exam):
         """One row a sentence; beside it the positions of first tokens by word."""
         if not tokenizer.is_fast:
             raise InputError(f"the tokenizer of {model} does not tell words apart; it needs a tokenizer.json")
+        own = tokenizer.num_special_tokens_to_add()
+        if length is not None and length <= own:
+            raise InputError(f"a maximum length of {length} leaves no room for words; allow more with --max-length")
         limit = {"truncation": True, "max_length": length} if length is not None else {}
-        encoded = tokenizer([list(map(str, words)) for words in self.words], is_split_into_words=True, **limit)
+        blank = _blank(tokenizer)
+        words = [[f"{blank}{word}" for word in sentence] for sentence in self.words]
+        encoded = tokenizer(words, is_split_into_words=True, return_attention_mask=True, **limit)
         about = [_first_tokens(encoded.word_ids(index)) for index in range(len(self.words))]
         rows = rows_of(dict(encoded), config)
         check_rows(rows, config, model)
@@ -129,6 +135,18 @@ def _listed(row: Row, column: str, source: str, number: int) -> list[Any]:
             f"{source}: row {number}, column {column} holds {type(value).__name__}, not a list, one a word"
         )
     return value
+
+
+def _blank(tokenizer: Any) -> str:
+    """What goes before a word so that it gives the same tokens as in running text.
+
+    A byte-level tokenizer (RoBERTa's, GPT-2's) without `add_prefix_space` would run the words of a list together.
+    """
+    text, words = (
+        tokenizer(given, add_special_tokens=False, is_split_into_words=isinstance(given, list))["input_ids"]
+        for given in ("a a", ["a", "a"])
+    )
+    return "" if text == words else " "
 
 
 def _first_tokens(word_ids: Sequence[int | None]) -> dict[int, int]:

@@ -81,6 +81,7 @@ def test_data_for_single_tasks(tiny: Any, artifact: Path, desk: Path, qtool_comm
         (("--task", "sst2", "--task", "sst3"), 2, "unknown task 'sst3'; did you mean sst2"),
         (("--task", "sst2", "--task", "sst2"), 2, "named twice"),
         (("--task", "sst2", "--task", "squad", "--stride", "4"), 2, "--stride has no meaning for task 'sst2'"),
+        (("--task", "sst2", "--task", "regression", "--min-agreement", "9"), 2, "no meaning for task 'regression'"),
         (("--task", "sst2", "--resume"), 2, "--resume keeps the results in a file"),
         (("--task", "sst2", "--resume", "--json", "-"), 2, "--resume keeps the results in a file"),
         (("--task", "sst2", "--resume", "--json", "list.json"), 3, "list.json holds no results of qtool"),

@@ -86,16 +86,15 @@ def evaluations(
     from qtool.evaluation.tasks import task
 
     chosen = [task(name) for name in tasks]
-    runner.check(chosen, **options)
-    for item in chosen:
+    for item, own in zip(chosen, runner.options_for(chosen, options), strict=True):
         source = data.get(item.name) if isinstance(data, Mapping) else data
-        mark = _fingerprint(model, baseline, item, source, options)
+        mark = _fingerprint(model, baseline, item, source, own)
         old = next((body for body in known if body.get("fingerprint") == mark), None)
-        if old is not None:
+        if old is not None and old["candidate"]["score"] is not None:
             yield Evaluation.from_json(old)
         else:
             report = _named(progress, item.name) if len(chosen) > 1 else progress
-            found = runner.evaluate(model, item, data=source, baseline=baseline, progress=report, **options)
+            found = runner.evaluate(model, item, data=source, baseline=baseline, progress=report, **own)
             yield replace(found, fingerprint=mark)
 
 

@@ -85,6 +85,7 @@ def evaluate(context: click.Context, /, model: str | None, **params: Any) -> Non
     qtool eval out --task sst2 --task rte --json scores.json
     """
     from qtool import api, console
+    from qtool.evaluation.tasks import task
 
     gate = _gate_of(params)
     target_file, several = params["json_file"], len(params["tasks"]) > 1
@@ -93,12 +94,14 @@ def evaluate(context: click.Context, /, model: str | None, **params: Any) -> Non
     files = _prediction_files(params["predictions"], tasks)
     if params["resume"] and target_file in (None, "-"):
         raise UsageError("--resume keeps the results in a file; name it with --json FILE")
+    gate.check([task(name) for name in tasks])
     with screen_of(context) as screen:
         target = model if model is not None else str(api.latest())
         screen.note(f"model: {target}")
         baseline = params["baseline"]
         if baseline is None:
-            baseline, missing = api.baseline_for(target, required=any(map(gate.needs_baseline, _metrics(tasks))))
+            metrics = [task(name).metric for name in tasks]
+            baseline, missing = api.baseline_for(target, required=any(map(gate.needs_baseline, metrics)))
             if missing:
                 screen.note(missing)
         known = api.kept_results(target_file) if params["resume"] else []
@@ -143,12 +146,6 @@ def _distinct_tasks(names: tuple[str, ...]) -> list[str]:
     if len(set(tasks)) < len(tasks):
         raise UsageError(f"a task is named twice: {', '.join(tasks)}")
     return tasks
-
-
-def _metrics(tasks: list[str]) -> list[str]:
-    from qtool.evaluation.tasks import task
-
-    return [task(name).metric for name in tasks]
 
 
 def _places(given: tuple[str, ...], tasks: list[str]) -> dict[str, str]:
@@ -272,6 +269,8 @@ def run(context: click.Context, /, recipe_files: tuple[str, ...], **params: Any)
 def _jobs(files: tuple[str, ...], params: dict[str, Any]) -> "list[tuple[str, Recipe, Path]]":
     """A label, a recipe and an output folder each; what is wrong with any recipe is said before the first runs."""
     from qtool import api
+    from qtool.evaluation.gate import Gate
+    from qtool.evaluation.tasks import task
 
     jobs = []
     for label, recipe in api.recipe_list(files, sets=params["sets"]):
@@ -279,6 +278,10 @@ def _jobs(files: tuple[str, ...], params: dict[str, Any]) -> "list[tuple[str, Re
         if not recipe.evaluate.tasks:
             raise InputError(f"{label}: evaluate.task is missing; name the task to score, or use qtool quantize")
         api.recipe_task(recipe)
+        try:
+            Gate(**recipe.gate.model_dump()).check([task(name) for name in recipe.evaluate.tasks])
+        except UsageError as error:
+            raise InputError(f"{label}: gate: {error}") from error
         jobs.append((label, recipe, Path(params["output"] or recipe.output or api.default_output(name, recipe))))
     outs = [out for *_, out in jobs]
     if len(set(outs)) < len(outs):

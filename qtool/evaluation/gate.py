@@ -1,9 +1,13 @@
 """The quality gate: limits that an evaluation must keep, for a CI job to act on."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qtool.errors import UsageError
+from qtool.evaluation.exams import exam_class
 from qtool.evaluation.result import Evaluation
+from qtool.evaluation.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,12 @@ class Gate:
         """Whether a limit is about the difference to a baseline."""
         relative = metric == "perplexity" and self.min_score is not None
         return self.max_drop is not None or self.min_agreement is not None or relative
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Raises UsageError for a limit on something that a task does not have."""
+        for task in tasks:
+            if self.min_agreement is not None and not exam_class(task).agrees:
+                raise UsageError(f"agreement has no meaning for task '{task.name}'; leave out min-agreement")
 
     def failures(self, evaluation: Evaluation) -> list[str]:
         """One line for each limit that does not hold: gate, measured value, limit. Empty when the gate holds.

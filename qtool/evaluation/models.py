@@ -104,7 +104,7 @@ def load_tokenizer(path: Path) -> Any:
     except Exception as error:  # the tokenizers library raises bare Exception
         raise InputError(f"the tokenizer in {path} cannot be loaded: {_line(error)}") from error
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 

@@ -31,8 +31,7 @@ class Side:
 
     def forward(self, batch: Batch) -> Any:
         """The model's output."""
-        cache = {"use_cache": False} if "use_cache" in vars(type(self.model.config)) else {}
-        return self.model(**batch, **cache, return_dict=True)
+        return self.model(**batch, return_dict=True)
 
     def timed(self, batch: Batch) -> Any:
         """`forward`, its time added to `seconds`."""
@@ -65,6 +64,7 @@ def load_sides(subjects: Sequence[Subject], exam: Exam, dtype: str) -> list[Side
                 f"{exam.task.name} cannot be compared"
             )
         model = load_for(item, dtype)
+        model.config.use_cache = False  # nobody reads what a decoder would keep for its next token
         if getattr(model.config, "pad_token_id", None) is None:  # a decoder's classifier looks for the last other token
             model.config.pad_token_id = tokenizer.pad_token_id
         sides.append(Side(item, model, tokenizer, length, rows, about))

@@ -127,7 +127,7 @@ _TABLE = (
     Task("wikitext-2", "perplexity", "perplexity on WikiText-2", metrics=("perplexity",), **_WIKITEXT),
     Task("perplexity", "perplexity", "perplexity on any text", metrics=("perplexity",)),
     Task("masked-lm", "masked-lm", "masked tokens guessed in any texts (WikiText-2 if no data are given)",
-         metrics=("token_accuracy",), **_WIKITEXT),
+         metrics=("token_accuracy",), **{**_WIKITEXT, "text_columns": ()}),
 )  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
 """qtool's own tasks by name."""

@@ -70,9 +70,9 @@ class Exam(ABC):
     """See the module. A subclass reads its examples in `__init__` and sets `source` and `references`.
 
     `heads` are the ends of class names that it takes, `loader` the Auto class that loads them, `takes` the own options
-    that have a meaning, `columns` how many columns of text at most, `labelled` whether there is one of labels.
-    `references` fit the task's metrics; where they depend on the tokenizer they are set by
-    `encode`, and `same_tokens` says that all models must then share one.
+    that have a meaning, `columns` how many columns of text at most, `labelled` whether there is one of labels, `agrees`
+    whether two models can give the same answer. `references` fit the task's metrics; where they depend on the tokenizer
+    they are set by `encode`, and `same_tokens` says that all models must then share one.
     """
 
     heads: ClassVar[tuple[str, ...]]
@@ -80,6 +80,7 @@ class Exam(ABC):
     takes: ClassVar[frozenset[str]] = frozenset()
     columns: ClassVar[int] = 2
     labelled: ClassVar[bool] = True
+    agrees: ClassVar[bool] = True
     max_length: ClassVar[int] = 128
     unit: ClassVar[str] = "examples"
     same_tokens: ClassVar[bool] = False

@@ -113,6 +113,7 @@ class Regression(Exam):
 
     heads = ("ForSequenceClassification",)
     loader = "AutoModelForSequenceClassification"
+    agrees = False
 
     def __init__(self, task: Task, request: Request) -> None:
         """Errors of `load_numbers`."""

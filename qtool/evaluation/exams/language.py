@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qtool.anatomy import FAMILIES
 from qtool.errors import InputError
 from qtool.evaluation.batches import check_rows, encode
 from qtool.evaluation.exams.base import Batch, Exam, Request, Tokens
@@ -46,6 +47,16 @@ class Perplexity(Exam):
     def n(self) -> int:
         """Tokens that are scored."""
         return int(sum(self.references))
+
+    def check_subjects(self, subjects: Sequence[Any]) -> None:
+        """An encoder in a decoder's clothes sees the tokens that it should guess."""
+        for item in subjects:
+            family = FAMILIES.get(item.config.model_type)
+            if family and not family.decoder and not getattr(item.config, "is_decoder", False):
+                raise InputError(
+                    f"{item.name} reads text in both directions (is_decoder is false in its config.json): it sees the "
+                    "tokens that it should guess, and its perplexity means nothing"
+                )
 
     def batch_size(self) -> int:
         """Few, long rows."""

@@ -105,7 +105,9 @@ def writing_failed(path: Path, error: Exception) -> Exception:
     """What an exception during a write means to the user; one that is no matter of the disk is returned as it is."""
     reason = (isinstance(error, OSError) and error.strerror) or str(error)
     if isinstance(error, OSError) or "I/O error" in reason:  # the second is how safetensors says it
-        return UnavailableError(f"cannot write {path}: {reason}; free some space or choose another place with -o")
+        misplaced = isinstance(error, IsADirectoryError | NotADirectoryError | FileNotFoundError)
+        advice = "choose another place" if misplaced else "free some space or choose another place with -o"
+        return UnavailableError(f"cannot write {path}: {reason}; {advice}")
     return error
 
 

@@ -33,6 +33,8 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     Raises InputError when it is no usable model folder, UnavailableError when the hub is needed and not reachable.
     """
     path = Path(name).expanduser()
+    if not str(name).strip():
+        raise InputError("no model: its name is empty")
     if path.is_dir():
         return _usable(path)
     if path.is_file():

@@ -247,27 +247,29 @@ def _summary(result: "Evaluation") -> list[str]:
         percent = " %" if result.relative else ""
         same = "-" if result.agreement is None else f"{result.agreement:.2f}"
         paired = [f"{result.drop:+.2f}{percent}", f"[{low:+.2f}, {high:+.2f}]", same, f"{result.speed_ratio:.2f}x"]
-    floats = f"{theirs.value:.2f}" if theirs else "-"
-    return [result.task, result.metric, floats, f"{own.value:.2f}", *paired, f"{result.n} {result.unit}"]
+    digits = 3 if result.relative else 2
+    floats = f"{theirs.value:.{digits}f}" if theirs else "-"
+    return [result.task, result.metric, floats, f"{own.value:.{digits}f}", *paired, f"{result.n} {result.unit}"]
 
 
 def _render_evaluation(screen: Screen, result: "Evaluation") -> None:
     """Float and candidate side by side, then the drop with its interval."""
-    rows, others = [], list(result.candidate.others)
+    rows, others, digits = [], list(result.candidate.others), 3 if result.relative else 2
     for side, score in (("baseline", result.baseline), ("candidate", result.candidate)):
         if score is not None:
             side += "" if score.quantized else " (float)"
             rate = f"{1000 * score.seconds / result.n:.2f}"
-            values = [f"{value:.2f}" for value in (score.value, *(score.others[name] for name in others))]
+            values = [f"{value:.{digits}f}" for value in (score.value, *(score.others[name] for name in others))]
             rows.append([side, *values, megabytes(score.size_bytes), rate, score.model])
     unit, percent = result.unit.removesuffix("s"), "" if result.relative else " %"
     windows = f" in windows of {result.settings['max_length']}" if result.relative else ""
-    title = f"{result.task}, {result.split}, {result.n} {result.unit}{windows}"
+    title = f"{result.task}, {result.split or Path(result.data).name}, {result.n} {result.unit}{windows}"
     names = [f"{name}{percent}" for name in (result.metric, *others)]
     screen.table(title, ["", *names, "size", f"ms/{unit}", "model"], rows)
     if result.drop is not None and result.interval is not None:
         low, high = result.interval
-        loss = f"{result.drop:+.2f} % above the baseline" if result.relative else f"drop {result.drop:+.2f} points"
+        side = "below" if result.drop < 0 else "above"
+        loss = f"{abs(result.drop):.2f} % {side} the baseline" if result.relative else f"drop {result.drop:+.2f} points"
         same = "" if result.agreement is None else f"agreement {result.agreement:.2f} %; "
         speed = f"{result.speed_ratio:.2f}x the baseline's speed"
         screen.line(f"{loss}, 95 % interval [{low:+.2f}, {high:+.2f}]; {same}{speed}")

@@ -4,6 +4,9 @@ Everything a user can cause ends in a `QtoolError` with one line that says what 
 Any other exception that reaches the command line is a bug in qtool (exit code 1).
 """
 
+RESUMABLE = "the same command with --resume keeps what is finished (eval: with --json FILE)"
+"""What to do after a signal."""
+
 
 class QtoolError(Exception):
     """Base of all expected errors; `exit_code` is the status of the command that ends with it."""

@@ -49,7 +49,8 @@ _HUB_SECONDS = 5.0
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of one file, by its suffix: .jsonl or .json (one object a line), .csv, .parquet, .txt (column `text`).
+    """All rows of one file, by its suffix: .jsonl (one object a line), .json (that, a list of objects, or SQuAD's own),
+    .csv, .parquet, .txt (column `text`), .conll (columns `tokens` and `tags`).
 
     Values of a csv are strings; blank lines of a text file are left out. Raises InputError, with the line where that is
     known, for a file that is missing, empty, of another kind, not UTF-8, not parseable, or with rows that differ in
@@ -91,6 +92,33 @@ def _json_lines(path: Path) -> list[Row]:
                 rows.append(_json_row(line, f"{path}: line {number}"))
                 _same_columns(rows, f"{path}: line {number}")
     return rows
+
+
+def _json(path: Path) -> list[Row]:
+    """One object a line, a list of objects, or SQuAD's own nesting: data → paragraphs → questions."""
+    text = path.read_text("utf-8-sig")
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError):
+        return _json_lines(path)
+    if isinstance(whole, dict) and isinstance(whole.get("data"), list):
+        try:
+            return [_question(p, qa) for item in whole["data"] for p in item["paragraphs"] for qa in p["qas"]]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} is neither rows nor SQuAD's JSON (data, paragraphs, qas)") from error
+    rows = whole if isinstance(whole, list) else [whole]
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: entry {number} is not a JSON object")
+        _same_columns([rows[0], row], f"{path}: entry {number}")
+    return rows
+
+
+def _question(paragraph: Row, question: Row) -> Row:
+    """A row of SQuAD as the hub has it."""
+    answers = question["answers"]
+    texts = {"text": [answer["text"] for answer in answers], "answer_start": [a["answer_start"] for a in answers]}
+    return {"context": paragraph["context"], "question": question["question"], "answers": texts}
 
 
 def _json_row(line: str, where: str) -> Row:
@@ -155,8 +183,9 @@ def _conll(path: Path) -> list[Row]:
     rows: list[Row] = []
     words: list[str] = []
     tags: list[str] = []
-    for number, line in enumerate([*path.read_text("utf-8-sig").splitlines(), ""], start=1):
-        cells = line.split()
+    # Only blanks and tabs part columns, only line ends part words: a word may hold any other white space.
+    for number, line in enumerate([*path.read_text("utf-8-sig").split("\n"), ""], start=1):
+        cells = re.split(r"[ \t]+", text) if (text := line.strip(" \t\r")) else []
         if cells and cells[0] != "-DOCSTART-":
             if len(cells) < 2:
                 raise InputError(f"{path}: line {number} has one column; CoNLL columns are a word … and its tag")
@@ -171,7 +200,7 @@ def _conll(path: Path) -> list[Row]:
 def read_text(path: Path) -> str:
     """A whole text file. Raises InputError when it is not UTF-8 or cannot be read."""
     try:
-        return path.read_text("utf-8")
+        return path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: line {_line_of(path, error)} is not UTF-8; save the file as UTF-8") from error
     except OSError as error:
@@ -180,7 +209,7 @@ def read_text(path: Path) -> str:
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl": _json_lines,
-    ".json": _json_lines,
+    ".json": _json,
     ".csv": _csv,
     ".parquet": _parquet,
     ".txt": _text,

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import qtool
 from qtool import cli, pipeline
+from qtool.errors import RESUMABLE
 from qtool.methods import METHODS
 from qtool.recipe import presets
 
@@ -714,7 +715,7 @@ def test_interrupts_in_this_process(
             patch.setattr(pipeline, "_write_config", signal)
             ended = qtool_command(*common)
         assert ended.code == code
-        assert ended.errors == [f"{word}; continue with the same command and --resume"]
+        assert ended.errors == [f"{word}; {RESUMABLE}"]
         assert [path.name for path in desk.iterdir()] == ["out.qtool-run"]
     assert qtool_command(*common).code == 0
 

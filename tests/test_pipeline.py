@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import qtool
 from qtool import artifact, checkpoint, pipeline
 from qtool.api import calibration_batches, open_job, quantize_events, resolve_recipe
-from qtool.errors import InputError, QtoolError
+from qtool.errors import RESUMABLE, InputError, QtoolError
 from qtool.rundir import RunDirectory, beside
 
 Command = Callable[..., Any]
@@ -532,8 +532,14 @@ def test_signals_and_kills_are_resumable(tiny: Any, tmp_path: Path, whole: dict[
         (signal.SIGKILL, out, 0.0),
     ]
     said = {
-        signal.SIGTERM: (143, ["qtool: terminated; continue with the same command and --resume"]),
-        signal.SIGINT: (130, ["qtool: interrupted; continue with the same command and --resume"]),
+        signal.SIGTERM: (
+            143,
+            [f"qtool: terminated; {RESUMABLE}"],
+        ),
+        signal.SIGINT: (
+            130,
+            [f"qtool: interrupted; {RESUMABLE}"],
+        ),
         signal.SIGKILL: (-9, []),
     }
     for number, path, delay in moments:

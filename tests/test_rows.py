@@ -91,7 +91,8 @@ def parquet_bytes() -> bytes:
         ("rows.txt", b"\n\n", ["empty"]),
         ("rows.jsonl", b'{"text": "a"}\n{"text": \n', ["line 2", "JSON"]),
         ("rows.jsonl", b'{"text": "a"}\n["b"]\n', ["line 2", "object"]),
-        ("rows.json", b'[{"text": "a"}]', ["line 1", "one object a line"]),
+        ("rows.json", b'[{"text": "a"}, 3]', ["entry 2", "not a JSON object"]),
+        ("rows.json", b'{"data": [{"paragraphs": [{"qas": []}, 3]}]}', ["neither rows nor SQuAD's JSON"]),
         ("rows.jsonl", b"[" * 100_000, ["line 1", "JSON"]),
         ("rows.jsonl", b'{"text": "a", "label": 1}\n\n{"text": "b"}\n', ["line 3", "text, label"]),
         ("rows.jsonl", b'{"text": "a"}\n{"text": "b"}\n{"text": "\xe9"}\n', ["line 3", "UTF-8"]),
@@ -291,3 +292,25 @@ def test_where_text_is_looked_for() -> None:
         find_text_columns([{"id": 1}], "file")
     with pytest.raises(UsageError, match="at most two text columns"):
         find_text_columns([{"id": 1}], "file", ["a", "b", "c"])
+
+
+def test_json_in_its_usual_forms(tmp_path: Path) -> None:
+    """A list of objects in any layout, and SQuAD's own file as the hub's rows."""
+    (tmp_path / "list.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=1))
+    assert read_rows(tmp_path / "list.json") == [{"text": "a"}, {"text": "b"}]
+    answers = [{"text": "b", "answer_start": 2}, {"text": "a b", "answer_start": 0}]
+    paragraph = {"context": "a b", "qas": [{"id": "1", "question": "what?", "answers": answers}] * 2}
+    whole = {"version": "1.1", "data": [{"title": "t", "paragraphs": [paragraph]}]}
+    (tmp_path / "squad.json").write_text(json.dumps(whole))
+    row = {"context": "a b", "question": "what?", "answers": {"text": ["b", "a b"], "answer_start": [2, 0]}}
+    assert read_rows(tmp_path / "squad.json") == [row, row]
+
+
+def test_words_of_columns_keep_their_blanks(tmp_path: Path) -> None:
+    """Only blanks, tabs and line ends part columns: not a no-break space, nor what else splitlines() cuts at."""
+    text = "\ufeff-DOCSTART- -X- O\r\n\r\n10\u00a0000 CD O\r\na\u2028b\tB-X\n\n\nc  O\n"
+    (tmp_path / "a.conll").write_bytes(text.encode())
+    assert read_rows(tmp_path / "a.conll") == [
+        {"tokens": ["10\u00a0000", "a\u2028b"], "tags": ["O", "B-X"]},
+        {"tokens": ["c"], "tags": ["O"]},
+    ]

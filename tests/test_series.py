@@ -73,6 +73,14 @@ def test_data_for_single_tasks(tiny: Any, artifact: Path, desk: Path, qtool_comm
     assert sources == ["validation.jsonl", "train.jsonl"]
     twice = qtool_command("eval", "out", *BOTH, "--data", tiny.data, "--data", tiny.data)
     assert twice.code == 2 and "one PATH for all tasks" in twice.errors[0]
+    for places, said in (
+        (("cola=x",), "'cola' is not among the tasks"),
+        (("sst2=x", "sst2=y"), "one TASK=PATH for single ones"),
+        (("sst2=",), "names no path"),
+        (("",), "names no path"),
+    ):
+        ended = qtool_command("eval", "out", *BOTH, *(part for place in places for part in ("--data", place)))
+        assert ended.code == 2 and said in ended.errors[0]
 
 
 @pytest.mark.parametrize(
@@ -85,12 +93,14 @@ def test_data_for_single_tasks(tiny: Any, artifact: Path, desk: Path, qtool_comm
         (("--task", "sst2", "--resume"), 2, "--resume keeps the results in a file"),
         (("--task", "sst2", "--resume", "--json", "-"), 2, "--resume keeps the results in a file"),
         (("--task", "sst2", "--resume", "--json", "list.json"), 3, "list.json holds no results of qtool"),
+        (("--task", "sst2", "--resume", "--json", "other.json"), 3, "other.json holds no results of qtool"),
     ],
 )
 def test_refused_before_anything_is_scored(
     arguments: Any, code: int, said: str, tiny: Any, artifact: Path, counted: list[str], qtool_command: Command
 ) -> None:
-    Path("list.json").write_text("3")
+    Path("list.json").write_text("[1, 2]")
+    Path("other.json").write_text('{"a": 1}')
     ended = qtool_command("eval", "out", *arguments, "--data", tiny.data)
     assert (ended.code, counted) == (code, [])
     assert len(ended.errors) == 1 and said in ended.errors[0]
@@ -113,6 +123,11 @@ def test_an_interrupted_series_keeps_what_is_finished(
     counted.clear()
     again = qtool_command(*command, "--resume")
     assert (again.code, counted, scores(desk / "r.json")) == (0, [], whole)
+    # Predictions are not kept: a file that is asked for and not there is made again.
+    assert qtool_command(*command, "--resume", "--predictions", "p.jsonl").code == 0
+    assert counted == ["sst2", "classification"] and (desk / "p-sst2.jsonl").is_file()
+    counted.clear()
+    assert qtool_command(*command, "--resume", "--predictions", "p.jsonl").code == 0 and counted == []
     # Whatever changes a score is scored again: an option, the data, the model.
     qtool_command(*command, "--resume", "--limit", "50")
     assert counted == ["sst2", "classification"]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,9 @@ def recorded_source(model: str | Path) -> str | None:
 
 def baseline_for(model: str | Path, *, required: bool) -> tuple[str | None, str | None]:
     """The recorded source, or None with the reason (if any) when there is none and no gate needs it."""
+    from qtool.checkpoint import locate
+
+    locate(model)  # what is wrong with the model itself is no matter of its baseline
     try:
         source = recorded_source(model)
     except InputError as error:
@@ -73,23 +76,29 @@ def evaluations(
     *,
     baseline: str | Path | None = None,
     known: Sequence[Mapping[str, Any]] = (),
+    marked: bool = True,
     progress: Any = None,
     **options: Any,
 ) -> Iterator["Evaluation"]:
     """One task after the other; `known` results (JSON) that would be the same again are not computed again.
 
-    `data` is one place for all tasks or one a task. Unknown tasks and options without a meaning are errors before the
-    first is scored.
+    `data` is one place for all tasks or one a task. Without `marked`, which reads all weights once more, a result
+    cannot be known later; neither can one on data of the hub, which may change. Unknown tasks and options without a
+    meaning are errors before the first is scored.
     """
+    from qtool.artifact import CARD, REPORT
+    from qtool.checkpoint import locate
     from qtool.evaluation import runner
     from qtool.evaluation.result import Evaluation
     from qtool.evaluation.tasks import task
 
     chosen = [task(name) for name in tasks]
+    folders = [locate(model, options.get("revision")), *([locate(baseline)] if baseline else [])]
+    models = [_digests(folder, lambda file: file.name not in (CARD, REPORT)) for folder in folders] if marked else None
     for item, own in zip(chosen, runner.options_for(chosen, options), strict=True):
         source = data.get(item.name) if isinstance(data, Mapping) else data
-        mark = _fingerprint(model, baseline, item, source, own)
-        old = next((body for body in known if body.get("fingerprint") == mark), None)
+        mark = _fingerprint(models, item, source, own) if models else None
+        old = next((body for body in known if mark and body.get("fingerprint") == mark), None)
         if old is not None and old["candidate"]["score"] is not None:
             yield Evaluation.from_json(old)
         else:
@@ -103,31 +112,32 @@ def _named(progress: Any, task: str) -> Any:
     return progress and (lambda stage, done, total: progress(f"{task}: {stage}", done, total))
 
 
-def _fingerprint(
-    model: str | Path, baseline: str | Path | None, task: "Task", data: str | None, options: Mapping[str, Any]
-) -> str:
-    """Digest of everything that an evaluation depends on."""
-    from qtool.checkpoint import locate
-    from qtool.pipeline import instruction_set, versions
+def _fingerprint(models: Any, task: "Task", data: str | None, options: Mapping[str, Any]) -> str | None:
+    """Digest of everything that an evaluation depends on; None where that cannot be known."""
+    import torch
 
-    folders = [locate(model, options.get("revision")), *([locate(baseline)] if baseline else [])]
+    from qtool.pipeline import instruction_set, versions
+    from qtool.rows import READERS
+
+    place = Path(data).expanduser() if data else None
+    if place is None or not place.exists():
+        return None
     facts = {
-        "models": [_digests(folder) for folder in folders],
+        "models": models,
         "task": repr(task),
-        "data": [data, _digests(Path(data).expanduser()) if data else None],
+        "data": [data, _digests(place, lambda file: file.suffix in READERS)],
         "options": {name: str(value) for name, value in options.items()},
-        "machine": [instruction_set(), versions()],
+        "machine": [instruction_set(), options.get("threads") or torch.get_num_threads(), versions()],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _digests(place: Path) -> dict[str, str]:
-    """SHA-256 of a file, or of each file of a folder but what is said about a model; empty where there is nothing."""
-    from qtool.artifact import CARD, REPORT
+def _digests(place: Path, counts: Callable[[Path], bool]) -> dict[str, str]:
+    """SHA-256 of a file, or of each file of a folder that counts."""
     from qtool.checkpoint import sha256
 
-    files = sorted(place.iterdir()) if place.is_dir() else [place]
-    return {file.name: sha256(file) for file in files if file.is_file() and file.name not in (CARD, REPORT)}
+    files = [file for file in sorted(place.iterdir()) if counts(file)] if place.is_dir() else [place]
+    return {file.name: sha256(file) for file in files if file.is_file()}
 
 
 def kept_results(file: str | Path | None) -> list[dict[str, Any]]:
@@ -139,9 +149,13 @@ def kept_results(file: str | Path | None) -> list[dict[str, Any]]:
         return []
     try:
         body = json.loads(Path(file).read_text("utf-8"))
-        return list(body["results"]) if "results" in body else [body]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file} holds no results of qtool; choose another --json, or leave out --resume") from error
+    except ValueError:
+        body = None
+    results = body.get("results", [body]) if isinstance(body, dict) else None
+    known = isinstance(results, list) and all(isinstance(r, dict) and {"task", "candidate"} <= set(r) for r in results)
+    if not isinstance(results, list) or not known:
+        raise InputError(f"{file} holds no results of qtool; choose another --json, or leave out --resume")
+    return results
 
 
 def evaluate_recipe(

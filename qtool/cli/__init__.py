@@ -9,7 +9,7 @@ import click
 
 from qtool import __version__
 from qtool.cli import evaluate, look, quantize
-from qtool.errors import InterruptedRun, QtoolError, UsageError
+from qtool.errors import RESUMABLE, InterruptedRun, QtoolError, UsageError
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -36,7 +36,7 @@ for command in (
 
 
 def _on_sigterm(number: int, frame: Any) -> None:
-    raise InterruptedRun("terminated; continue with the same command and --resume", number)
+    raise InterruptedRun(f"terminated; {RESUMABLE}", number)
 
 
 def main() -> None:
@@ -56,7 +56,10 @@ def _status() -> int:
         error.show()
         return UsageError.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted; continue with the same command and --resume", 128 + signal.SIGINT)
+        return _fail(
+            f"interrupted; {RESUMABLE}",
+            128 + signal.SIGINT,
+        )
     except (BrokenPipeError, SystemExit) as error:  # click and rich exit when the reader of stdout is gone: no verdict
         if isinstance(error, SystemExit) and isinstance(error.code, str):
             return _fail(error.code, 1)

@@ -105,19 +105,24 @@ def evaluate(context: click.Context, /, model: str | None, **params: Any) -> Non
             if missing:
                 screen.note(missing)
         known = api.kept_results(target_file) if params["resume"] else []
+        if files:  # predictions are not among what was kept
+            known = [body for body in known if body["task"] in files and files[body["task"]].is_file()]
         results: list[Evaluation] = []
-        with _shown_if_interrupted(screen, results):
+        shown: list[tuple[str, Evaluation]] = []
+        with _shown_if_interrupted(screen, shown):
             for result in api.evaluations(
                 target,
                 tasks,
                 _places(params["places"], tasks),
                 baseline=baseline,
                 known=known,
+                marked=target_file not in (None, "-"),
                 progress=_progress(screen),
                 text_columns=list(params["text_columns"]) or None,
                 **{name: params[name] for name in _PASSED_ON},
             ):
                 results.append(result)
+                shown.append(("", result))
                 screen.close()
                 _write_predictions(result, files.get(result.task))
                 if several and target_file not in (None, "-"):
@@ -126,7 +131,7 @@ def evaluate(context: click.Context, /, model: str | None, **params: Any) -> Non
         verdict = {"gate": gate_json(gate, failures)}
         body = {**_several(results), **verdict} if several else {**results[0].to_json(), **verdict}
         console.emit_json(body, target_file)
-        conclude(screen, [("", result) for result in results], failures, target_file)
+        conclude(screen, shown, failures, target_file)
 
 
 def _gate_of(params: dict[str, Any]) -> "Gate":
@@ -149,15 +154,20 @@ def _distinct_tasks(names: tuple[str, ...]) -> list[str]:
 
 
 def _places(given: tuple[str, ...], tasks: list[str]) -> dict[str, str]:
-    """Where the data of each task are: `PATH` for all, `TASK=PATH` for one."""
-    places: dict[str, str] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        one = bool(equals) and name in tasks
-        if not one and len(given) > len([item for item in given if item.partition("=")[0] in tasks]) + 1:
-            raise UsageError("--data is one PATH for all tasks, and TASK=PATH for single ones")
-        places = {**places, name: path} if one else {**dict.fromkeys(tasks, text), **places}
-    return places
+    """Where the data of each task are: `PATH` for all, `TASK=PATH` for one. Raises UsageError."""
+    from qtool.evaluation.tasks import TASKS
+
+    split = [text.partition("=") for text in given]
+    keyed = [(name, path) for name, equals, path in split if equals and name in {*TASKS, *tasks}]
+    plain = [text for text, (name, _, _) in zip(given, split, strict=True) if name not in dict(keyed)]
+    names = [name for name, _ in keyed]
+    if foreign := [name for name in names if name not in tasks]:
+        raise UsageError(f"--data {foreign[0]}=…: '{foreign[0]}' is not among the tasks ({', '.join(tasks)})")
+    if len(plain) > 1 or len(set(names)) < len(names):
+        raise UsageError("--data is one PATH for all tasks, and one TASK=PATH for single ones")
+    if not all(path.strip() for path in (*plain, *dict(keyed).values())):
+        raise UsageError("--data names no path: it is empty")
+    return {**(dict.fromkeys(tasks, plain[0]) if plain else {}), **dict(keyed)}
 
 
 def _progress(screen: "Screen") -> Any:
@@ -189,7 +199,7 @@ def _several(results: "list[Evaluation]", complete: bool = True) -> dict[str, An
 
 
 @contextmanager
-def _shown_if_interrupted(screen: "Screen", results: "list[Evaluation]") -> Iterator[None]:
+def _shown_if_interrupted(screen: "Screen", results: "list[tuple[str, Evaluation]]") -> Iterator[None]:
     """What is finished is printed, however the rest ends."""
     from qtool import console
 
@@ -198,7 +208,7 @@ def _shown_if_interrupted(screen: "Screen", results: "list[Evaluation]") -> Iter
     except BaseException:
         screen.close()
         if results:
-            console.render_evaluations(screen, [("", result) for result in results])
+            console.render_evaluations(screen, results)
         raise
 
 
@@ -251,16 +261,16 @@ def run(context: click.Context, /, recipe_files: tuple[str, ...], **params: Any)
     shown: list[tuple[str, Evaluation]] = []
     failures: list[str] = []
     with screen_of(context) as screen:
-        for label, recipe, out in jobs:
-            body, results, failed = _run_one(screen, recipe, out, params, f"{label}: " if several else "")
-            bodies.append({"recipe": label, **body})
-            shown += [(label if several else "", result) for result in results]
-            failures += failed
-            if several:
-                verdict = {"passed": not failures, "failures": failures}
-                done = {"complete": len(bodies) == len(jobs), "runs": bodies, "gate": verdict}
-                if target_file != "-" or done["complete"]:
-                    console.emit_json({"schema_version": 1, **done}, target_file)
+        with _shown_if_interrupted(screen, shown):
+            for label, recipe, out in jobs:
+                body, failed = _run_one(screen, recipe, out, params, label if several else "", shown)
+                bodies.append({"recipe": label, **body})
+                failures += failed
+                if several:
+                    verdict = {"passed": not failures, "failures": failures}
+                    done = {"complete": len(bodies) == len(jobs), "runs": bodies, "gate": verdict}
+                    if target_file != "-" or done["complete"]:
+                        console.emit_json({"schema_version": 1, **done}, target_file)
         if not several:
             console.emit_json({"schema_version": 1, **bodies[0]}, target_file)
         conclude(screen, shown, failures, target_file)
@@ -291,9 +301,9 @@ def _jobs(files: tuple[str, ...], params: dict[str, Any]) -> "list[tuple[str, Re
 
 
 def _run_one(
-    screen: "Screen", recipe: "Recipe", out: Path, params: dict[str, Any], label: str
-) -> "tuple[dict[str, Any], list[Evaluation], list[str]]":
-    """Quantize, evaluate, record. Returns the JSON body, the results, and the gates that failed."""
+    screen: "Screen", recipe: "Recipe", out: Path, params: dict[str, Any], label: str, shown: "list[Any]"
+) -> tuple[dict[str, Any], list[str]]:
+    """Quantize, evaluate, record. Returns the JSON body and the gates that failed; results are appended to `shown`."""
     from qtool import api, console
     from qtool.evaluation.gate import Gate
 
@@ -303,16 +313,16 @@ def _run_one(
     if params["json_file"] != "-":
         console.render_quantized(screen, made)
     results: list[Evaluation] = []
-    with _shown_if_interrupted(screen, results):
-        for result in api.evaluate_recipe(out, name, recipe, _progress(screen), resume=params["resume"]):
-            results.append(result)
-            screen.close()
-            api.record_scores(out, results)
-    failures = _failures(gate, results, label)
+    for result in api.evaluate_recipe(out, name, recipe, _progress(screen), resume=params["resume"]):
+        results.append(result)
+        shown.append((label, result))
+        screen.close()
+        api.record_scores(out, results)
+    failures = _failures(gate, results, f"{label}: " if label else "")
     scored = [result.to_json() for result in results]
     body = {
         "quantize": console.quantized_json(made),
         "evaluate": scored[0] if len(scored) == 1 else scored,
         "gate": gate_json(gate, failures),
     }
-    return body, results, failures
+    return body, failures

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qtool.errors import UsageError
-from qtool.evaluation.exams import exam_class
 from qtool.evaluation.result import Evaluation
 from qtool.evaluation.tasks import Task
 
@@ -31,6 +30,8 @@ class Gate:
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Raises UsageError for a limit on something that a task does not have."""
+        from qtool.evaluation.exams import exam_class  # imports torch, which reading limits does not need
+
         for task in tasks:
             if self.min_agreement is not None and not exam_class(task).agrees:
                 raise UsageError(f"agreement has no meaning for task '{task.name}'; leave out min-agreement")

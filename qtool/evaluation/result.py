@@ -56,11 +56,11 @@ class Evaluation:
     `agreement` the percent of equal predictions (None where numbers are predicted), `speed_ratio` the baseline's
     seconds over the candidate's; all four are None without a baseline. A row of `predictions` holds `index` (position
     in the data), `label`, `baseline` and `candidate` by class name, None where there is no prediction. `fingerprint`
-    tells whether an evaluation would be the same again.
+    tells whether an evaluation would be the same again. `split` is None for a file that was given as it is.
     """
 
     task: str
-    split: str
+    split: str | None
     data: str
     n: int
     metric: str

@@ -135,7 +135,7 @@ def _check_baseline(exam: Exam, side: Side, value: float, allow_weak: bool) -> N
         raise InputError(
             f"the baseline {name} scores {value:.2f} on {task.name}, no better than knowing nothing, such as always "
             f"answering the most frequent label ({floor:.2f}): its labels are in another order or it was not trained "
-            "for this; --allow-weak-baseline goes on"
+            "for this, or texts are cut too short or are too few; --allow-weak-baseline goes on"
         )
 
 
@@ -148,7 +148,7 @@ def _evaluation(exam: Exam, sides: Sequence[Side], settings: dict[str, Any], all
     probe = exam.probe if isinstance(exam, Classification) else None
     return Evaluation(
         task=task.name,
-        split=exam.split,
+        split=exam.said_split,
         data=exam.source,
         n=exam.n,
         metric=task.metric,
@@ -195,11 +195,10 @@ def _agreement(exam: Exam, sides: Sequence[Side]) -> float | None:
 def _settings(exam: Exam, sides: Sequence[Side], dtype: str) -> dict[str, Any]:
     packages = ["torch", "transformers", "tokenizers", "numpy", *(["scikit-learn"] if sides[0].subject.probed else [])]
     installed = {name: metadata.version(name) for name in packages}
-    own = {name: value for name in exam.takes if (value := getattr(exam.request, name)) is not None}
     return {
         "batch_size": exam.batch_size(),
         "max_length": min((exam.length, sides[0].max_length or exam.length)),
-        **own,
+        **exam.used,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "qtool": __version__, **installed},

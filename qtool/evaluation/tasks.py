@@ -212,6 +212,8 @@ def load_running_text(
     if data is not None and hub_name(str(data)) is None:
         path = _split_path(task, Path(data).expanduser(), split)
     if path is not None and path.suffix == ".txt":
+        if text_columns:
+            raise InputError(f"{path} is plain text: it has no column {text_columns[0]}; leave out --text-column")
         return read_text(path), str(path)
     rows, source = load_rows(task, data, split)
     columns = find_text_columns(rows, source, text_columns or task.text_columns)
@@ -219,7 +221,7 @@ def load_running_text(
     return "".join(text if text.endswith("\n") else f"{text}\n" for text in map(str, texts)), source
 
 
-def load_examples_texts(
+def load_single_texts(
     task: Task, data: str | Path | None, split: Split, limit: int | None, text_columns: Sequence[str] | None
 ) -> tuple[list[str], str]:
     """Single texts of a split that are not blank, without any labels, and where they are from."""

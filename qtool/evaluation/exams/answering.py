@@ -79,6 +79,7 @@ class QuestionAnswering(Exam):
         stride = min(DOC_STRIDE, cut // 2) if asked is None else asked
         most = self._check_room(tokenizer, questions, contexts, cut, stride)
         windows = {"stride": min(stride, most), "return_overflowing_tokens": True} if stride else {}
+        self.used = {"doc_stride": windows.get("stride", 0), "n_best": self.n_best}
         encoded = tokenizer(
             questions,
             contexts,
@@ -111,10 +112,10 @@ class QuestionAnswering(Exam):
         for number, ids in enumerate(alone):
             tight = room - len(ids) <= stride
             if tight and len(tokenizer(questions[number], contexts[number], verbose=False)["input_ids"]) > cut:
+                less = f" (overlap {stride}), or less overlap with --doc-stride" if room > len(ids) else ""
                 raise InputError(
-                    f"{self.source}: row {number + 1}: a question of {len(ids)} tokens leaves no room for windows of "
-                    f"its context within {cut} tokens (overlap {stride}); allow more with --max-length or less with "
-                    "--doc-stride"
+                    f"{self.source}: row {number + 1}: a question of {len(ids)} tokens leaves no room for its context "
+                    f"within {cut} tokens; allow more with --max-length{less}"
                 )
         return room - 1
 

@@ -62,6 +62,8 @@ class Request:
     n_best: int | None = None
 
 
+MAX_N_BEST = 1000
+
 OWN_OPTIONS = ("stride", "doc_stride", "n_best")
 """Options of a request that only some kinds of tasks have."""
 
@@ -72,7 +74,8 @@ class Exam(ABC):
     `heads` are the ends of class names that it takes, `loader` the Auto class that loads them, `takes` the own options
     that have a meaning, `columns` how many columns of text at most, `labelled` whether there is one of labels, `agrees`
     whether two models can give the same answer. `references` fit the task's metrics; where they depend on the tokenizer
-    they are set by `encode`, and `same_tokens` says that all models must then share one.
+    they are set by `encode`, and `same_tokens` says that all models must then share one. `said_split` is None for a
+    file that is nobody's split; `used` holds the own options as they came out.
     """
 
     heads: ClassVar[tuple[str, ...]]
@@ -90,6 +93,9 @@ class Exam(ABC):
     def __init__(self, task: "Task", request: Request) -> None:
         self.task, self.request = task, request
         self.split: Split = request.split or task.default_split
+        whole = request.data is not None and Path(request.data).expanduser().is_file()
+        self.said_split = request.split or (None if whole else task.default_split)
+        self.used: dict[str, Any] = {}
 
     @classmethod
     def check_options(cls, task: "Task", request: Request) -> None:
@@ -99,6 +105,8 @@ class Exam(ABC):
             if value is not None and name not in cls.takes:
                 raise UsageError(f"--{name.replace('_', '-')} has no meaning for task '{task.name}'")
             least = 0 if name == "doc_stride" else 1
+            if name == "n_best" and value is not None and value > MAX_N_BEST:
+                raise UsageError(f"--n-best must be at most {MAX_N_BEST}, not {value}")
             if value is not None and value < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         if request.label_column is not None and not cls.labelled:

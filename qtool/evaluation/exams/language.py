@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qtool.anatomy import FAMILIES
-from qtool.errors import InputError
+from qtool.errors import InputError, UsageError
 from qtool.evaluation.batches import check_rows, encode
 from qtool.evaluation.exams.base import Batch, Exam, Request, Tokens
-from qtool.evaluation.tasks import Task, load_examples_texts, load_running_text
+from qtool.evaluation.tasks import Task, load_running_text, load_single_texts
 
 if TYPE_CHECKING:
     from qtool.evaluation.sides import Side
@@ -40,6 +40,8 @@ class Perplexity(Exam):
     def __init__(self, task: Task, request: Request) -> None:
         """`limit` counts windows."""
         super().__init__(task, request)
+        if request.max_length == 1:
+            raise UsageError("a window must have at least 2 tokens, the first of which is never scored")
         self.text, self.source = load_running_text(task, request.data, self.split, request.text_columns)
         self.vocabulary = 0
 
@@ -66,6 +68,7 @@ class Perplexity(Exam):
         """One row a window; beside it how many of its last tokens are scored. Raises InputError for a short text."""
         self.window = window = min(self.length, length or self.length)
         step = min(self.request.stride or window, window)
+        self.used = {"stride": step}
         ids = tokenizer(self.text, verbose=False)["input_ids"]
         if window < 2 or len(ids) < 2:
             raise InputError(f"{self.source} gives {len(ids)} tokens in windows of {window}: at least two are needed")
@@ -130,11 +133,9 @@ class MaskedLanguage(Exam):
     same_tokens = True
 
     def __init__(self, task: Task, request: Request) -> None:
-        """Errors of `load_examples_texts`."""
+        """Errors of `load_single_texts`."""
         super().__init__(task, request)
-        self.texts, self.source = load_examples_texts(
-            task, request.data, self.split, request.limit, request.text_columns
-        )
+        self.texts, self.source = load_single_texts(task, request.data, self.split, request.limit, request.text_columns)
 
     def encode(self, tokenizer: Any, config: Any, length: int | None, model: str) -> tuple[list[Tokens], list[Any]]:
         """One row a text; beside it the masked places. Raises InputError for a tokenizer without a mask."""

@@ -95,9 +95,12 @@ def paired_bootstrap(
     The percentile interval of Efron and Tibshirani (1993), "An Introduction to the Bootstrap", chapter 13: the
     quantiles `(1 ± level) / 2` of the drop over `resamples` draws, with replacement, of as many examples as there are;
     both models get the same draws. Draws without a finite value (constant ranks, say) are left out while they are fewer
-    than half; else, or when a prediction is missing, both ends are NaN. Equal predictions give (0, 0).
+    than half; else, with a single example, or when a prediction is missing, both ends are NaN. Equal predictions give
+    (0, 0), however few there are.
     """
     kind, examples = _named(metric), len(references)
+    if examples < 2:  # nothing can be drawn differently
+        return math.nan, math.nan
     if not (kind.usable(candidate, references) and kind.usable(baseline, references)):
         return math.nan, math.nan
     ours, theirs = (kind.statistic(side, references) for side in (candidate, baseline))

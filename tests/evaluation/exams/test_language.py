@@ -115,7 +115,7 @@ def test_texts_shorter_than_a_window(zoo: Any) -> None:
     assert result.candidate.value == pytest.approx(summed(model, "w1 w2 w3", 40, 40)[0], rel=1e-5)
     with pytest.raises(InputError, match=r"text\.txt gives 1 tokens in windows of 40: at least two"):
         evaluate(model, ANY, data=written(zoo, "w1"))
-    with pytest.raises(InputError, match="in windows of 1: at least two"):
+    with pytest.raises(UsageError, match="a window must have at least 2 tokens"):
         evaluate(model, ANY, data=written(zoo, "w1 w2 w3"), max_length=1)
 
 

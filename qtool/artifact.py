@@ -106,7 +106,7 @@ def writing_failed(path: Path, error: Exception) -> Exception:
     reason = (isinstance(error, OSError) and error.strerror) or str(error)
     if isinstance(error, OSError) or "I/O error" in reason:  # the second is how safetensors says it
         misplaced = isinstance(error, IsADirectoryError | NotADirectoryError | FileNotFoundError)
-        advice = "choose another place" if misplaced else "free some space or choose another place with -o"
+        advice = "choose another place with -o" if misplaced else "free some space or choose another place with -o"
         return UnavailableError(f"cannot write {path}: {reason}; {advice}")
     return error
 

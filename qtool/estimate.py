@@ -21,8 +21,8 @@ from qtool.rounding import ROUNDINGS
 from qtool.stream import Stream
 
 _SECONDS = 0.4  # for each of the two timed samples
-_LOWER_BYTES = 34
-"""An element's bytes while its matrix is lowered: float32 and codes, and float64 copies for the weights' SQNR."""
+_LOWER_BYTES = 16
+"""An element's bytes while its matrix is lowered: float32, codes, and what they stand for again, for the SQNR."""
 _SAMPLE = 4_000_000  # elements: large enough that threads which wait for a busy core do not decide
 _CHURN = 2  # hidden states are replaced block by block, and the allocator keeps most of what that frees
 _PASSES = 6  # over the written bytes: shards, assembly, digests, the golden check, and the system's own work

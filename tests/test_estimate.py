@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +70,8 @@ def test_more_data_takes_more(tiny: Any, desk: Path, qtool_command: Command, mon
     monkeypatch.setattr(estimate, "_hash_second", lambda: 0.0)
     monkeypatch.setattr(estimate, "_lowering", lambda job, sizes: (0.0, 0))
     monkeypatch.setattr(estimate, "peak_bytes", lambda: 0)
+    empty = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr(estimate.psutil, "Process", lambda: empty)
     found = {}
     for count in (32, 64000):
         sets = ["calibration.source=random", f"calibration.num_samples={count}", "calibration.max_length=32"]

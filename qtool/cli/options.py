@@ -38,7 +38,7 @@ recipe_options = options(
     click.option("--method", "methods", multiple=True, metavar="NAME", help="Method; `qtool methods` lists them."),
     click.option("-c", "--config", metavar="RECIPE", help="Recipe file, or the name of a preset."),
     click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a key of the recipe."),
-    click.option("--task", metavar="NAME", help="Task whose training split calibrates (sst2, classification)."),
+    click.option("--task", metavar="NAME", help="Task whose training split calibrates; `qtool methods` lists them."),
     click.option("--data", metavar="PATH", help="Folder with train/validation files, a file, or org/name:config."),
     click.option("--text-column", "text_columns", multiple=True, metavar="NAME", help="Text column; twice for pairs."),
     click.option("--num-samples", type=click.IntRange(1), help="Calibration sentences [256]."),

@@ -22,6 +22,7 @@ from qtool.rounding import ROUNDINGS
 from qtool.stream import Reader
 
 _QMAX = 127
+_ROWS = 4096
 
 
 class ZeroQuantOptions(Options):
@@ -130,9 +131,12 @@ def _static_scale(statistics: Statistics, path: str) -> torch.Tensor:
 
 def _figures(weight: torch.Tensor, tensor: QTensor) -> dict[str, float]:
     """Signal to quantization noise of the weights in dB (infinite for an exact matrix is reported as 999)."""
-    exact = weight.double()
-    noise = (exact - tensor.dequantize().double()).square().sum().item()
-    signal = exact.square().sum().item()
+    noise = signal = 0.0
+    # In stretches of rows: float64 copies of a whole vocabulary table would take more memory than all else.
+    for rows, stored in zip(weight.split(_ROWS), tensor.dequantize().split(_ROWS), strict=True):
+        exact = rows.double()
+        noise += (exact - stored.double()).square().sum().item()
+        signal += exact.square().sum().item()
     return {"weight_sqnr_db": round(10 * math.log10(signal / noise), 2) if noise > 0 and signal > 0 else 999.0}
 
 

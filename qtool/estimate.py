@@ -24,7 +24,6 @@ _SECONDS = 0.4  # for each of the two timed samples
 _LOWER_BYTES = 16
 """An element's bytes while its matrix is lowered: float32, codes, and what they stand for again, for the SQNR."""
 _SAMPLE = 4_000_000  # elements: large enough that threads which wait for a busy core do not decide
-_CHURN = 2  # hidden states are replaced block by block, and the allocator keeps most of what that frees
 _PASSES = 6  # over the written bytes: shards, assembly, digests, the golden check, and the system's own work
 
 
@@ -47,7 +46,7 @@ def estimate(job: Job, batches: Batches, *, startup: float, reading: float, cali
     if calibrates and job.observed():
         passing, transient = _pass_1(job, batches)
         flow = 4 * job.model.config.hidden_size * sum(batch["input_ids"].numel() for batch in batches.batches)
-        seconds, need = seconds + passing, max(need, _CHURN * flow + transient + max(sizes))
+        seconds, need = seconds + passing, max(need, flow + transient + max(sizes))
     moved = job.checkpoint.num_bytes + _PASSES * job.predicted_bytes()
     return Estimate(2 * startup + reading + seconds + moved * _hash_second(), max(peak, resident + need))
 

@@ -40,7 +40,7 @@ from qtool.methods.base import Method, Plan
 from qtool.nn import install
 from qtool.recipe import Recipe
 from qtool.rundir import RunDirectory
-from qtool.stream import Call, Reader, Stream
+from qtool.stream import Call, Reader, Stream, give_back
 
 
 @dataclass(frozen=True)
@@ -180,11 +180,14 @@ def calibrate(job: Job, batches: Batches) -> Generator[Event, None, Statistics]:
         observers = {path: OBSERVERS[name]() for path, name in job.observed().get(unit.name, {}).items()}
         with stream.loaded(unit):
             if unit.kind == "embeddings":
-                flow = [stream.embed(batch) for batch in batches.batches]
+                for batch in batches.batches:
+                    flow.append(stream.embed(batch))
+                    give_back()
             else:
                 for number, (hidden, calls) in enumerate(flow):
                     with _watching(stream.model, observers, batches.batches[number]["attention_mask"].bool()):
                         flow[number] = stream.block(unit, hidden, calls[index - 1]), calls
+                    give_back()
         for path, observer in observers.items():
             states[path, job.observed()[unit.name][path]] = observer.state()
         yield _ended("calibrate", unit, index, len(job.anatomy.blocks) + 1, started)

@@ -207,8 +207,10 @@ def _lock(folder: Path) -> IO[str]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             stream = (folder / _LOCK).open("w")
-        except FileNotFoundError:  # the other process finished and removed its folder in between
-            continue
+        except (FileNotFoundError, FileExistsError) as error:
+            if folder.exists() and not folder.is_dir():
+                raise writing_failed(folder, error) from error
+            continue  # the other process finished, and removed its folder while this one made or opened it
         except OSError as error:
             raise writing_failed(folder, error) from error
         try:

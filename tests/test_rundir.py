@@ -301,6 +301,22 @@ def test_many_threads_publish_once(out: Path) -> None:
     assert left_over(out) == []
 
 
+def test_a_folder_removed_while_it_is_made(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mkdir finds the owner's folder, and looks whether it is one when the owner has removed it."""
+    make, calls = Path.mkdir, 0
+
+    def late(self: Path, *args: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += self == beside(out, "run")
+        if self == beside(out, "run") and calls == 1:
+            raise FileExistsError(17, "File exists", str(self))
+        make(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    attempt(out, "1", resume=True)
+    assert calls > 1 and (out / "content").is_file()
+
+
 def test_a_lock_on_a_removed_file_is_no_lock(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The owner finishes, and removes file and folder, between our opening the file and our locking it."""
     flock, calls = fcntl.flock, 0

@@ -297,7 +297,7 @@ def _generic(model: Any, base: str) -> Family:
     sizes = {path: sum(weight.numel() for weight in modules[path].parameters()) for path in outermost}
     try:
         table = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
+    except (NotImplementedError, AttributeError):  # how transformers says that a class has no word table
         table = None
     words = [path for path, module in modules.items() if module is table]
     if not sizes or not words or not isinstance(table, nn.Embedding) or not hasattr(model.config, "vocab_size"):

@@ -243,9 +243,7 @@ def load_numbers(
     label_column: str | None = None,
 ) -> tuple[Texts, list[float], str]:
     """Texts with a number each, and where they are from. Errors of `load_examples`."""
-    rows, source = load_rows(task, data, split, limit)
-    texts = texts_of(rows, find_text_columns(rows, source, text_columns or task.text_columns), source)
-    column = find_label_column(task, rows, source, label_column)
+    rows, texts, column, source = _labelled(task, data, split, limit, text_columns, label_column)
     numbers = [_number(row[column], f"{source}: row {i}, column {column}") for i, row in enumerate(rows, 1)]
     if set(numbers) == {-1.0}:  # as in the test splits of GLUE
         raise InputError(f"{source}: column {column} is -1 throughout: this split hides its labels (--split)")
@@ -302,12 +300,24 @@ def load_examples(
     `text_columns` (one or two) and `label_column` replace the task's own. Raises InputError for wrong column names,
     empty data and labels that are hidden, missing or unknown to the task, and the errors of `load_rows`.
     """
-    rows, source = load_rows(task, data, split, limit)
-    texts = texts_of(rows, find_text_columns(rows, source, text_columns or task.text_columns), source)
-    column = find_label_column(task, rows, source, label_column)
+    rows, texts, column, source = _labelled(task, data, split, limit, text_columns, label_column)
     labels = labels_of(rows, column, source)
     _known(labels, task, f"{source}, column {column}")
     return Examples(texts, labels, task.labels, source)
+
+
+def _labelled(
+    task: Task,
+    data: str | Path | None,
+    split: Split,
+    limit: int | None,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+) -> tuple[list[Row], Texts, str, str]:
+    """Rows, their texts, the column of their labels, and where they are from."""
+    rows, source = load_rows(task, data, split, limit)
+    texts = texts_of(rows, find_text_columns(rows, source, text_columns or task.text_columns), source)
+    return rows, texts, find_label_column(task, rows, source, label_column), source
 
 
 def find_label_column(task: Task, rows: Sequence[Row], source: str, given: str | None) -> str:

@@ -11,12 +11,11 @@ from qtool.evaluation.metrics.compare import (
     Interval,
     agreement,
     drop,
-    majority,
     paired_bootstrap,
     paired_interval,
     points,
     value,
 )
 
-__all__ = ["METRICS", "Accuracy", "CountedMetric", "InMemoryMetric", "Interval", "agreement", "drop", "majority"]
+__all__ = ["METRICS", "Accuracy", "CountedMetric", "InMemoryMetric", "Interval", "agreement", "drop"]
 __all__ += ["paired_bootstrap", "paired_interval", "points", "value"]

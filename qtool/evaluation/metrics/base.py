@@ -3,6 +3,7 @@
 import inspect
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ Floats = NDArray[np.float64]
 INTEGER, REAL, TEXT = datasets.Value("int64"), datasets.Value("float64"), datasets.Value("string")
 
 
-class InMemoryMetric(evaluate.Metric):  # type: ignore[misc]
+class InMemoryMetric(evaluate.Metric, ABC):  # type: ignore[misc]
     """A metric that leaves nothing on disk, so that it works on read-only machines and in parallel runs.
 
     `name_` is its name in `METRICS` and in what `compute` returns, `columns` are the types of one prediction and one
@@ -66,9 +67,9 @@ class InMemoryMetric(evaluate.Metric):  # type: ignore[misc]
         return any(prediction is None for prediction in predictions)
 
     @classmethod
+    @abstractmethod
     def statistic(cls, predictions: Column, references: Column) -> Callable[[Floats], Floats]:
         """The value `[...]` as a function of weights `[..., examples]`: how often each example occurs."""
-        raise NotImplementedError
 
     @staticmethod
     def drop(candidate: Floats, baseline: Floats) -> Floats:
@@ -80,9 +81,9 @@ class CountedMetric(InMemoryMetric):
     """A function of sums over examples: what parts of a data set contribute can be added."""
 
     @staticmethod
+    @abstractmethod
     def counts(predictions: Column, references: Column) -> Floats:
         """What each example adds to the sums, `[examples, k]`."""
-        raise NotImplementedError
 
     @staticmethod
     def value(sums: Floats) -> Floats:

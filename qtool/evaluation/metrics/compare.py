@@ -44,11 +44,6 @@ def drop(metric: str, candidate: float, baseline: float) -> float:
     return float(_named(metric).drop(np.float64(candidate), np.float64(baseline)))
 
 
-def majority(references: Sequence[int]) -> float:
-    """Accuracy, in points, of always answering the most frequent class: `100 · max_k n_k / n`."""
-    return 100.0 * float(np.bincount(np.asarray(references)).max()) / len(references)
-
-
 def agreement(candidate: Column, baseline: Column) -> float:
     """Percent of examples on which both predict the same, `100 · sum(c_i == b_i) / n`; NaN where one is missing.
 

@@ -7,7 +7,7 @@ nowhere else. Adding an architecture adds a row to `FAMILIES`; a type without on
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from qtool.errors import InputError
@@ -80,11 +80,27 @@ class Anatomy:
 
 
 @dataclass(frozen=True)
+class HeadModule:
+    """A module of a pooler or head as the layers that it runs in order: pairs of a kind and a path inside the module.
+
+    Kinds: `linear` (what follows gives its grid), `hidden` (a linear whose output leaves the module), `output` (logits),
+    `norm`, `tanh`, `gelu`, and `act`, the model's own activation. An empty path is the module itself. With `first` only
+    token 0 of a text goes in.
+    """
+
+    path: str
+    layers: tuple[tuple[str, str], ...]
+    first: bool = False
+
+
+@dataclass(frozen=True)
 class Family:
     """Architectures that share a layout. `tables` and `blocks` are paths in the base model, `block_parts` in a block.
 
     Names that share a path are rows of one fused matrix, in this order: one stretch each, or, with `interleaved`, one
-    stretch a head. The heads of an encoder see both sides of a token; a decoder's only what was before it.
+    stretch a head. The heads of an encoder see both sides of a token; a decoder's only what was before it. Post-norm
+    encoders name their LayerNorms (`embeddings` in the base model, `attention` and `ffn` in a block) and what their heads
+    run, by kind of head; `pooled` are the kinds that start from the pooler's output.
     """
 
     tables: Mapping[str, str]
@@ -92,6 +108,24 @@ class Family:
     block_parts: Mapping[str, str]
     decoder: bool = False
     interleaved: bool = False
+    norms: Mapping[str, str] = field(default_factory=dict)
+    heads: Mapping[str, tuple[HeadModule, ...]] = field(default_factory=dict)
+    pooled: tuple[str, ...] = ()
+
+
+POOLER = HeadModule("pooler", (("linear", "dense"), ("tanh", "tanh")), first=True)
+"""What a pooler in the base model runs."""
+
+
+def _heads(*classes: HeadModule, masked: tuple[HeadModule, ...]) -> dict[str, tuple[HeadModule, ...]]:
+    """The heads of an encoder: `classes` for texts and `masked` for masked tokens; tags and answers are one product."""
+    return {
+        "encoder": (),
+        "sequence-classification": classes,
+        "token-classification": (HeadModule("classifier", (("output", ""),)),),
+        "question-answering": (HeadModule("qa_outputs", (("output", ""),)),),
+        "masked-lm": masked,
+    }
 
 
 def _parts(query: str, key: str, value: str, output: str, *ffn: str) -> dict[str, str]:
@@ -107,10 +141,50 @@ _WORD, _POSITION, _TYPE = (
 )
 _SELF = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_NORMS = {"embeddings": "embeddings.LayerNorm", "attention": "attention.output.LayerNorm", "ffn": "output.LayerNorm"}
 _BERT = Family(
     {"word": _WORD, "position": _POSITION, "token_type": _TYPE},
     "encoder.layer",
     _parts(*_SELF, "intermediate.dense", "output.dense"),
+    norms=_NORMS,
+    heads=_heads(
+        HeadModule("classifier", (("output", ""),)),
+        masked=(
+            HeadModule(
+                "cls",
+                (
+                    ("linear", "predictions.transform.dense"),
+                    ("act", "predictions.transform.act"),
+                    ("norm", "predictions.transform.LayerNorm"),
+                    ("output", "predictions.decoder"),
+                ),
+            ),
+        ),
+    ),
+    pooled=("sequence-classification",),
+)
+_ROBERTA = replace(
+    _BERT,
+    heads=_heads(
+        HeadModule("classifier", (("linear", "dense"), ("tanh", "tanh"), ("output", "out_proj")), first=True),
+        masked=(
+            HeadModule(
+                "lm_head", (("linear", "dense"), ("gelu", "act"), ("norm", "layer_norm"), ("output", "decoder"))
+            ),
+        ),
+    ),
+    pooled=(),
+)
+_ELECTRA = replace(
+    _BERT,
+    heads=_heads(
+        HeadModule("classifier", (("linear", "dense"), ("gelu", "act"), ("output", "out_proj")), first=True),
+        masked=(
+            HeadModule("generator_predictions", (("linear", "dense"), ("gelu", "act"), ("norm", "LayerNorm"))),
+            HeadModule("generator_lm_head", (("output", ""),)),
+        ),
+    ),
+    pooled=(),
 )
 _LLAMA = Family(
     {"word": "embed_tokens"},
@@ -122,6 +196,17 @@ _DISTILBERT = Family(
     {"word": _WORD, "position": _POSITION},
     "transformer.layer",
     _parts(*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2"),
+    norms={"embeddings": "embeddings.LayerNorm", "attention": "sa_layer_norm", "ffn": "output_layer_norm"},
+    heads=_heads(
+        HeadModule("pre_classifier", (("hidden", ""),)),  # transformers applies ReLU behind it, as to any numbers
+        HeadModule("classifier", (("output", ""),)),
+        masked=(
+            HeadModule("vocab_transform", (("linear", ""),)),
+            HeadModule("activation", (("act", ""),)),
+            HeadModule("vocab_layer_norm", (("norm", ""),)),
+            HeadModule("vocab_projector", (("output", ""),)),
+        ),
+    ),
 )
 _GPT2 = Family(
     {"word": "wte", "position": "wpe"},
@@ -150,7 +235,9 @@ _GPTJ = Family(
 )
 
 FAMILIES: dict[str, Family] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    "bert": _BERT,
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA),
+    "electra": _ELECTRA,
     **dict.fromkeys(("llama", "mistral", "qwen2"), _LLAMA),
     "distilbert": _DISTILBERT,
     "gpt2": _GPT2,
@@ -180,6 +267,11 @@ HEADS: dict[str, str] = {
 
 _SAME_AS_LINEAR = frozenset({"FalconLinear"})
 """Subclasses of Linear whose forward is another spelling of `x @ W^T + b`."""
+
+
+def position_padding(config: Any) -> int | None:
+    """The padding index behind which RoBERTa and its kin count positions, over tokens that are not it; else None."""
+    return config.pad_token_id if config.model_type in _POSITIONS_BEHIND_PADDING else None
 
 
 def max_tokens(config: Any) -> int | None:

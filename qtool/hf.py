@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qtool import nn
 from qtool.anatomy import FAMILIES
 from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, manifest_of_tensors
+from qtool.encoder import integrate
 from qtool.errors import InputError, UnavailableError
 
 REPEATABLE = "qtool_sdpa_float64"
@@ -81,8 +82,7 @@ class QtoolQuantizer(HfQuantizer):
             check_manifest([Path(file) for file in checkpoint_files], self.quantization_config.tensors)
         modules = paths_in(model, self.quantization_config.modules)
         _refuse_shared_tables(model, modules)
-        nn.install(model, modules, dtype=self.dtype)
-        repeatable_attention(model)
+        adapt(model, modules, dtype=self.dtype)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         """None: tensors of an artifact have the names of the modules, also where a float checkpoint uses others."""
@@ -111,6 +111,13 @@ class QtoolQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Integer codes have no gradient."""
         return False
+
+
+def adapt(model: Any, modules: Mapping[str, Mapping[str, Any]], *, dtype: torch.dtype) -> None:
+    """Replace what `modules` describes by empty quantized modules, and give the model the forward they need."""
+    nn.install(model, modules, dtype=dtype)
+    repeatable_attention(model)
+    integrate(model)
 
 
 def _wide_sdpa(
@@ -159,20 +166,24 @@ def paths_in(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     for path, description in modules.items():
         target = here(path)
         if target is not None:
-            found[target] = {**description, **_table_in(model, description, here)}
+            found[target] = _retabled(model, description, here)
         elif not headed or path.startswith(prefix):
             raise InputError(f"{type(model).__name__} has no module {path}, which the artifact quantizes")
     return found
 
 
-def _table_in(model: Any, description: Mapping[str, Any], here: Callable[[str], str | None]) -> dict[str, str]:
-    """The entry that says where a tied layer's table is in `model`. Raises InputError when it is nowhere."""
-    if "table" not in description:
-        return {}
-    table = here(description["table"])
-    if table is None:
-        raise InputError(f"{type(model).__name__} has no table {description['table']}, which the artifact shares")
-    return {"table": table}
+def _retabled(
+    model: Any, description: Mapping[str, Any], here: Callable[[str], str | None]
+) -> Mapping[str, Any]:
+    """A description whose shared table is named by its path in `model`. Raises InputError when it is nowhere."""
+    changes: dict[str, Any] = {}
+    if "table" in description:
+        changes["table"] = here(description["table"])
+        if changes["table"] is None:
+            raise InputError(f"{type(model).__name__} has no table {description['table']}, which the artifact shares")
+    if "parts" in description:
+        changes["parts"] = {role: _retabled(model, part, here) for role, part in description["parts"].items()}
+    return {**description, **changes}
 
 
 def _refuse_shared_tables(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:
@@ -181,7 +192,7 @@ def _refuse_shared_tables(model: Any, modules: Mapping[str, Mapping[str, Any]]) 
     Raises InputError for a class with such a layer; the class that was quantized has none.
     """
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-        if source.rpartition(".")[0] in modules:
+        if any(source.startswith(f"{path}.") for path in modules):
             raise InputError(
                 f"{type(model).__name__} shares {target} with an embedding table that is quantized in this artifact; "
                 "load it as the class in its config.json, or as AutoModel"

@@ -33,11 +33,10 @@ from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
 from qtool.checkpoint import Checkpoint, load_config, open_float, opened, sha256, skeleton, tied_names
 from qtool.errors import InputError, QtoolError
-from qtool.hf import repeatable_attention
+from qtool.hf import adapt
 from qtool.kernels import backend, reference
 from qtool.methods import build, entry
 from qtool.methods.base import Method, Plan
-from qtool.nn import install
 from qtool.recipe import Recipe
 from qtool.rundir import RunDirectory
 from qtool.stream import Call, Reader, Stream, give_back
@@ -99,8 +98,7 @@ class Job:
         for key, value in self.plan.config.items():
             setattr(config, key, value)
         model = skeleton(config)
-        install(model, self.plan.modules, dtype=torch.float32)
-        repeatable_attention(model)
+        adapt(model, self.plan.modules, dtype=torch.float32)
         return model
 
     def stored_names(self, model: Any) -> list[str]:
@@ -174,10 +172,12 @@ def calibrate(job: Job, batches: Batches) -> Generator[Event, None, Statistics]:
     stream = Stream(job.model, job.anatomy, job.checkpoint.tensor)
     states: dict[tuple[str, str], Any] = {}
     flow: list[tuple[torch.Tensor, tuple[Call, ...]]] = []
-    for index, unit in enumerate(job.anatomy.units[:-1]):
+    observed = job.observed()
+    units = job.anatomy.units if job.anatomy.head.name in observed else job.anatomy.units[:-1]
+    for index, unit in enumerate(units):
         started = time.perf_counter()
-        yield Progress("calibrate", unit.name, index, len(job.anatomy.blocks) + 1)
-        observers = {path: OBSERVERS[name]() for path, name in job.observed().get(unit.name, {}).items()}
+        yield Progress("calibrate", unit.name, index, len(units))
+        observers = {site: OBSERVERS[name]() for site, name in observed.get(unit.name, {}).items()}
         with stream.loaded(unit):
             if unit.kind == "embeddings":
                 for batch in batches.batches:
@@ -185,27 +185,40 @@ def calibrate(job: Job, batches: Batches) -> Generator[Event, None, Statistics]:
                     give_back()
             else:
                 for number, (hidden, calls) in enumerate(flow):
-                    with _watching(stream.model, observers, batches.batches[number]["attention_mask"].bool()):
-                        flow[number] = stream.block(unit, hidden, calls[index - 1]), calls
+                    batch = batches.batches[number]
+                    with _watching(stream.model, observers, batch["attention_mask"].bool()):
+                        if unit.kind == "head":
+                            stream.head(batch, hidden)
+                        else:
+                            flow[number] = stream.block(unit, hidden, calls[index - 1]), calls
                     give_back()
-        for path, observer in observers.items():
-            states[path, job.observed()[unit.name][path]] = observer.state()
-        yield _ended("calibrate", unit, index, len(job.anatomy.blocks) + 1, started)
+        for site, observer in observers.items():
+            states[site, observed[unit.name][site]] = observer.state()
+        yield _ended("calibrate", unit, index, len(units), started)
     return Statistics(states, job.statistics_fingerprint(batches))
 
 
 @contextmanager
 def _watching(model: Any, observers: Mapping[str, Observer], real: torch.Tensor) -> Iterator[None]:
-    """While active, each observer sees the input rows of its module, without padding (`real` is `[batch, tokens]`)."""
+    """While active, each observer sees the rows of its site, without padding (`real` is `[batch, tokens]`).
+
+    A site is a module's path, for its input, or `path:output`; other words after the colon tell sites of one input apart.
+    """
+
+    def show(observer: Observer, tensor: torch.Tensor) -> None:
+        rows = tensor.flatten(0, -2)
+        # An expert sees only the tokens that were sent to it: then nobody knows which are padding.
+        observer.update(rows[real.flatten()] if len(rows) == real.numel() else rows)
+
     with ExitStack() as stack:
-        for path, observer in observers.items():
-
-            def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...], observer: Observer = observer) -> None:
-                rows = args[0].flatten(0, -2)
-                # An expert sees only the tokens that were sent to it: then nobody knows which are padding.
-                observer.update(rows[real.flatten()] if len(rows) == real.numel() else rows)
-
-            stack.callback(model.get_submodule(path).register_forward_pre_hook(watch).remove)
+        for site, observer in observers.items():
+            path, _, what = site.partition(":")
+            module = model.get_submodule(path)
+            if what == "output":
+                handle = module.register_forward_hook(lambda _, __, out, seen=observer: show(seen, out))
+            else:
+                handle = module.register_forward_pre_hook(lambda _, args, seen=observer: show(seen, args[0]))
+            stack.callback(handle.remove)
         yield
 
 
@@ -252,6 +265,7 @@ def _lower_all(
     job: Job, run: RunDirectory, statistics: Statistics | None, inputs: Mapping[str, torch.Tensor]
 ) -> Generator[Event, None, dict[str, torch.Tensor]]:
     """Pass 2. Returns the golden outputs, computed from the shards as they lie on disk."""
+    job.lowering.resolve(job.plan, statistics)
     model = job.lowered_skeleton()
     names = job.stored_names(model)
     stream = Stream(model, job.anatomy, _shard_reader(job, run))

@@ -35,18 +35,107 @@ class MinMax(Observer):
         """Raises InputError when an activation is NaN or infinite: a range would be meaningless."""
         if rows.numel() == 0:
             return
-        low, high = torch.aminmax(rows.float())
-        if not (low.isfinite() and high.isfinite()):
-            raise InputError("the float model computes NaN or infinity on the calibration data")
+        low, high = _finite(torch.aminmax(rows.float()))
         self._min, self._max = torch.minimum(self._min, low), torch.maximum(self._max, high)
         self._tokens += len(rows)
 
     def state(self) -> State:
         """Raises InputError when nothing was seen."""
         if self._tokens == 0:
-            raise InputError("calibration saw no token; every row of the data is empty")
+            raise InputError(_NOTHING)
         return {"min": self._min, "max": self._max, "tokens": torch.tensor(self._tokens)}
 
 
-OBSERVERS: dict[str, type[Observer]] = {"minmax": MinMax}
+class Channels(Observer):
+    """The range of every channel, and the tokens seen. State: `min`, `max` float32 `[features]`, `tokens` int64."""
+
+    def __init__(self) -> None:
+        self._range: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tokens = 0
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Raises InputError when an activation is NaN or infinite."""
+        if rows.numel() == 0:
+            return
+        low, high = _finite(rows.float().aminmax(dim=0))
+        if self._range is not None:
+            low, high = torch.minimum(self._range[0], low), torch.maximum(self._range[1], high)
+        self._range, self._tokens = (low, high), self._tokens + len(rows)
+
+    def state(self) -> State:
+        """Raises InputError when nothing was seen."""
+        if self._range is None:
+            raise InputError(_NOTHING)
+        return {"min": self._range[0], "max": self._range[1], "tokens": torch.tensor(self._tokens)}
+
+
+class Histogram(Observer):
+    """How often each magnitude occurs in every channel, on bins that widen as larger values come.
+
+    State: `counts` int64 `[features, BINS]`, `width` float32 `[features]` (of a bin; a power of two), `tokens` int64. Bin i
+    holds `i·width ≤ |x| < (i+1)·width`. A range that grows halves the resolution by adding neighbours, so counts stay exact.
+    """
+
+    BINS = 512
+
+    def __init__(self) -> None:
+        self._counts: torch.Tensor | None = None
+        self._exponent = torch.empty(0, dtype=torch.int32)
+        self._tokens = 0
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Raises InputError when an activation is NaN or infinite."""
+        if rows.numel() == 0:
+            return
+        size = rows.float().abs()
+        (peak,) = _finite((size.amax(0),))
+        needed = torch.frexp(peak).exponent.where(peak > 0, -126)  # peak < 2^needed
+        if self._counts is None:
+            self._counts = torch.zeros((rows.shape[1], self.BINS), dtype=torch.int64)
+            self._exponent = needed
+        self._widen(needed - self._exponent)
+        bins = torch.ldexp(size, 9 - self._exponent).long().clamp_(max=self.BINS - 1)
+        flat = bins + self.BINS * torch.arange(rows.shape[1])
+        self._counts += torch.bincount(flat.flatten(), minlength=self._counts.numel()).view_as(self._counts)
+        self._tokens += len(rows)
+
+    def _widen(self, places: torch.Tensor) -> None:
+        """Double the range of channels `places` times, where positive."""
+        assert self._counts is not None
+        for step in range(int(places.max().clamp_min(0))):
+            grows = (places > step).nonzero().flatten()
+            pairs = self._counts[grows].view(len(grows), -1, 2).sum(-1)
+            self._counts[grows] = torch.nn.functional.pad(pairs, (0, self.BINS // 2))
+        self._exponent = self._exponent + places.clamp_min(0)
+
+    def state(self) -> State:
+        """Raises InputError when nothing was seen."""
+        if self._counts is None:
+            raise InputError(_NOTHING)
+        width = torch.ldexp(torch.ones(len(self._exponent)), self._exponent - 9)
+        return {"counts": self._counts, "width": width, "tokens": torch.tensor(self._tokens)}
+
+
+class TokenPeaks(Histogram):
+    """A histogram of the largest magnitude of each token: one channel. For clipping token by token."""
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Raises InputError when an activation is NaN or infinite."""
+        super().update(rows.abs().amax(-1, keepdim=True) if rows.numel() else rows)
+
+
+def _finite(values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    if not all(bool(value.isfinite().all()) for value in values):
+        raise InputError("the float model computes NaN or infinity on the calibration data")
+    return values
+
+
+_NOTHING = "calibration saw no token; every row of the data is empty"
+
+OBSERVERS: dict[str, type[Observer]] = {
+    "minmax": MinMax,
+    "channels": Channels,
+    "histogram": Histogram,
+    "token-peaks": TokenPeaks,
+}
 """Observers by the name that recipes and methods use."""

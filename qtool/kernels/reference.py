@@ -6,12 +6,17 @@ within 255 · 64 · 2 = 32,640 and are exact there too. Where neither holds, tor
 """
 
 import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from qtool.numerics.qtensor import untile
+from qtool.numerics.dyadic import rescale
+from qtool.numerics.qtensor import rows_of
 
 QMAX = 127
 _TINY = torch.finfo(torch.float32).tiny
@@ -99,14 +104,235 @@ def quantize_static(x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor,
     return codes, x.mul(0).sum(dim=-1, keepdim=True).add_(scale)
 
 
+# Integer-only operations (I-BERT, Kim et al. 2021). docs/math.md numbers the equations and bounds the errors.
+
+RECIPROCAL_BITS = 46
+"""Fixed-point places of 1/σ in LayerNorm and of 1/Σ in softmax: quotients stay below 2^47, products in int64."""
+NORM_BITS = 30
+"""A normalised value y/(σ·√n) is an integer in units of 2^-30."""
+SCORE_BITS = 24
+"""Attention scores saturate at ±2^23 units of ln2/2^grid: far beyond what exp can tell from zero."""
+_EXTRA_BITS = 22  # of a row's reciprocal beyond its largest value: codes are then off by at most 2^-22 before rounding
+_ROOT_BITS = 60  # a variance is shifted up to about this length before its root is taken
+_EXP_A, _EXP_B, _EXP_C = 0.35815147, 1.3536624322664372, 0.3437225370424528
+_EXP_OCTAVES = 30  # exp(-30 ln 2) = 1e-9 and everything below it is zero
+
+
+def saturate(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Clip to the symmetric range of `bits`, ±(2^(bits-1) - 1), as int32; counted inside `counting_saturation`."""
+    limit = (1 << (bits - 1)) - 1
+    meter = _METER.get()
+    if meter is not None:
+        meter.add(int((x.abs() > limit).sum()), x.numel())
+    return x.clamp(-limit, limit).int()
+
+
+class SaturationMeter:
+    """How many values were clipped, and how many there were, by the `site` that was named last."""
+
+    def __init__(self) -> None:
+        self.site = ""
+        self.counts: dict[str, tuple[int, int]] = {}
+
+    def add(self, clipped: int, values: int) -> None:
+        """Count values of the present site."""
+        before = self.counts.get(self.site, (0, 0))
+        self.counts[self.site] = before[0] + clipped, before[1] + values
+
+
+_METER: ContextVar[SaturationMeter | None] = ContextVar("saturation meter", default=None)
+
+
+@contextmanager
+def counting_saturation(meter: SaturationMeter) -> Iterator[None]:
+    """While active, `saturate` reports to `meter`."""
+    token = _METER.set(meter)
+    try:
+        yield
+    finally:
+        _METER.reset(token)
+
+
+def bit_length(n: torch.Tensor) -> torch.Tensor:
+    """Binary digits of int64 `n` ≥ 0, as Python's `int.bit_length`."""
+    powers = torch.bitwise_left_shift(1, torch.arange(63, device=n.device))
+    return (n.unsqueeze(-1) >= powers).sum(-1)
+
+
+def isqrt(n: torch.Tensor) -> torch.Tensor:
+    """floor(√n) of int64 `0 ≤ n < 2^62` by Newton's method (math.md, 7)."""
+    x = torch.bitwise_left_shift(1, (bit_length(n) + 1) >> 1)
+    for _ in range(8):  # enough from this start for 62 bits; the minimum keeps a root that was reached
+        x = torch.minimum(x, (x + torch.div(n, x, rounding_mode="floor")) >> 1)
+    return x.where(n > 0, 0)
+
+
+def quantize_rows(x: torch.Tensor, *, unsigned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token-wise INT8 in integers (math.md, 3): int32 `[..., in]` → int8 codes and the row's largest magnitude.
+
+    `x ≈ codes · amax / 127`, or for non-negative rows, `unsigned`, `(codes + 127) · amax / 254`. amax is int64
+    `[..., 1]`, at least 1; |codes| ≤ 127 without a clip.
+    """
+    wide = x.long()
+    amax = wide.abs().amax(-1, keepdim=True).clamp_min(1)
+    places = bit_length(amax) + _EXTRA_BITS
+    factor = torch.div(
+        torch.bitwise_left_shift(2 * QMAX if unsigned else QMAX, places), amax, rounding_mode="floor"
+    )
+    codes = (wide * factor + torch.bitwise_left_shift(1, places - 1)) >> places
+    return (codes - QMAX if unsigned else codes).to(torch.int8), amax
+
+
+def shift_round(x: torch.Tensor, places: torch.Tensor | int) -> torch.Tensor:
+    """`x / 2^places` rounded half up, int64; `places` may be 0."""
+    half = torch.bitwise_left_shift(1, torch.as_tensor(places, dtype=torch.int64)) >> 1
+    return (x + half) >> places
+
+
+def integer_gelu(x: torch.Tensor, root: torch.Tensor, one: torch.Tensor, pre_shift: int) -> torch.Tensor:
+    """i-GELU (I-BERT, eq. 8; math.md, 5): int32 → int64, the product `q · (erf + 1)` before it is rescaled.
+
+    With scale S of `x` and Se = S/√2: `root` = floor(1.769/Se), `one` = round(1/(0.2888·Se²)), both int64 scalars.
+    """
+    x = x.long()
+    missing = root - torch.minimum(x.abs(), root)
+    erf = x.sign() * (one - missing * missing)
+    return x * shift_round(erf + one, pre_shift)
+
+
+def exp_constants(grid: int) -> tuple[int, int]:
+    """(b, c) of i-exp in units of ln2/2^grid and of its output, for `integer_exp`."""
+    unit = math.log(2) / (1 << grid)
+    return math.floor(_EXP_B / unit + 0.5), math.floor(_EXP_C / (_EXP_A * unit * unit) + 0.5)
+
+
+def integer_exp(distance: torch.Tensor, grid: int) -> torch.Tensor:
+    """i-exp (I-BERT, eq. 13; math.md, 4) of `-distance · ln2/2^grid`: int ≥ 0 → int, `exp(0)` = b² + c.
+
+    With octaves of 2^grid there is no division: the quotient is a shift, the remainder a mask.
+    """
+    b, c = exp_constants(grid)
+    octave = distance >> grid
+    root = b - (distance & ((1 << grid) - 1))
+    return ((root * root + c) >> octave.clamp(max=_EXP_OCTAVES)).masked_fill_(octave >= _EXP_OCTAVES, 0)
+
+
+def integer_softmax(scores: torch.Tensor, allowed: torch.Tensor, grid: int, bits: int) -> torch.Tensor:
+    """i-softmax (math.md, 6) over the last axis: int32 scores in units of ln2/2^grid → int32 in units of 2^-bits.
+
+    `allowed` is boolean and broadcasts: other keys get 0, and so does a whole row without an allowed key.
+    """
+    lowest = torch.iinfo(scores.dtype).min
+    top = scores.masked_fill(~allowed, lowest).amax(-1, keepdim=True)
+    weights = integer_exp((top - scores).clamp_(min=0), grid).masked_fill_(~allowed, 0)
+    total = weights.sum(-1, keepdim=True, dtype=torch.int64)
+    reciprocal = torch.div(1 << RECIPROCAL_BITS, total.clamp_min(1), rounding_mode="floor")
+    places = RECIPROCAL_BITS - bits
+    return weights.long().mul_(reciprocal).add_(1 << (places - 1)).bitwise_right_shift_(places).clamp_(
+        max=(1 << bits) - 1
+    ).int()
+
+
+def integer_tanh(x: torch.Tensor, grid: int) -> torch.Tensor:
+    """i-tanh (math.md, 8) of `x · ln2/2^grid`: int32 → int32 in units of 2^-15, odd, |result| ≤ 32767."""
+    x = x.long()
+    one = sum(value * value if i == 0 else value for i, value in enumerate(exp_constants(grid)))
+    power = integer_exp(2 * x.abs(), grid)
+    value = torch.div(((one - power) << 15) + ((one + power) >> 1), one + power, rounding_mode="floor")
+    return (x.sign() * value.clamp(max=(1 << 15) - 1)).int()
+
+
+Rescale = tuple[torch.Tensor, torch.Tensor]
+"""A dyadic number a channel: int32 `multiplier` and `shift` that broadcast against the last axis."""
+
+
+def integer_linear(
+    codes: torch.Tensor,
+    amax: torch.Tensor | None,
+    weight: Operand,
+    row_sums: torch.Tensor | None,
+    align: torch.Tensor,
+    bias: torch.Tensor,
+    to_output: Rescale,
+    bits: int,
+) -> torch.Tensor:
+    """int8 `[..., in]` → int32 `[..., out]` of `bits` (math.md, 2 and 3).
+
+    `Σ codes·W`, times the row's `amax` and shifted by `align` to the unit that all rows share, plus int32 `bias`,
+    rescaled and saturated. `row_sums`, int32 `[out]`, adds the 127 that codes of non-negative rows lack.
+    """
+    acc = int8_gemm(codes.reshape(-1, codes.shape[-1]), weight).view(*codes.shape[:-1], -1)
+    if row_sums is not None:
+        acc = acc + QMAX * row_sums
+    total = acc.long()
+    if amax is not None:
+        total = shift_round(total * amax, align)
+    return saturate(rescale(total + bias, *to_output), bits)
+
+
+def integer_norm(
+    x: torch.Tensor, eps: torch.Tensor, to_output: Rescale, bias: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """i-LayerNorm (I-BERT, section 3.6; math.md, 7): int32 `[..., n]` of up to 24 bits → int32 of `bits`.
+
+    `eps` is n·ε in units of the squared input. Small variances get up to 15 more binary places before the root.
+    """
+    n = x.shape[-1]
+    wide = x.long()
+    mean = torch.div(2 * wide.sum(-1, keepdim=True) + n, 2 * n, rounding_mode="floor")
+    y = wide - mean
+    variance = (y * y).sum(-1, keepdim=True) + eps
+    extra = ((_ROOT_BITS - bit_length(variance)) >> 1).clamp(0, 15)
+    root = isqrt(torch.bitwise_left_shift(variance, 2 * extra)).clamp_min(1)
+    inverse = torch.div(torch.bitwise_left_shift(1, extra + RECIPROCAL_BITS), root, rounding_mode="floor")
+    limit = (1 << (NORM_BITS + 1)) - 1
+    normal = shift_round(y * inverse, RECIPROCAL_BITS - NORM_BITS).clamp_(-limit, limit)
+    return saturate(rescale(normal, *to_output) + bias, bits)
+
+
+def integer_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    real: torch.Tensor,
+    align: torch.Tensor,
+    to_scores: Rescale,
+    to_context: Rescale,
+    *,
+    grid: int,
+    bits: int,
+    context_bits: int,
+) -> torch.Tensor:
+    """Attention in integers (math.md, 9): int32 query, int8 key and value `[batch, tokens, heads, size]`.
+
+    Each query row of a head is quantized to INT8 by its own largest value. `real` is boolean `[batch, tokens]`: false
+    keys get no weight. `to_scores` leads to units of ln2/2^grid and is `[heads, 1, 1]`, `to_context` `[heads, 1, size]`;
+    probabilities have `bits` bits. Returns int32 `[batch, tokens, heads · size]` of `context_bits`.
+    """
+    codes, amax = quantize_rows(query.transpose(1, 2))
+    products = codes.int() @ key.int().permute(0, 2, 3, 1)
+    scores = saturate(rescale(shift_round(products * amax, align), *to_scores), SCORE_BITS)
+    weights = integer_softmax(scores, real[:, None, None, :], grid, bits)
+    context = rescale(weights @ value.int().transpose(1, 2), *to_context)
+    return saturate(context, context_bits).transpose(1, 2).flatten(2)
+
+
 class Reference:
     """The backend that the others are compared with."""
 
     name = "reference"
+    saturate = staticmethod(saturate)
+    rescale = staticmethod(rescale)
+    quantize_rows = staticmethod(quantize_rows)
+    integer_linear = staticmethod(integer_linear)
+    integer_norm = staticmethod(integer_norm)
+    integer_attention = staticmethod(integer_attention)
+    integer_gelu = staticmethod(integer_gelu)
+    integer_tanh = staticmethod(integer_tanh)
 
     def prepare(self, codes: torch.Tensor, shape: tuple[int, int]) -> Operand:
-        """A row-major operand from tiled codes of logical `shape` `(out, in)`."""
-        return operand(untile(codes, shape))
+        """A row-major operand from codes of logical `shape` `(out, in)` in either layout."""
+        return operand(rows_of(codes, shape))
 
     def int8_linear(
         self,

@@ -31,6 +31,12 @@ class Entry:
 
 
 METHODS: dict[str, Entry] = {
+    "ibert": Entry(
+        "qtool.methods.ibert:IBert",
+        "the whole encoder in integer arithmetic, from token ids to logits, without retraining",
+        "ibert",
+        "real: integers only, the same logits everywhere",
+    ),
     "zeroquant": Entry(
         "qtool.methods.zeroquant:ZeroQuant",
         "INT8 weights per channel, token-wise dynamic INT8 activations (W8A8); float LayerNorm, softmax and GELU",

@@ -1,17 +1,22 @@
 """What a method is: a class that says what it does to each unit of a model, and does it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from qtool.anatomy import Anatomy, Unit
 from qtool.calibrate.statistics import Statistics
 from qtool.nn import QModule
+from qtool.numerics import QTensor
 from qtool.recipe import Recipe
 from qtool.stream import Reader
+
+_ROWS = 4096
 
 PHASES = ("shape", "lower", "attach")
 """Methods run in this order; exactly one of a recipe's methods lowers."""
@@ -61,6 +66,9 @@ class Method(ABC):
         """Module path → name of the observer that watches its input."""
         return {}
 
+    def resolve(self, plan: Plan, statistics: Statistics | None) -> None:  # noqa: B027 (most have nothing to freeze)
+        """Freeze what crosses the borders of units, before the first is lowered."""
+
     @abstractmethod
     def lower(self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None) -> dict[str, QModule]:
         """Filled modules by path. `weights(name)` reads a float tensor of the source."""
@@ -68,3 +76,19 @@ class Method(ABC):
     def report(self) -> dict[str, dict[str, float]]:
         """Figures by module path, of the units that were lowered in this process."""
         return self._report
+
+
+def weight_sqnr_db(weight: torch.Tensor, tensor: QTensor) -> float:
+    """Signal to quantization noise of `tensor` for float `weight` `[rows, columns]`, in dB; 999 for an exact matrix."""
+    noise = signal = 0.0
+    # In stretches of rows: float64 copies of a whole vocabulary table would take more memory than all else.
+    for rows, stored in zip(weight.split(_ROWS), tensor.dequantize().split(_ROWS), strict=True):
+        exact = rows.double()
+        noise += (exact - stored.double()).square().sum().item()
+        signal += exact.square().sum().item()
+    return decibels(signal, noise)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10·log10(signal / noise) to two places; 999 where one of them is zero."""
+    return round(10 * math.log10(signal / noise), 2) if noise > 0 and signal > 0 else 999.0

@@ -5,7 +5,6 @@ Every Linear of every block (GPT-2's Conv1D too) runs as an int8 × int8 → int
 Embedding tables are stored as integers with a scale a row; the head stays in float, as do LayerNorm, softmax and GELU.
 """
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -14,7 +13,7 @@ from pydantic import Field
 from qtool.anatomy import Anatomy, Part, Unit, matrix_kind
 from qtool.calibrate.statistics import Statistics
 from qtool.errors import InputError
-from qtool.methods.base import Method, Options, Plan
+from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
 from qtool.nn import MODULES, QEmbedding, QLinear, QModule
 from qtool.numerics import QTensor, QuantSpec
 from qtool.recipe import Spec
@@ -22,7 +21,6 @@ from qtool.rounding import ROUNDINGS
 from qtool.stream import Reader
 
 _QMAX = 127
-_ROWS = 4096
 
 
 class ZeroQuantOptions(Options):
@@ -108,7 +106,7 @@ class ZeroQuant(Method):
                     module.bias = weights(f"{path}.bias")
                 if statistics is not None and _is_static(description):
                     module.act_scale = _static_scale(statistics, path)
-            self._report[path] = _figures(weight, tensor)
+            self._report[path] = {"weight_sqnr_db": weight_sqnr_db(weight, tensor)}
             lowered[path] = module
         return lowered
 
@@ -127,17 +125,6 @@ def _static_scale(statistics: Statistics, path: str) -> torch.Tensor:
     state = statistics.state(path, "minmax")
     largest = torch.maximum(state["max"], -state["min"]).clamp_min(0).reshape(1)
     return torch.where(largest > 0, largest / _QMAX, torch.ones_like(largest))
-
-
-def _figures(weight: torch.Tensor, tensor: QTensor) -> dict[str, float]:
-    """Signal to quantization noise of the weights in dB (infinite for an exact matrix is reported as 999)."""
-    noise = signal = 0.0
-    # In stretches of rows: float64 copies of a whole vocabulary table would take more memory than all else.
-    for rows, stored in zip(weight.split(_ROWS), tensor.dequantize().split(_ROWS), strict=True):
-        exact = rows.double()
-        noise += (exact - stored.double()).square().sum().item()
-        signal += exact.square().sum().item()
-    return {"weight_sqnr_db": round(10 * math.log10(signal / noise), 2) if noise > 0 and signal > 0 else 999.0}
 
 
 def _check_linear(weights: QuantSpec, activations: QuantSpec, shape: Any, path: str) -> None:

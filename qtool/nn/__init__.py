@@ -4,7 +4,7 @@ A description is a JSON-clean dictionary with a `type` from `MODULES`; `quantiza
 module paths to descriptions. Modules know no model names and touch no files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,36 @@ from torch import nn
 
 from qtool.errors import InputError, one_of
 from qtool.nn.embedding import QEmbedding
+from qtool.nn.integer.activation import IntGelu, IntRelu, IntTable, IntTanh
+from qtool.nn.integer.block import IntAttention, IntBlock
+from qtool.nn.integer.chain import IntChain, IntTiedLinear
+from qtool.nn.integer.embedding import IntEmbeddings, IntTableRows
+from qtool.nn.integer.linear import IntLinear
+from qtool.nn.integer.module import IntModule
+from qtool.nn.integer.norm import IntNorm
 from qtool.nn.linear import QLinear
 from qtool.nn.module import QModule
 from qtool.nn.tied import QTiedLinear
 
-MODULES: dict[str, type[QModule]] = {"linear": QLinear, "embedding": QEmbedding, "tied_linear": QTiedLinear}
+MODULES: dict[str, type[QModule]] = {
+    "linear": QLinear,
+    "embedding": QEmbedding,
+    "tied_linear": QTiedLinear,
+    "int_embeddings": IntEmbeddings,
+    "int_rows": IntTableRows,
+    "int_block": IntBlock,
+    "int_attention": IntAttention,
+    "int_linear": IntLinear,
+    "int_tied_linear": IntTiedLinear,
+    "int_norm": IntNorm,
+    "int_table": IntTable,
+    "int_gelu": IntGelu,
+    "int_relu": IntRelu,
+    "int_tanh": IntTanh,
+    "int_chain": IntChain,
+}
 
-__all__ = ["MODULES", "QEmbedding", "QLinear", "QModule", "QTiedLinear", "describe", "install"]
+__all__ = ["MODULES", "IntModule", "QEmbedding", "QLinear", "QModule", "QTiedLinear", "describe", "install", "parts_of"]
 
 
 def install(
@@ -28,7 +51,8 @@ def install(
 
     `dtype` is what the modules return. Raises InputError for a type that this version does not know.
     """
-    shared_last = sorted(descriptions.items(), key=lambda item: "table" in item[1])  # their tables must exist
+    # Those that share a table come last: it must exist.
+    shared_last = sorted(descriptions.items(), key=lambda item: any("table" in d for _, d in parts_of(*item)))
     for path, description in shared_last:
         kind = description["type"]
         if kind not in MODULES:
@@ -39,5 +63,17 @@ def install(
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """The description of every quantized submodule of `model`, by path."""
-    return {path: module.description() for path, module in model.named_modules() if isinstance(module, QModule)}
+    """The description of every quantized submodule of `model`, by path; what a composite contains is in its own."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, QModule) and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = module.description()
+    return found
+
+
+def parts_of(path: str, description: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """A description with its path, or those of all that a composite contains."""
+    if "parts" not in description:
+        yield path, description
+    for part in description.get("parts", {}).values():
+        yield from parts_of(f"{path}.{part['path']}", part)

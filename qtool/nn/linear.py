@@ -1,6 +1,6 @@
 """The linear layer on integer codes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,12 +8,12 @@ from torch import nn
 
 from qtool import kernels
 from qtool.errors import InputError
-from qtool.nn.module import QModule
+from qtool.nn.module import CodesModule
 from qtool.numerics import QuantSpec
 from qtool.numerics.qtensor import stored_dtype, stored_shape
 
 
-class QLinear(QModule):
+class QLinear(CodesModule):
     """`x @ W^T + b` as int8 activations × int8 weights → int32, scaled in float32.
 
     Buffers: `weight`, tiled codes of the logical `[out_features, in_features]` matrix; `weight_scale`, float32
@@ -22,7 +22,6 @@ class QLinear(QModule):
     """
 
     _scales = ("weight_scale", "act_scale")
-    weight: torch.Tensor
     weight_scale: torch.Tensor
     bias: torch.Tensor | None
     act_scale: torch.Tensor | None
@@ -43,7 +42,6 @@ class QLinear(QModule):
         self.register_buffer("bias", torch.empty(self.out_features, device=device) if bias else None)
         static = None if activations.dynamic else torch.empty(1, dtype=torch.float32, device=device)
         self.register_buffer("act_scale", static)
-        self._operand: tuple[torch.Tensor, int, Any] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any leading shape, any float dtype."""
@@ -52,24 +50,8 @@ class QLinear(QModule):
         y = kernels.backend().int8_linear(rows, self._prepared(), self.weight_scale, bias, self.act_scale)
         return y.view(*x.shape[:-1], self.out_features).to(self.output_dtype)
 
-    def _prepared(self) -> Any:
-        """The backend's operand, made once for the weights that are present now."""
-        codes, shape = self.weight, (self.out_features, self.in_features)
-        if codes.is_inference():  # such tensors do not count their changes
-            return kernels.backend().prepare(codes, shape)
-        known = self._operand
-        if known is None or known[0] is not codes or known[1] != codes._version:
-            known = self._operand = codes, codes._version, kernels.backend().prepare(codes, shape)
-        return known[2]
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QLinear":
-        self._operand = None  # or the codes that leave, for the meta device say, would stay in memory
-        super()._apply(fn, recurse)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: they prepare their own operand."""
-        return {**self.__dict__, "_operand": None}
+    def _prepare(self, codes: torch.Tensor) -> Any:
+        return kernels.backend().prepare(codes, (self.out_features, self.in_features))
 
     def description(self) -> dict[str, Any]:
         """Shape and specs."""

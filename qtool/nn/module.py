@@ -39,3 +39,33 @@ class QModule(nn.Module, ABC):
         # What `fn` does to a tensor of the present type, and not to a scale: a move after `.half()` must not undo it.
         self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype, device="cpu")).dtype
         return self
+
+
+class CodesModule(QModule):
+    """A module whose `weight`, int8 codes, is multiplied by: the backend's operand is made once and kept."""
+
+    weight: torch.Tensor
+    _operand: tuple[torch.Tensor, int, Any] | None = None
+
+    @abstractmethod
+    def _prepare(self, codes: torch.Tensor) -> Any:
+        """What the product needs, from the stored codes."""
+
+    def _prepared(self) -> Any:
+        """The operand of the weights that are present now."""
+        codes = self.weight
+        if codes.is_inference():  # such tensors do not count their changes
+            return self._prepare(codes)
+        known = self._operand
+        if known is None or known[0] is not codes or known[1] != codes._version:
+            known = self._operand = codes, codes._version, self._prepare(codes)
+        return known[2]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "CodesModule":
+        self._operand = None  # or the codes that leave, for the meta device say, would stay in memory
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: they prepare their own operand."""
+        return {**self.__dict__, "_operand": None}

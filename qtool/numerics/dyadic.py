@@ -60,9 +60,7 @@ class Dyadic:
         OverflowError when an int64 `acc` breaks its bound: both are mistakes of the caller, not of the input.
         """
         _check_accumulator(acc)
-        shift = self.shift.long()
-        # |acc * m| < 2^62 and the rounding term is at most 2^61, so int64 holds the sum
-        scaled = (acc.long() * self.multiplier + torch.bitwise_left_shift(1, shift - 1)) >> shift
+        scaled = rescale(acc, self.multiplier, self.shift)
         if qmin is not None or qmax is not None:
             scaled = scaled.clamp(qmin, qmax)
         return scaled if qmin is None or qmax is None else scaled.int()
@@ -70,6 +68,13 @@ class Dyadic:
     def to_float(self) -> Tensor:
         """The represented numbers in float64, exact."""
         return self.multiplier.double() / torch.bitwise_left_shift(1, self.shift.long()).double()
+
+
+def rescale(acc: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
+    """`acc * multiplier / 2^shift` rounded half up, int64, without a check of the ranges that `Dyadic` guards."""
+    shift = shift.long()
+    # |acc * m| < 2^62 and the rounding term is at most 2^61, so int64 holds the sum
+    return (acc.long() * multiplier + torch.bitwise_left_shift(1, shift - 1)) >> shift
 
 
 def _check_accumulator(acc: Tensor) -> None:

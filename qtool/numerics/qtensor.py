@@ -102,7 +102,7 @@ class QTensor:
         codes = self.codes
         if self.spec.storage == "nibble":
             codes = unpack_nibbles(codes, TILE_COLUMNS if self.layout == "tiled" else columns)
-        return untile(codes, self.shape) if self.layout == "tiled" else codes.reshape(rows, columns)
+        return rows_of(codes, self.shape)
 
     def dequantize(self) -> Tensor:
         """The values `code * scale`, float32 `[rows, columns]`, rounded once."""
@@ -144,6 +144,11 @@ def tile(codes: Tensor) -> Tensor:
 def untile(stored: Tensor, shape: tuple[int, int]) -> Tensor:
     """The codes `[rows, columns]` that `tile` laid out; `shape` says how much of it is padding."""
     return stored.transpose(1, 2).flatten(2).flatten(0, 1)[: shape[0], : shape[1]].contiguous()
+
+
+def rows_of(stored: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Codes of 5 to 16 bits `[rows, columns]` of logical `shape` in row-major order, from either layout."""
+    return untile(stored, shape) if stored.dim() == 4 else stored.reshape(shape)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""The forward of an encoder whose modules are integer ones (`qtool.nn.integer`).
+
+transformers builds float masks above the blocks, so the base model's forward is replaced whole; what stands around it
+(heads, losses, tuples or dictionaries) stays transformers' own. The model keeps its class: it becomes an instance of a
+subclass with the same name.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from qtool.anatomy import FAMILIES
+from qtool.errors import InputError
+from qtool.nn.integer.embedding import IntEmbeddings
+from qtool.nn.integer.module import leave
+
+_INSIDE: ContextVar[bool] = ContextVar("inside a headed model", default=False)
+_PLACES = 15  # the pooler ends with i-tanh, in units of 2^-15
+_REFUSED = ("inputs_embeds", "output_attentions", "encoder_hidden_states", "encoder_attention_mask", "past_key_values")
+
+
+def integrate(model: Any) -> None:
+    """Give a model of integer modules the forward that goes with them, in place; other models are left alone."""
+    base = model.base_model
+    if not isinstance(getattr(base, "embeddings", None), IntEmbeddings):
+        return
+    base.__class__ = integer_class(type(base), True)
+    if base is not model:
+        model.__class__ = integer_class(type(model), False)
+
+
+class IntegerEncoder:
+    """Marks a model whose forward is one of this file; copies and pickles as its own class does."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        cls: Any = type(self)
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _rebuild, (cls.__mro__[2], cls.is_base), state
+
+
+def _rebuild(cls: type, is_base: bool) -> Any:
+    return object.__new__(integer_class(cls, is_base))
+
+
+@functools.cache
+def integer_class(cls: type, is_base: bool) -> type:
+    """The subclass of a transformers class, under the same name, whose forward computes with integers."""
+    original: Any = cls.forward  # type: ignore[attr-defined]
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        return _base_forward(given.pop("self"), **{**given.pop("kwargs", {}), **given})
+
+    @functools.wraps(original)
+    def headed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _inside():
+            return original(self, *args, **kwargs)
+
+    forward = base_forward if is_base else headed_forward
+    body = {"forward": forward, "is_base": is_base, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (IntegerEncoder, cls), body)
+
+
+@contextmanager
+def _inside() -> Iterator[None]:
+    token = _INSIDE.set(True)
+    try:
+        yield
+    finally:
+        _INSIDE.reset(token)
+
+
+def _base_forward(
+    model: Any,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    token_type_ids: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    output_hidden_states: bool | None = None,
+    return_dict: bool | None = None,
+    **others: Any,
+) -> Any:
+    """ids `[batch, tokens]` → hidden states and pooled output: integers inside a headed model, else floats."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    _refuse(model, input_ids, attention_mask, others)
+    assert input_ids is not None
+    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    hidden = model.embeddings(input_ids, token_type_ids, position_ids)
+    if hasattr(model, "embeddings_project"):
+        hidden = model.embeddings_project(hidden)
+    states = [hidden]
+    for block in model.get_submodule(FAMILIES[model.config.model_type].blocks):
+        states.append(block(states[-1], real))
+    last = states[-1] * real.unsqueeze(-1).int()  # what stands at padding is nobody's business: zero
+    pooler = getattr(model, "pooler", None)
+    pooled = None if pooler is None else pooler(last)
+    wanted = model.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+    def floats(x: torch.Tensor) -> torch.Tensor:
+        return leave(x, model.embeddings.exponent, model.embeddings.output_dtype)
+
+    if not _INSIDE.get():
+        last = floats(last)
+        pooled = pooled if pooled is None else leave(pooled, torch.tensor(_PLACES), model.embeddings.output_dtype)
+    output = BaseModelOutputWithPooling(
+        last_hidden_state=last,
+        pooler_output=pooled,
+        hidden_states=tuple(floats(state) for state in states) if wanted else None,
+    )
+    as_dict = model.config.return_dict if return_dict is None else return_dict
+    return output if as_dict else output.to_tuple()
+
+
+def _refuse(model: Any, ids: torch.Tensor | None, mask: torch.Tensor | None, others: dict[str, Any]) -> None:
+    """Raises InputError for what an integer encoder cannot honour."""
+    name = type(model).__name__
+    if model.config.output_attentions and others.get("output_attentions") is None:
+        others = {**others, "output_attentions": True}
+    asked = [key for key in _REFUSED if others.get(key) is not None and others[key] is not False]
+    if asked or ids is None:
+        raise InputError(f"an integer {name} takes input_ids and no {', '.join(asked or ['other input'])}")
+    if mask is not None and mask.dim() != 2:
+        raise InputError(f"an integer {name} takes an attention mask [batch, tokens], not one of {mask.dim()} axes")

@@ -1,0 +1,289 @@
+"""From float weights and statistics to filled integer modules, one unit at a time."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from qtool.anatomy import Unit
+from qtool.calibrate import ranges
+from qtool.calibrate.statistics import Statistics
+from qtool.errors import InputError
+from qtool.methods.base import weight_sqnr_db
+from qtool.methods.ibert.layout import (
+    ACT_BITS,
+    CONTEXT_BITS,
+    HEAD_BITS,
+    QUERY_BITS,
+    TANH_IN_BITS,
+    TANH_PLACES,
+    IBertOptions,
+    Layout,
+)
+from qtool.nn import MODULES, QModule, install, parts_of
+from qtool.nn.integer.activation import IntGelu, IntTable
+from qtool.numerics import QTensor, QuantSpec
+from qtool.numerics.grid import Grid
+from qtool.recipe import Recipe
+from qtool.rounding import ROUNDINGS
+from qtool.rounding.smooth import smoothing
+from qtool.stream import Reader
+
+_HEADROOM = 2.0
+"""Wide grids cover twice what calibration saw: a bit is cheap there, saturation is not."""
+_LN2 = math.log(2)
+_LOWEST, _NEGLIGIBLE = -16.0, 5e-4  # where an activation's table starts looking, and the value that it may drop
+
+
+class Lowering:
+    """Everything that the units of one model share: statistics, the residual grid, figures of what was lowered.
+
+    `grids` says, for every linear and norm that was lowered, on which grid its output is: what measures errors reads it.
+    """
+
+    def __init__(self, layout: Layout, recipe: Recipe, options: IBertOptions, statistics: Statistics) -> None:
+        self.layout, self.recipe, self.options, self.statistics = layout, recipe, options, statistics
+        self.residual = self._residual()
+        self.figures: dict[str, dict[str, float]] = {}
+        self.grids: dict[str, Grid] = {}
+
+    def unit(self, unit: Unit, descriptions: Mapping[str, Any], weights: Reader) -> dict[str, QModule]:
+        """Filled modules of a unit by path."""
+        self.weights = weights
+        shell = nn.Module()
+        modules: dict[str, QModule] = {}
+        for path, description in descriptions.items():
+            if unit.owns(path):
+                if any("table" in part for _, part in parts_of(path, description)):
+                    self._add_table(shell, descriptions)
+                module = MODULES[description["type"]].from_description(shell, path, description, device="cpu")
+                modules[path] = module
+        if unit.kind == "embeddings":
+            self._embeddings(modules)
+        elif unit.kind == "block":
+            self._block(unit, modules[unit.modules[0]])
+        else:
+            self._head(modules)
+        return modules
+
+    # Statistics
+
+    def _state(self, path: str, observer: str | None = None) -> Any:
+        for name in (observer,) if observer else ("histogram", "channels", "minmax"):
+            if (path, name) in self.statistics.states:
+                return self.statistics.state(path, name)
+        return self.statistics.state(path, observer or "channels")
+
+    def _peak(self, path: str) -> torch.Tensor:
+        return ranges.peak(self._state(path))
+
+    def _residual(self) -> Grid:
+        """A power of two, so that hidden states leave a bare encoder exactly."""
+        paths = [self.layout.block_paths(unit) for unit in self.layout.anatomy.blocks]
+        roles = ("query", "up", "attention_norm", "ffn_norm")
+        largest = max(float(self._peak(path[role]).max()) for path in paths for role in roles)
+        bits = self.options.residual_bits
+        exponent = bits - 1 - int(torch.frexp(torch.tensor(max(largest, 1e-6) * _HEADROOM)).exponent)
+        return Grid(2.0**-exponent, bits)
+
+    def _clipped(self, state: Any, qmax: int = 127) -> torch.Tensor:
+        """The static range of each channel."""
+        how = self.options.clipping
+        if how == "percentile":
+            return ranges.percentile(state, self.options.percentile)
+        return ranges.least_squares(state, qmax) if how == "mse" else ranges.peak(state)
+
+    def _static_scale(self, path: str, smooth: torch.Tensor | None) -> float | None:
+        """The step of static INT8 codes of the input at `path`; None where codes are made token by token."""
+        if self.layout.dynamic(path):
+            return None
+        if self.options.clipping == "token":
+            if smooth is not None:
+                raise InputError("clipping: token looks at whole tokens; set smoothing to null for it")
+            limit = ranges.percentile(self._state(f"{path}:peaks", "token-peaks"), self.options.percentile)
+        else:
+            state = self._state(path)
+            division = torch.ones_like(ranges.peak(state)) if smooth is None else smooth
+            limit = self._clipped(ranges.merged(state, division)) if "counts" in state else self._peak(path) / division
+        return max(float(limit.max()), 1e-30) / 127
+
+    # Weights
+
+    def _smooth(self, peaks: torch.Tensor, *paths: str) -> torch.Tensor | None:
+        alpha = self.options.smoothing
+        return None if alpha is None else smoothing(peaks, [self.weights(f"{path}.weight") for path in paths], alpha)
+
+    def _codes(self, path: str, smooth: torch.Tensor | None = None) -> QTensor:
+        """The rounded matrix at `path`, with the input's division multiplied in."""
+        rule = self.recipe.rule_for(path)
+        weight = self.weights(f"{path}.weight")
+        scaled = weight if smooth is None else (weight.double() * smooth).float()
+        spec = rule.weights or self.recipe.weights.spec
+        codes = ROUNDINGS[self.recipe.weights.rounding](scaled, spec, layout="tiled")
+        self.figures[path] = {"weight_sqnr_db": weight_sqnr_db(scaled, codes)}
+        return codes
+
+    def _bias(self, path: str) -> torch.Tensor | None:
+        return None if self.layout.model.get_submodule(path).bias is None else self.weights(f"{path}.bias").double()
+
+    def _linear(self, module: Any, path: str, source: Grid, target: Grid, **options: Any) -> None:
+        codes = self._codes(path, options.get("smooth"))
+        module.lower(codes, self._bias(path), source, target, **options)
+        self.grids[path] = target
+
+    def _norm(self, module: Any, path: str, source: Grid) -> None:
+        eps = self.layout.model.get_submodule(path).eps
+        module.lower(self.weights(f"{path}.weight"), self.weights(f"{path}.bias"), eps, source, self.residual)
+        self.grids[path] = self.residual
+
+    # Units
+
+    def _table(self, path: str, description: Mapping[str, Any]) -> QTensor:
+        table = QTensor.quantize(self.weights(f"{path}.weight"), QuantSpec.parse(description["weights"]))
+        self.figures[path] = {"weight_sqnr_db": weight_sqnr_db(self.weights(f"{path}.weight"), table)}
+        return table
+
+    def _embeddings(self, modules: dict[str, QModule]) -> None:
+        layout = self.layout
+        module: Any = modules[f"{layout.base}embeddings"]
+        paths = {name: f"{layout.base}{path}" for name, path in layout.family.tables.items()}
+        tables = {name: self._table(paths[name], module.part(name).description()) for name in paths}
+        largest = {name: table.dequantize().abs().max().item() for name, table in tables.items()}
+        small = max((peak for name, peak in largest.items() if name != "word"), default=0.0)
+        # Fine enough for 16 bits of the small tables; LayerNorm takes 24 bits of the sum.
+        unit = max(small / (1 << 15), sum(largest.values()) / (1 << 22), 1e-30)
+        for name, table in tables.items():
+            module.part(name).lower(table, unit)
+        self._norm(module.part("norm"), layout.embedding_norm, Grid(unit, HEAD_BITS))
+        module.exponent = torch.tensor([-int(torch.frexp(torch.tensor(float(self.residual.unit))).exponent - 1)])
+        module.exponent = module.exponent.int()
+        nn.init.zeros_(module.anchor)
+        if layout.projection is not None:
+            self._linear(modules[layout.projection], layout.projection, self.residual, self.residual)
+
+    def _block(self, unit: Unit, block: Any) -> None:
+        paths, residual = self.layout.block_paths(unit), self.residual
+        context, smooth = self._attention(block, paths)
+        scale = self._static_scale(paths["output"], smooth)
+        self._linear(block.part("output"), paths["output"], context, residual, smooth=smooth, act_scale=scale)
+        self._norm(block.part("attention_norm"), paths["attention_norm"], residual)
+        smooth = self._smooth(self._peak(paths["up"]), paths["up"])
+        inner = self._act_input(paths["up"], self.layout.act, block.part("up").out_bits)
+        scale = self._static_scale(paths["up"], smooth)
+        self._linear(block.part("up"), paths["up"], residual, inner, smooth=smooth, act_scale=scale)
+        shifted = self.layout.shifts(paths["down"])
+        values = self._act(block.part("act"), self.layout.act, inner, shifted=shifted)
+        smooth = self._smooth(self._peak(paths["down"]) - values.center, paths["down"])
+        scale = self._static_scale(paths["down"], smooth)
+        self._linear(block.part("down"), paths["down"], values, residual, smooth=smooth, act_scale=scale)
+        self._norm(block.part("ffn_norm"), paths["ffn_norm"], residual)
+
+    def _attention(self, block: Any, paths: Mapping[str, str]) -> tuple[Grid, torch.Tensor | None]:
+        """Q, K, V and what joins them; returns the grid of the context, divided by the smoothing of what reads it."""
+        names = [paths[role] for role in ("query", "key", "value")]
+        smooth = self._smooth(self._peak(paths["query"]), *names)
+        scale = self._static_scale(paths["query"], smooth)
+        key, value = (self._shared(self._clipped(self._state(f"{path}:output"))) / 127 for path in names[1:])
+        attention = block.part("attention")
+        heads = (attention.heads, attention.size)
+        # Each channel of the query takes the unit of its key along: a row of scores then has one scale.
+        largest = (self._peak(f"{names[0]}:output") * key).view(heads).amax(1).clamp_min(1e-30)
+        query = largest * _HEADROOM / ((1 << (QUERY_BITS - 1)) - 1)
+        targets = (Grid(query.repeat_interleave(heads[1]) / key, QUERY_BITS), Grid(key, 8), Grid(value, 8))
+        read = self.residual
+        for role, path, target in zip(("query", "key", "value"), names, targets, strict=True):
+            self._linear(block.part(role), path, read, target, smooth=smooth, act_scale=scale)
+            if role == "query" and smooth is not None:  # key and value get what the query has divided
+                read = Grid(float(self.residual.unit) / smooth.min().item(), self.residual.bits)
+        peaks = self._peak(paths["output"])
+        division = self._smooth(peaks, paths["output"])
+        reach = float((peaks / (1 if division is None else division)).max())
+        unit = max(reach, 1e-30) * _HEADROOM / ((1 << (CONTEXT_BITS - 1)) - 1)
+        attention.lower(Grid(query, QUERY_BITS), value, Grid(unit if division is None else unit * division, CONTEXT_BITS))
+        return Grid(unit, CONTEXT_BITS), division
+
+    def _shared(self, limits: torch.Tensor) -> torch.Tensor:
+        """Limits of channels made those of what shares a scale."""
+        limits = limits.clamp_min(1e-30)
+        how, heads = self.options.attention_scales, self.layout.heads
+        if how == "channel":
+            return limits
+        if how == "tensor":
+            return limits.amax().expand_as(limits)
+        return limits.view(heads, -1).amax(1, keepdim=True).expand(-1, len(limits) // heads).flatten()
+
+    def _act_input(self, path: str, act: str, bits: int) -> Grid:
+        """The grid on which the activation behind the linear at `path` reads its input."""
+        state = self._state(f"{path}:output", "minmax")
+        low, high = float(state["min"]), max(float(state["max"]), 0.5)
+        if not self.layout.tabled(act):
+            return Grid.covering(-max(high, 4.0), high, bits) if act == "gelu" else Grid.covering(low, high * _HEADROOM, bits)
+        x = torch.linspace(_LOWEST, 0, 1601, dtype=torch.float64)
+        kept = (_function(act)(x).abs() > _NEGLIGIBLE).nonzero()
+        return Grid.covering(max(low, float(x[int(kept[0])])), high, bits, centered=True)
+
+    def _act(self, module: Any, act: str, source: Grid, *, shifted: bool) -> Grid:
+        if isinstance(module, IntTable):
+            return module.lower(_function(act), source, shifted=shifted)
+        if isinstance(module, IntGelu):
+            return module.lower(source)
+        return Grid(source.unit, source.bits, unsigned=True)
+
+    def _head(self, modules: dict[str, QModule]) -> None:
+        layout, places = self.layout, self.options.scores_grid
+        grid = self.residual
+        for layer in layout.head_layers():
+            holder: Any = modules[layer.module.path]
+            inside = layer.path.removeprefix(layer.module.path).removeprefix(".")
+            module: Any = holder.get_submodule(inside)
+            if layer.module.path == f"{layout.base}pooler" and layer.kind == "linear":
+                grid = self.residual
+            if layer.kind in ("hidden", "output"):
+                grid = self._output(module, layer.path, grid)
+            elif layer.kind == "linear":
+                bits = module.out_bits
+                if layer.follows == "tanh":
+                    target = Grid(_LN2 / 2**places, TANH_IN_BITS)
+                else:
+                    act = layout.act if layer.follows == "act" else "gelu"
+                    target = self._act_input(layer.path, act, bits)
+                self._linear(module, layer.path, grid, target)
+                grid = target
+            elif layer.kind == "norm":
+                self._norm(module, layer.path, grid)
+                grid = self.residual
+            elif layer.kind == "tanh":
+                pooler = layer.module.path == f"{layout.base}pooler"
+                tanh = Grid(2.0**-TANH_PLACES, ACT_BITS)
+                grid = tanh if not pooler or layout.starts_pooled() else self.residual
+            else:
+                grid = self._act(module, layout.act if layer.kind == "act" else "gelu", grid, shifted=False)
+
+    def _output(self, module: Any, path: str, source: Grid) -> Grid:
+        """Logits, or hidden numbers whose range nobody observed: a grid that no input can leave."""
+        table = module.words.get("table")
+        codes = self._table(table, {"weights": module.words["weights"]}) if table else self._codes(path)
+        target: Grid = module.lower_output(codes, self._bias(path), source)
+        self.grids[path] = target
+        return target
+
+    def _add_table(self, shell: nn.Module, descriptions: Mapping[str, Any]) -> None:
+        path = f"{self.layout.base}embeddings"
+        holder = shell
+        for name in path.split(".")[:-1]:
+            holder.add_module(name, nn.Module())
+            holder = cast(nn.Module, getattr(holder, name))
+        holder.add_module("embeddings", nn.Module())
+        install(shell, {path: descriptions[path]}, dtype=torch.float32)
+        table = shell.get_submodule(self.layout.anatomy.word_table)
+        table.weight = self._table(self.layout.anatomy.word_table, table.description()).codes
+
+
+def _function(act: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A model's activation, by the name in its config."""
+    from transformers.activations import ACT2FN
+
+    function: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[act]
+    return function

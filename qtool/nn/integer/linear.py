@@ -1,0 +1,188 @@
+"""Linear layers on integers: INT8 codes of a row, INT8 weights, int32 out on a fixed grid."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtool import kernels
+from qtool.errors import InputError
+from qtool.nn.integer.module import Bound, IntModule, leave
+from qtool.nn.module import CodesModule
+from qtool.numerics import QParams, QTensor, QuantSpec
+from qtool.numerics.grid import Grid
+from qtool.numerics.qtensor import rows_of, stored_dtype, stored_shape
+
+_ACCUMULATOR = (1 << 31) - 1
+_ALIGNED_BITS = 30
+_BIAS_LIMIT = 1 << 29
+
+
+class IntLinear(CodesModule, IntModule):
+    """`W·x + b` from one grid to another (math.md, 2 and 3). int32 `[..., in]` → int32 `[..., out]` of `out_bits`.
+
+    Buffers: `weight`, tiled int8; `bias`, int32 on the accumulator's grid; `multiplier` and `shift`, int32 `[out]`, from
+    there to the target; `align`, int32 `[1]`. With `rescales`, `in_multiplier` and `in_shift` `[in]` rescale the input
+    first: smoothing, or static activations. With `output` the module returns floats, `exponent` (int32 `[1]`) binary places smaller.
+    """
+
+    bias: torch.Tensor
+    align: torch.Tensor
+    exponent: torch.Tensor
+    multiplier: torch.Tensor
+    shift: torch.Tensor
+    in_multiplier: torch.Tensor
+    in_shift: torch.Tensor
+
+    def __init__(self, description: Mapping[str, Any], *, device: str) -> None:
+        super().__init__()
+        self.words = {key: value for key, value in description.items() if key not in ("path", "type")}
+        self.out_features, self.in_features = self.words["shape"]
+        self.weights = QuantSpec.parse(self.words["weights"])
+        self.in_bits, self.out_bits = self.words["in_bits"], self.words["out_bits"]
+        self.unsigned, self.output = self.words["unsigned"], self.words["output"]
+        self.rescales: bool = self.words["rescales"]
+        self.dynamic = QuantSpec.parse(self.words["activations"]).dynamic
+        codes = torch.empty(
+            stored_shape(self.weights, (self.out_features, self.in_features), "tiled"),
+            dtype=stored_dtype(self.weights),
+            device=device,
+        )
+        self.register_buffer("weight", codes)
+        self.register_buffer("bias", torch.empty(self.out_features, dtype=torch.int32, device=device))
+        self.rescale_buffers("", (self.out_features,), device)
+        if self.rescales:
+            self.rescale_buffers("in_", (self.in_features,), device)
+        for name in ("align", *["exponent"] * self.output):
+            self.register_buffer(name, torch.empty(1, dtype=torch.int32, device=device))
+
+    def lower(
+        self,
+        weight: QTensor,
+        bias: torch.Tensor | None,
+        source: Grid,
+        target: Grid,
+        *,
+        smooth: torch.Tensor | None = None,
+        act_scale: float | None = None,
+    ) -> None:
+        """Fill the buffers. `weight` holds the codes of `W · smooth`, `bias` is float `[out]`.
+
+        The product reads `x / smooth`: this module divides where it `rescales`, else whoever made `x` did already.
+        `act_scale` is the step of static activations, after smoothing. Raises InputError for ranges that do not fit.
+        """
+        division = torch.ones(self.in_features, dtype=torch.float64) if smooth is None else smooth.double()
+        inner = float(source.unit) / (division.min().item() if self.rescales else 1.0)
+        if act_scale is not None:
+            step = inner = act_scale
+        else:
+            step = inner / (254 if self.unsigned else 127)
+        if self.rescales:
+            self.fill_rescale("in_", float(source.unit) / (division * inner))
+        align = self._alignment(weight)
+        unit = step * 2.0**align
+        wanted = torch.zeros(self.out_features, dtype=torch.float64) if bias is None else bias.double()
+        # Σ W·center of what came in, in real units; codes that do not move bring in none.
+        offset = (weight.dequantize().double() / division).sum(1) * source.center - target.center
+        weight = self._stored(weight, (wanted + offset).abs() / (unit * _BIAS_LIMIT))
+        scale = _row_scale(weight)
+        offset = (weight.dequantize().double() / division).sum(1) * source.center - target.center
+        self.bias = torch.floor((wanted + offset) / (unit * scale) + 0.5).int()
+        self.align = torch.tensor([align], dtype=torch.int32)
+        self.fill_rescale("", unit * scale / target.unit)
+
+    def lower_output(self, weight: QTensor, bias: torch.Tensor | None, source: Grid, **options: Any) -> Grid:
+        """As `lower`, onto a grid of a power of two that no input can leave; returns that grid."""
+        division = options.get("smooth")
+        matrix = weight.dequantize().double() / (1 if division is None else division.double())
+        reach = matrix.abs().sum(1) * (source.limit * float(source.unit))
+        reach += (matrix.sum(1) * source.center + (0 if bias is None else bias.double())).abs()
+        exponent = int(self.out_bits - 2 - torch.frexp(reach.max()).exponent)
+        target = Grid(2.0**-exponent, self.out_bits)
+        self.lower(weight, bias, source, target, **options)
+        if self.output:
+            self.exponent = torch.tensor([exponent], dtype=torch.int32)
+        return target
+
+    def _stored(self, weight: QTensor, floor: torch.Tensor) -> QTensor:
+        """Take the codes over; a scale below `floor`, where the bias would not fit 29 bits, is raised to it."""
+        weight = _with_room(weight, floor)
+        self.weight = weight.codes
+        return weight
+
+    def _alignment(self, weight: QTensor) -> int:
+        """By how many places a row's product is shifted, so that it fits the multiplier that follows."""
+        if not self.dynamic:
+            return 0
+        reach = _reach(weight.integers(), self.unsigned) * ((1 << (self.in_bits - 1)) - 1)
+        return max(0, reach.bit_length() - _ALIGNED_BITS)
+
+    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """INT8 codes of the rows, and what the largest of each was (None with static activations)."""
+        ops = kernels.backend()
+        if self.rescales:
+            x = ops.saturate(ops.rescale(x, self.in_multiplier, self.in_shift), self.in_bits if self.dynamic else 8)
+        return ops.quantize_rows(x, unsigned=self.unsigned) if self.dynamic else (x.to(torch.int8), None)
+
+    def multiply(self, codes: torch.Tensor, amax: torch.Tensor | None) -> torch.Tensor:
+        """The product of what `quantize` returned."""
+        operand, row_sums = self._prepared()
+        y = kernels.backend().integer_linear(
+            codes, amax, operand, row_sums, self.align, self.bias, (self.multiplier, self.shift), self.out_bits
+        )
+        return leave(y, self.exponent, self.output_dtype) if self.output else y
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """int32 `[..., in]` on the source grid."""
+        return self.multiply(*self.quantize(x))
+
+    def _prepare(self, codes: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+        shape = (self.out_features, self.in_features)
+        sums = rows_of(codes, shape).sum(1, dtype=torch.int32) if self.unsigned else None
+        return kernels.backend().prepare(codes, shape), sums
+
+    def bounds(self) -> list[Bound]:
+        """The int32 accumulator; the aligned row product with the bias; what the final multiplier is given."""
+        reach = _reach(rows_of(self.weight, (self.out_features, self.in_features)), self.unsigned)
+        widest = reach * ((1 << (self.in_bits - 1)) - 1) if self.dynamic else reach
+        aligned = (widest >> int(self.align)) + 1 + int(self.bias.long().abs().max())
+        return [
+            Bound("accumulator", reach, _ACCUMULATOR),
+            Bound("row product", widest, (1 << 62) - 1),
+            Bound("aligned sum", aligned, _ACCUMULATOR),
+        ]
+
+    def description(self) -> dict[str, Any]:
+        """Shape, specs and widths."""
+        return {"type": "int_linear", **self.words}
+
+    @classmethod
+    def from_description(
+        cls, model: nn.Module, path: str, description: Mapping[str, Any], *, device: str
+    ) -> "IntLinear":
+        """See `QModule`."""
+        return cls(description, device=device)
+
+
+def _reach(codes: torch.Tensor, unsigned: bool) -> int:
+    """The largest `Σ |code · weight|` of a row of weights, `[rows, columns]`."""
+    return (254 if unsigned else 127) * int(codes.long().abs().sum(1).max())
+
+
+def _row_scale(weight: QTensor) -> torch.Tensor:
+    """The scale of each row, float64 `[rows]`."""
+    scale = weight.params.scale.double().flatten()
+    return scale.repeat_interleave(weight.shape[0] // len(scale))
+
+
+def _with_room(weight: QTensor, floor: torch.Tensor) -> QTensor:
+    """Codes again, with a scale of at least `floor` a row: a dead row's bias must fit 29 bits of its grid."""
+    if bool((_row_scale(weight) >= floor).all()):
+        return weight
+    if weight.params.scale.shape[0] != weight.shape[0]:
+        floor = floor.max().expand(weight.params.scale.shape[0])
+    scale = torch.maximum(weight.params.scale.double(), floor[:, None]).float() * 1.0001
+    if not bool(scale.isfinite().all()):
+        raise InputError("a bias is too large for integers of 29 bits on any grid of its row")
+    return QTensor.quantize(weight.dequantize(), weight.spec, layout=weight.layout, params=QParams(scale))

@@ -172,9 +172,7 @@ def paths_in(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     return found
 
 
-def _retabled(
-    model: Any, description: Mapping[str, Any], here: Callable[[str], str | None]
-) -> Mapping[str, Any]:
+def _retabled(model: Any, description: Mapping[str, Any], here: Callable[[str], str | None]) -> Mapping[str, Any]:
     """A description whose shared table is named by its path in `model`. Raises InputError when it is nowhere."""
     changes: dict[str, Any] = {}
     if "table" in description:

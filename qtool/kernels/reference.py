@@ -114,6 +114,7 @@ SCORE_BITS = 24
 """Attention scores saturate at ±2^23 units of ln2/2^grid: far beyond what exp can tell from zero."""
 _EXTRA_BITS = 22  # of a row's reciprocal beyond its largest value: codes are then off by at most 2^-22 before rounding
 _ROOT_BITS = 60  # a variance is shifted up to about this length before its root is taken
+_PIECE = 1 << 15  # elements at a time
 _EXP_A, _EXP_B, _EXP_C = 0.35815147, 1.3536624322664372, 0.3437225370424528
 _EXP_OCTAVES = 30  # exp(-30 ln 2) = 1e-9 and everything below it is zero
 
@@ -125,6 +126,12 @@ def saturate(x: torch.Tensor, bits: int) -> torch.Tensor:
     if meter is not None:
         meter.add(int((x.abs() > limit).sum()), x.numel())
     return x.clamp(-limit, limit).int()
+
+
+def _pieces(rows: int, width: int) -> Iterator[slice]:
+    """Stretches of rows whose int64 copies stay in the cache."""
+    step = max(1, _PIECE // max(1, width))
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 class SaturationMeter:
@@ -173,20 +180,22 @@ def quantize_rows(x: torch.Tensor, *, unsigned: bool = False) -> tuple[torch.Ten
     `x ≈ codes · amax / 127`, or for non-negative rows, `unsigned`, `(codes + 127) · amax / 254`. amax is int64
     `[..., 1]`, at least 1; |codes| ≤ 127 without a clip.
     """
-    wide = x.long()
-    amax = wide.abs().amax(-1, keepdim=True).clamp_min(1)
+    rows = x.reshape(-1, x.shape[-1])
+    codes = torch.empty(rows.shape, dtype=torch.int8)
+    amax = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True)).long().clamp_min_(1)
     places = bit_length(amax) + _EXTRA_BITS
-    factor = torch.div(
-        torch.bitwise_left_shift(2 * QMAX if unsigned else QMAX, places), amax, rounding_mode="floor"
-    )
-    codes = (wide * factor + torch.bitwise_left_shift(1, places - 1)) >> places
-    return (codes - QMAX if unsigned else codes).to(torch.int8), amax
+    levels = torch.bitwise_left_shift(2 * QMAX if unsigned else QMAX, places)
+    factor, half = torch.div(levels, amax, rounding_mode="floor"), torch.bitwise_left_shift(1, places - 1)
+    for part in _pieces(*rows.shape):
+        wide = (rows[part].long() * factor[part]).add_(half[part]).bitwise_right_shift_(places[part])
+        codes[part] = wide.sub_(QMAX) if unsigned else wide
+    return codes.view(x.shape), amax.view(*x.shape[:-1], 1)
 
 
 def shift_round(x: torch.Tensor, places: torch.Tensor | int) -> torch.Tensor:
     """`x / 2^places` rounded half up, int64; `places` may be 0."""
-    half = torch.bitwise_left_shift(1, torch.as_tensor(places, dtype=torch.int64)) >> 1
-    return (x + half) >> places
+    places = torch.as_tensor(places, dtype=torch.int64)
+    return (x + (torch.bitwise_left_shift(1, places) >> 1)).bitwise_right_shift_(places)
 
 
 def integer_gelu(x: torch.Tensor, root: torch.Tensor, one: torch.Tensor, pre_shift: int) -> torch.Tensor:
@@ -228,9 +237,14 @@ def integer_softmax(scores: torch.Tensor, allowed: torch.Tensor, grid: int, bits
     total = weights.sum(-1, keepdim=True, dtype=torch.int64)
     reciprocal = torch.div(1 << RECIPROCAL_BITS, total.clamp_min(1), rounding_mode="floor")
     places = RECIPROCAL_BITS - bits
-    return weights.long().mul_(reciprocal).add_(1 << (places - 1)).bitwise_right_shift_(places).clamp_(
-        max=(1 << bits) - 1
-    ).int()
+    return (
+        weights.long()
+        .mul_(reciprocal)
+        .add_(1 << (places - 1))
+        .bitwise_right_shift_(places)
+        .clamp_(max=(1 << bits) - 1)
+        .int()
+    )
 
 
 def integer_tanh(x: torch.Tensor, grid: int) -> torch.Tensor:
@@ -261,33 +275,37 @@ def integer_linear(
     `Σ codes·W`, times the row's `amax` and shifted by `align` to the unit that all rows share, plus int32 `bias`,
     rescaled and saturated. `row_sums`, int32 `[out]`, adds the 127 that codes of non-negative rows lack.
     """
-    acc = int8_gemm(codes.reshape(-1, codes.shape[-1]), weight).view(*codes.shape[:-1], -1)
+    acc = int8_gemm(codes.reshape(-1, codes.shape[-1]), weight)
     if row_sums is not None:
-        acc = acc + QMAX * row_sums
-    total = acc.long()
-    if amax is not None:
-        total = shift_round(total * amax, align)
-    return saturate(rescale(total + bias, *to_output), bits)
+        acc += QMAX * row_sums
+    scale = None if amax is None else amax.reshape(-1, 1)
+    for part in _pieces(*acc.shape):
+        total = acc[part].long()
+        if scale is not None:
+            total = shift_round(total.mul_(scale[part]), align)
+        acc[part] = saturate(rescale(total.add_(bias), *to_output), bits)
+    return acc.view(*codes.shape[:-1], -1)
 
 
-def integer_norm(
-    x: torch.Tensor, eps: torch.Tensor, to_output: Rescale, bias: torch.Tensor, bits: int
-) -> torch.Tensor:
+def integer_norm(x: torch.Tensor, eps: torch.Tensor, to_output: Rescale, bias: torch.Tensor, bits: int) -> torch.Tensor:
     """i-LayerNorm (I-BERT, section 3.6; math.md, 7): int32 `[..., n]` of up to 24 bits → int32 of `bits`.
 
     `eps` is n·ε in units of the squared input. Small variances get up to 15 more binary places before the root.
     """
     n = x.shape[-1]
-    wide = x.long()
-    mean = torch.div(2 * wide.sum(-1, keepdim=True) + n, 2 * n, rounding_mode="floor")
-    y = wide - mean
-    variance = (y * y).sum(-1, keepdim=True) + eps
-    extra = ((_ROOT_BITS - bit_length(variance)) >> 1).clamp(0, 15)
-    root = isqrt(torch.bitwise_left_shift(variance, 2 * extra)).clamp_min(1)
-    inverse = torch.div(torch.bitwise_left_shift(1, extra + RECIPROCAL_BITS), root, rounding_mode="floor")
+    rows = x.reshape(-1, n)
+    result = torch.empty(rows.shape, dtype=torch.int32)
     limit = (1 << (NORM_BITS + 1)) - 1
-    normal = shift_round(y * inverse, RECIPROCAL_BITS - NORM_BITS).clamp_(-limit, limit)
-    return saturate(rescale(normal, *to_output) + bias, bits)
+    for part in _pieces(*rows.shape):
+        wide = rows[part].long()
+        y = wide.sub_(torch.div(2 * wide.sum(-1, keepdim=True) + n, 2 * n, rounding_mode="floor"))
+        variance = (y * y).sum(-1, keepdim=True) + eps
+        extra = ((_ROOT_BITS - bit_length(variance)) >> 1).clamp_(0, 15)
+        root = isqrt(torch.bitwise_left_shift(variance, 2 * extra)).clamp_min_(1)
+        inverse = torch.div(torch.bitwise_left_shift(1, extra + RECIPROCAL_BITS), root, rounding_mode="floor")
+        normal = shift_round(y.mul_(inverse), RECIPROCAL_BITS - NORM_BITS).clamp_(-limit, limit)
+        result[part] = saturate(rescale(normal, *to_output).add_(bias), bits)
+    return result.view(x.shape)
 
 
 def integer_attention(
@@ -309,12 +327,22 @@ def integer_attention(
     keys get no weight. `to_scores` leads to units of ln2/2^grid and is `[heads, 1, 1]`, `to_context` `[heads, 1, size]`;
     probabilities have `bits` bits. Returns int32 `[batch, tokens, heads · size]` of `context_bits`.
     """
-    codes, amax = quantize_rows(query.transpose(1, 2))
-    products = codes.int() @ key.int().permute(0, 2, 3, 1)
-    scores = saturate(rescale(shift_round(products * amax, align), *to_scores), SCORE_BITS)
-    weights = integer_softmax(scores, real[:, None, None, :], grid, bits)
-    context = rescale(weights @ value.int().transpose(1, 2), *to_context)
-    return saturate(context, context_bits).transpose(1, 2).flatten(2)
+    batch, tokens, heads, size = query.shape
+    codes, amax = quantize_rows(query)
+    rows = [x.transpose(1, 2).flatten(0, 1).int() for x in (codes, key, value)]  # [batch · heads, tokens, size]
+    amax = amax.transpose(1, 2).flatten(0, 1)
+    allowed = real[:, None, None, :].expand(-1, heads, -1, -1).flatten(0, 1)
+    (score_m, score_s), (context_m, context_s) = (
+        [x.expand(batch, *x.shape).flatten(0, 1) for x in pair] for pair in (to_scores, to_context)
+    )
+    result = torch.empty((batch * heads, tokens, size), dtype=torch.int32)
+    for part in _pieces(batch * heads, tokens * tokens):
+        q, k, v = (x[part] for x in rows)
+        products = (q @ k.transpose(1, 2)).long().mul_(amax[part])
+        scores = saturate(rescale(shift_round(products, align), score_m[part], score_s[part]), SCORE_BITS)
+        weights = integer_softmax(scores, allowed[part], grid, bits)
+        result[part] = saturate(rescale(weights @ v, context_m[part], context_s[part]), context_bits)
+    return result.view(batch, heads, tokens, size).transpose(1, 2).flatten(2)
 
 
 class Reference:

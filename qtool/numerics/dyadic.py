@@ -74,7 +74,8 @@ def rescale(acc: Tensor, multiplier: Tensor, shift: Tensor) -> Tensor:
     """`acc * multiplier / 2^shift` rounded half up, int64, without a check of the ranges that `Dyadic` guards."""
     shift = shift.long()
     # |acc * m| < 2^62 and the rounding term is at most 2^61, so int64 holds the sum
-    return (acc.long() * multiplier + torch.bitwise_left_shift(1, shift - 1)) >> shift
+    scaled = acc.long() * multiplier
+    return scaled.add_(torch.bitwise_left_shift(1, shift - 1)).bitwise_right_shift_(shift)
 
 
 def _check_accumulator(acc: Tensor) -> None:

@@ -29,10 +29,16 @@ class IBertOptions(Options):
     shifted_gelu: bool = Field(True, description="Shift the activation's output to start at zero: a bit more for it")
     probability_bits: int = Field(14, ge=8, le=16, description="Width of attention probabilities")
     scores_grid: int = Field(10, ge=6, le=12, description="Attention scores are in units of ln2 / 2^scores_grid")
-    attention_scales: Literal["channel", "head", "tensor"] = Field("channel", description="What of K and V shares a scale")
+    attention_scales: Literal["channel", "head", "tensor"] = Field(
+        "channel", description="What of K and V shares a scale"
+    )
     smoothing: float | None = Field(0.5, ge=0, le=1, description="Exponent of migration into weights; null: none")
-    clipping: Literal["max", "percentile", "mse", "token"] = Field("max", description="How static INT8 ranges are found")
-    percentile: float = Field(99.99, gt=50, le=100, description="Of magnitudes, where clipping is by percentile or token")
+    clipping: Literal["max", "percentile", "mse", "token"] = Field(
+        "max", description="How static INT8 ranges are found"
+    )
+    percentile: float = Field(
+        99.99, gt=50, le=100, description="Of magnitudes, where clipping is by percentile or token"
+    )
     bias_correction: bool = Field(False, description="Correct biases by the mean error on the calibration data")
     word_embeddings: Spec = QuantSpec.parse("int8:channel:sym")
     small_embeddings: Spec = QuantSpec.parse("int16:channel:sym")
@@ -60,7 +66,9 @@ class Layout:
             raise InputError(f"ibert has no integer form of model type '{config.model_type}'; it has of {known}")
         self.act: str = getattr(config, "hidden_act", None) or config.activation
         if self.act not in ACTIVATIONS:
-            raise InputError(f"ibert has no integer form of activation '{self.act}'; it has of {', '.join(ACTIVATIONS)}")
+            raise InputError(
+                f"ibert has no integer form of activation '{self.act}'; it has of {', '.join(ACTIVATIONS)}"
+            )
         if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
             raise InputError(f"ibert has no integer form of {config.position_embedding_type} positions")
         self.anatomy, self.model, self.recipe, self.options, self.family = anatomy, model, recipe, options, family
@@ -135,7 +143,9 @@ class Layout:
         inputs = {role: "channels" if self._activations(paths[role]).dynamic else static for role in INPUTS}
         sites = {paths[role]: observer for role, observer in inputs.items()}
         if self.options.clipping == "token":
-            sites |= {f"{paths[role]}:peaks": "token-peaks" for role in INPUTS if not self._activations(paths[role]).dynamic}
+            sites |= {
+                f"{paths[role]}:peaks": "token-peaks" for role in INPUTS if not self._activations(paths[role]).dynamic
+            }
         sites |= {f"{paths[role]}:output": static for role in ("key", "value")}
         sites |= {f"{paths['query']}:output": "channels", f"{paths['up']}:output": "minmax"}
         return sites | {paths[role]: "minmax" for role in ("attention_norm", "ffn_norm")}
@@ -300,5 +310,10 @@ def _check_linear(weights: QuantSpec, activations: QuantSpec, path: str) -> None
 
 
 def _check_table(spec: QuantSpec, path: str) -> None:
-    if spec.dynamic or not spec.symmetric or not 5 <= spec.num_bits <= 16 or spec.block not in ((1, None), (None, None)):
+    if (
+        spec.dynamic
+        or not spec.symmetric
+        or not 5 <= spec.num_bits <= 16
+        or spec.block not in ((1, None), (None, None))
+    ):
         raise InputError(f"{path}: a table takes static symmetric int5 to int16, by row or tensor, not {spec}")

@@ -201,7 +201,9 @@ class Lowering:
         division = self._smooth(peaks, paths["output"])
         reach = float((peaks / (1 if division is None else division)).max())
         unit = max(reach, 1e-30) * _HEADROOM / ((1 << (CONTEXT_BITS - 1)) - 1)
-        attention.lower(Grid(query, QUERY_BITS), value, Grid(unit if division is None else unit * division, CONTEXT_BITS))
+        attention.lower(
+            Grid(query, QUERY_BITS), value, Grid(unit if division is None else unit * division, CONTEXT_BITS)
+        )
         return Grid(unit, CONTEXT_BITS), division
 
     def _shared(self, limits: torch.Tensor) -> torch.Tensor:
@@ -219,7 +221,11 @@ class Lowering:
         state = self._state(f"{path}:output", "minmax")
         low, high = float(state["min"]), max(float(state["max"]), 0.5)
         if not self.layout.tabled(act):
-            return Grid.covering(-max(high, 4.0), high, bits) if act == "gelu" else Grid.covering(low, high * _HEADROOM, bits)
+            return (
+                Grid.covering(-max(high, 4.0), high, bits)
+                if act == "gelu"
+                else Grid.covering(low, high * _HEADROOM, bits)
+            )
         x = torch.linspace(_LOWEST, 0, 1601, dtype=torch.float64)
         kept = (_function(act)(x).abs() > _NEGLIGIBLE).nonzero()
         return Grid.covering(max(low, float(x[int(kept[0])])), high, bits, centered=True)

@@ -83,9 +83,9 @@ class Anatomy:
 class HeadModule:
     """A module of a pooler or head as the layers that it runs in order: pairs of a kind and a path inside the module.
 
-    Kinds: `linear` (what follows gives its grid), `hidden` (a linear whose output leaves the module), `output` (logits),
-    `norm`, `tanh`, `gelu`, and `act`, the model's own activation. An empty path is the module itself. With `first` only
-    token 0 of a text goes in.
+    Kinds: `linear` (what follows gives its grid), `hidden` (a linear whose output leaves the module), `output`
+    (logits), `norm`, `tanh`, `gelu`, and `act`, the model's own activation. An empty path is the module itself. With
+    `first` only token 0 of a text goes in.
     """
 
     path: str
@@ -99,8 +99,8 @@ class Family:
 
     Names that share a path are rows of one fused matrix, in this order: one stretch each, or, with `interleaved`, one
     stretch a head. The heads of an encoder see both sides of a token; a decoder's only what was before it. Post-norm
-    encoders name their LayerNorms (`embeddings` in the base model, `attention` and `ffn` in a block) and what their heads
-    run, by kind of head; `pooled` are the kinds that start from the pooler's output.
+    encoders name their LayerNorms (`embeddings` in the base model, `attention` and `ffn` in a block) and what their
+    heads run, by kind of head; `pooled` are the kinds that start from the pooler's output.
     """
 
     tables: Mapping[str, str]

@@ -41,10 +41,28 @@ _SOURCE_KEYS: dict[str, type | tuple[type, ...]] = {
     "bytes": int,
     "sha256": str,
 }
+_INT_LINEAR: dict[str, type | tuple[type, ...]] = {
+    "shape": list, "weights": str, "activations": str, "in_bits": int, "out_bits": int, "rescales": bool,
+    "unsigned": bool, "output": bool,
+}  # fmt: skip
 _DESCRIPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "linear": {"shape": list, "weights": str, "activations": str, "bias": bool},
     "embedding": {"shape": list, "weights": str, "padding_idx": (int, type(None))},
     "tied_linear": {"table": str, "bias": bool},
+    "int_embeddings": {"parts": dict, "padding_idx": (int, type(None))},
+    "int_block": {"parts": dict},
+    "int_chain": {"parts": dict, "first": bool},
+    "int_rows": {"shape": list, "weights": str},
+    "int_linear": _INT_LINEAR,
+    "int_tied_linear": {**_INT_LINEAR, "table": str},
+    "int_attention": dict.fromkeys(
+        ("heads", "hidden", "tokens", "query_bits", "probability_bits", "grid", "out_bits"), int
+    ),
+    "int_norm": {"size": int, "in_bits": int, "out_bits": int},
+    "int_table": {"in_bits": int},
+    "int_gelu": {"in_bits": int, "shifted": bool},
+    "int_relu": {},
+    "int_tanh": {"grid": int},
 }
 _LARGEST = 2**31 - 1  # rows or columns of a matrix: more is damage
 _CHUNK = 1 << 20
@@ -299,7 +317,15 @@ def _is_description(module: Any) -> bool:
     wanted = _DESCRIPTIONS.get(module["type"], {})
     if not all(key in module and isinstance(module[key], kind) for key, kind in wanted.items()):
         return False
+    parts = module.get("parts", {}) if "parts" in wanted else {}
+    if not all(isinstance(part, Mapping) and _is_part_path(part) and _is_description(part) for part in parts.values()):
+        return False
     return "shape" not in wanted or (len(module["shape"]) == 2 and all(_is_size(n) and n > 0 for n in module["shape"]))
+
+
+def _is_part_path(part: Mapping[str, Any]) -> bool:
+    path = part.get("path")
+    return isinstance(path, str) and all(name.isidentifier() for name in path.split("."))
 
 
 def _is_manifest_entry(entry: Any) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from qtool import artifact
+from qtool.nn import parts_of
 from qtool.recipe import Recipe
 from qtool.rows import READERS
 
@@ -244,6 +245,8 @@ def _kept(kept_float: Mapping[str, str]) -> list[str]:
 
 
 def _arithmetic(report: Mapping[str, Any]) -> str:
+    if any(module["type"].startswith("int_") for module in report["modules"].values()):
+        return "Every operation from token ids to logits is integer arithmetic; the logits are the same everywhere."
     if not any(module["type"] == "linear" for module in report["modules"].values()):
         return "Tables are stored as integers; products are computed in float."
     product = report["execution"]["arithmetic"].replace("x", "×").replace("->", "→")
@@ -252,8 +255,10 @@ def _arithmetic(report: Mapping[str, Any]) -> str:
 
 def _counts(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for module in modules.values():
+    for _, module in (part for item in modules.items() for part in parts_of(*item)):
         specs = [f"{key} {module[key]}" for key in ("weights", "activations") if key in module]
-        what = f"{module['type'].replace('_', ' ')} ({', '.join(specs) or 'codes of the word table'})"
+        if not module["type"].startswith("int_"):
+            specs = specs or ["codes of the word table"]
+        what = module["type"].replace("_", " ") + (f" ({', '.join(specs)})" if specs else "")
         counts[what] = counts.get(what, 0) + 1
     return counts

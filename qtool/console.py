@@ -185,8 +185,11 @@ def plan_json(job: "Job", expected: "Estimate") -> dict[str, Any]:
 
 def render_plan(screen: Screen, job: "Job", expected: "Estimate") -> None:
     """The plan as tables: what is quantized, what stays float and why; the size on disk, the time and the memory."""
+    from qtool.nn import parts_of
+
     plan = plan_json(job, expected)
-    rows = [[path, *_specs(module)] for path, module in plan["quantized"].items()]
+    described = [part for item in plan["quantized"].items() for part in parts_of(*item)]
+    rows = [[path, *_specs(module)] for path, module in described]
     screen.table(f"Quantized ({len(rows)} modules)", ["module", "type", "weights", "activations"], rows)
     kept = [[path, reason] for path, reason in plan["kept_float"].items()]
     screen.table(f"Kept in float ({len(kept)} modules)", ["module", "why"], kept)
@@ -202,8 +205,9 @@ def render_plan(screen: Screen, job: "Job", expected: "Estimate") -> None:
 
 
 def _specs(module: Mapping[str, Any]) -> tuple[str, str, str]:
-    weights = module.get("weights") or "codes of the word table"
-    return module["type"].replace("_", " "), weights, module.get("activations", "float")
+    integer = module["type"].startswith("int_")
+    weights = module.get("weights") or ("-" if integer else "codes of the word table")
+    return module["type"].replace("_", " "), weights, module.get("activations", "integer" if integer else "float")
 
 
 def quantized_json(result: "Quantized") -> dict[str, Any]:
@@ -215,6 +219,7 @@ def quantized_json(result: "Quantized") -> dict[str, Any]:
         "source_bytes": result.source_bytes,
         "seconds": round(result.seconds, 2),
         "peak_memory_bytes": result.peak_bytes,
+        "worst": [{"module": path, "sqnr_db": sqnr} for path, sqnr in result.worst],
     }
 
 
@@ -225,6 +230,9 @@ def render_quantized(screen: Screen, result: "Quantized") -> None:
         f"{result.path}: {megabytes(result.size_bytes)} of weights ({share:.1f} % of {megabytes(result.source_bytes)}) "
         f"in {result.seconds:.1f} s, peak memory {megabytes(result.peak_bytes)}"
     )
+    if result.worst:
+        named = ", ".join(f"{path} ({sqnr:.1f} dB)" for path, sqnr in result.worst)
+        screen.line(f"furthest from float on the calibration data: {named}")
 
 
 def render_evaluations(screen: Screen, results: "Sequence[tuple[str, Evaluation]]") -> None:
@@ -279,11 +287,16 @@ def _render_evaluation(screen: Screen, result: "Evaluation") -> None:
 
 def render_inspection(screen: Screen, found: Mapping[str, Any]) -> None:
     """`qtool inspect`: a row a module, then totals."""
+    columns = {
+        "path": "module", "type": "type", "weights": "weights", "activations": "activations", "bytes": "size",
+        "sqnr": "weight SQNR dB", "output_sqnr": "output SQNR dB", "saturated_percent": "saturated %",
+        "spare_bits": "spare bits",
+    }  # fmt: skip
+    measured = [key for key in columns if any(module[key] != "-" for module in found["modules"])]
     rows = [
-        [m["path"], m["type"], m["weights"], m["activations"], megabytes(m["bytes"]), m["sqnr"]]
-        for m in found["modules"]
+        [megabytes(module[key]) if key == "bytes" else module[key] for key in measured] for module in found["modules"]
     ]
-    screen.table(found["path"], ["module", "type", "weights", "activations", "size", "weight SQNR dB"], rows)
+    screen.table(found["path"], [columns[key] for key in measured], rows)
     screen.line(
         f"{found['architecture']} by {', '.join(found['methods'])}: {megabytes(found['size_bytes'])} of weights, "
         f"{found['percent_of_float']:.1f} % of the float model; execution {found['execution']}"

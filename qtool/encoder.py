@@ -29,9 +29,9 @@ def integrate(model: Any) -> None:
     base = model.base_model
     if not isinstance(getattr(base, "embeddings", None), IntEmbeddings):
         return
-    base.__class__ = integer_class(type(base), True)
-    if base is not model:
-        model.__class__ = integer_class(type(model), False)
+    for module in dict.fromkeys((base, model)):
+        cls: Any = type(module)
+        module.__class__ = integer_class(cls, module is base)
 
 
 class IntegerEncoder:
@@ -48,9 +48,9 @@ def _rebuild(cls: type, is_base: bool) -> Any:
 
 
 @functools.cache
-def integer_class(cls: type, is_base: bool) -> type:
+def integer_class(cls: Any, is_base: bool) -> Any:
     """The subclass of a transformers class, under the same name, whose forward computes with integers."""
-    original: Any = cls.forward  # type: ignore[attr-defined]
+    original = cls.forward
     signature = inspect.signature(original)
 
     @functools.wraps(original)

@@ -23,8 +23,8 @@ codes here and there: 0.035 was measured on the logits of an intact model."""
 _KEPT = 256  # values of each output: enough to tell damage from rounding, and a few kilobytes
 
 
-def compute(folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Outputs of the model in `folder`, loaded as users load it, by the class in its config."""
+def load(folder: Path) -> Any:
+    """The model in `folder`, loaded as users load it, by the class in its config."""
     import transformers
 
     import qtool  # noqa: F401 (registers the plug-in)
@@ -37,6 +37,12 @@ def compute(folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch
     transformers.utils.logging.disable_progress_bar()
     model = cls.from_pretrained(folder, trust_remote_code=False, use_safetensors=True).eval()
     model.config.use_cache = False  # a cache changes the masks, and with them how floats are rounded
+    return model
+
+
+def compute(folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Outputs of the model in `folder`."""
+    model = load(folder)
     with torch.inference_mode():
         output = model(**inputs, return_dict=True)
     return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
@@ -108,6 +114,11 @@ def recheck(folder: Path, recorded: Mapping[str, Any], *, same_machine: bool) ->
     if damage or largest is None:
         return Recheck("differs" if damage else "agrees", damage)
     return Recheck(f"agrees within {largest:.2%} (made on another CPU, thread count or version)", damage)
+
+
+def recorded_inputs(folder: Path, recorded: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The inputs of a recorded golden batch. Raises InputError when the record is damaged."""
+    return _read(folder, recorded)[0]
 
 
 def _relative_error(found: torch.Tensor, first: Sequence[float]) -> float:

@@ -7,13 +7,14 @@ from typing import Any
 from qtool import artifact
 from qtool.checkpoint import locate, tensor_infos, weight_files
 from qtool.errors import InputError
+from qtool.nn import parts_of
 
 
-def inspect(model: str | Path, *, verify: bool = False) -> dict[str, Any]:
-    """JSON-clean: a row a quantized module, totals, and with `verify` the outcome of every check.
+def inspect(model: str | Path, *, verify: bool = False, prove_integer: bool = False) -> dict[str, Any]:
+    """JSON-clean: a row a quantized module, totals, and the outcome of every check that was asked for.
 
-    Raises InputError when `model` is not an artifact, its headers do not match its manifest, or what it says of itself
-    is damaged.
+    Raises InputError when a proof fails, when `model` is not an artifact, its headers do not match its manifest, or
+    what it says of itself is damaged.
     """
     folder = locate(model)
     config = _checked(folder)
@@ -21,7 +22,8 @@ def inspect(model: str | Path, *, verify: bool = False) -> dict[str, Any]:
     artifact.check_manifest(weight_files(folder), config["tensors"])
     report = artifact.report(folder) if (folder / artifact.REPORT).is_file() else {}
     figures = report.get("figures", {})
-    rows = [_row(path, module, infos, figures.get(path, {})) for path, module in config["modules"].items()]
+    described = [part for item in config["modules"].items() for part in parts_of(*item)]
+    rows = [_row(path, module, infos, figures.get(path, {})) for path, module in described]
     size = artifact.size_on_disk(folder)
     source = report.get("source", {}).get("bytes")
     methods = config.get("methods")
@@ -41,6 +43,10 @@ def inspect(model: str | Path, *, verify: bool = False) -> dict[str, Any]:
     }
     if verify:
         found["checks"], found["damage"] = _verify(folder, report)
+    if prove_integer and not found["damage"]:
+        from qtool.purity import prove
+
+        found["checks"]["integer-only"] = prove(folder)
     return found
 
 
@@ -54,15 +60,29 @@ def _checked(folder: Path) -> dict[str, Any]:
 
 def _row(path: str, module: Mapping[str, Any], infos: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
     own = [info for name, info in infos.items() if name.rpartition(".")[0] == path]
-    sqnr = figures.get("weight_sqnr_db")
+    integer = module["type"].startswith("int_")
     return {
         "path": path,
         "type": module["type"].replace("_", " "),
-        "weights": str(module.get("weights", "shared")),
-        "activations": str(module.get("activations", "float")),
+        "weights": str(module.get("weights", "-" if integer else "shared")),
+        "activations": str(module.get("activations", "integer" if integer else "float")),
         "bytes": sum(info.num_bytes for info in own),
-        "sqnr": f"{sqnr:.1f}" if isinstance(sqnr, (int, float)) else "-",
+        "sqnr": _figure(figures, "weight_sqnr_db"),
+        "output_sqnr": _figure(figures, "sqnr_db"),
+        "saturated_percent": _figure(figures, "saturated_percent", 3),
+        "spare_bits": _figure(figures, "spare_bits", 0),
     }
+
+
+def _figure(figures: Mapping[str, Any], name: str, places: int = 1) -> str:
+    value = figures.get(name)
+    return f"{value:.{places}f}" if isinstance(value, (int, float)) else "-"
+
+
+def worst(figures: Mapping[str, Mapping[str, float]], count: int = 3) -> list[tuple[str, float]]:
+    """The modules whose outputs are furthest from float's on the calibration data: path and SQNR in dB."""
+    measured = [(path, found["sqnr_db"]) for path, found in figures.items() if "sqnr_db" in found]
+    return sorted(measured, key=lambda item: item[1])[:count]
 
 
 def _same_machine(fingerprint: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from qtool import __version__, artifact, card, golden
+from qtool import __version__, artifact, audit, card, golden
 from qtool.anatomy import Anatomy, Unit
 from qtool.anatomy import anatomy as anatomy_of
 from qtool.artifact import FORMAT_VERSION, QUANT_METHOD
@@ -33,10 +33,12 @@ from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
 from qtool.checkpoint import Checkpoint, load_config, open_float, opened, sha256, skeleton, tied_names
 from qtool.errors import InputError, QtoolError
+from qtool.follow import Follower
 from qtool.hf import adapt
 from qtool.kernels import backend, reference
 from qtool.methods import build, entry
 from qtool.methods.base import Method, Plan
+from qtool.nn import QModule
 from qtool.recipe import Recipe
 from qtool.rundir import RunDirectory
 from qtool.stream import Call, Reader, Stream, give_back
@@ -202,7 +204,7 @@ def calibrate(job: Job, batches: Batches) -> Generator[Event, None, Statistics]:
 def _watching(model: Any, observers: Mapping[str, Observer], real: torch.Tensor) -> Iterator[None]:
     """While active, each observer sees the rows of its site, without padding (`real` is `[batch, tokens]`).
 
-    A site is a module's path, for its input, or `path:output`; other words after the colon tell sites of one input apart.
+    A site is a module's path, for its input, or `path:output`; other words behind the colon only tell observers apart.
     """
 
     def show(observer: Observer, tensor: torch.Tensor) -> None:
@@ -245,7 +247,7 @@ def quantize(
         )
     if job.observed():
         statistics = yield from _statistics(job, batches, run, statistics)
-    outputs = yield from _lower_all(job, run, statistics, inputs)
+    outputs = yield from _lower_all(job, run, batches, statistics, inputs)
     yield from _publish(job, run, batches, inputs, outputs)
 
 
@@ -262,13 +264,18 @@ def _statistics(
 
 
 def _lower_all(
-    job: Job, run: RunDirectory, statistics: Statistics | None, inputs: Mapping[str, torch.Tensor]
+    job: Job,
+    run: RunDirectory,
+    batches: Batches,
+    statistics: Statistics | None,
+    inputs: Mapping[str, torch.Tensor],
 ) -> Generator[Event, None, dict[str, torch.Tensor]]:
     """Pass 2. Returns the golden outputs, computed from the shards as they lie on disk."""
     job.lowering.resolve(job.plan, statistics)
     model = job.lowered_skeleton()
     names = job.stored_names(model)
     stream = Stream(model, job.anatomy, _shard_reader(job, run))
+    follower = _follower(job, stream, batches) if job.lowering.follows else None
     hidden, calls, outputs = torch.empty(0), tuple[Call, ...](), {}
     total = len(job.anatomy.units)
     for index, unit in enumerate(job.anatomy.units):
@@ -277,7 +284,10 @@ def _lower_all(
         shard = run.shard(unit.name)
         if not shard.exists():
             torch.manual_seed(unit_seed(job.recipe.seed, unit.name))
-            _write_unit(job, unit, [name for name in names if unit.owns(name)], shard, statistics)
+            _write_unit(job, unit, [name for name in names if unit.owns(name)], shard, statistics, follower)
+        elif follower is not None:
+            with stream.loaded(unit):
+                follower.advance(unit)
         with stream.loaded(unit):
             if unit.kind == "embeddings":
                 hidden, calls = stream.embed(inputs)
@@ -289,17 +299,54 @@ def _lower_all(
     return outputs
 
 
-def _write_unit(job: Job, unit: Unit, names: list[str], shard: Path, statistics: Statistics | None) -> None:
-    """Lower one unit and write its tensors: those of the integer modules, and the float ones that are left."""
+def _follower(job: Job, lowered: Stream, batches: Batches) -> Follower:
+    return Follower(Stream(job.model, job.anatomy, job.checkpoint.tensor), lowered, batches.batches)
+
+
+def _write_unit(
+    job: Job,
+    unit: Unit,
+    names: list[str],
+    shard: Path,
+    statistics: Statistics | None,
+    follower: Follower | None,
+) -> None:
+    """Lower one unit, audit it, and write its tensors: those of the integer modules, and what is left in float."""
     lowered = job.lowering.lower(unit, job.plan, job.checkpoint.tensor, statistics)
+    figures = {path: dict(found) for path, found in job.lowering.report().items() if unit.owns(path)}
+    if follower is not None:
+        for path, found in _refine(job, unit, lowered, follower).items():
+            figures.setdefault(path, {}).update(found)
+    for path, found in audit.check(lowered).items():
+        figures.setdefault(path, {}).update(found)
     tensors = {
         f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()
     }
     for name in names:
         if name not in tensors:
             tensors[name] = job.checkpoint.tensor(name)
-    artifact.write_json(shard.with_suffix(".json"), {p: f for p, f in job.lowering.report().items() if p in lowered})
+    artifact.write_json(shard.with_suffix(".json"), figures)
     artifact.write_tensors(shard, tensors)
+
+
+def _refine(job: Job, unit: Unit, lowered: Mapping[str, QModule], follower: Follower) -> dict[str, dict[str, float]]:
+    """Correct what the method wants corrected, with the unit's modules in their places, and measure what is left."""
+    stream, method = follower.lowered, job.lowering
+    tensors = {
+        f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()
+    }
+
+    def read(name: str) -> torch.Tensor:
+        return tensors[name] if name in tensors else stream.reader(name)
+
+    with stream.loaded(unit, read):
+        for stage in method.stages(unit):
+            for site, error in follower.corrections(unit, stage, method.grids()).items():
+                method.correct(stream.model.get_submodule(site), site, error)
+        figures = follower.measure(unit, method.grids())
+        for path, module in lowered.items():
+            module.load_state_dict(stream.model.get_submodule(path).state_dict(), assign=True)
+    return figures
 
 
 def _shard_reader(job: Job, run: RunDirectory) -> Reader:

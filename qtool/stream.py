@@ -57,13 +57,16 @@ class Stream:
         self._forms: dict[str, int | None] = {}
 
     @contextmanager
-    def loaded(self, unit: Unit) -> Iterator[None]:
-        """The unit's tensors in memory; with the head come the embeddings, which the model's forward begins with."""
+    def loaded(self, unit: Unit, reader: Reader | None = None) -> Iterator[None]:
+        """The unit's tensors in memory, from `reader` or the stream's own.
+
+        With the head come the embeddings, which the model's forward begins with.
+        """
         units = (self.anatomy.embeddings, unit) if unit.kind == "head" else (unit,)
         holders = dict(_holders(self.model, units))
         try:
             with self._plain_errors():
-                fill(self.model, holders, self.reader)
+                fill(self.model, holders, reader or self.reader)
             yield
         finally:
             for path in holders:

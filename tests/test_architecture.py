@@ -15,8 +15,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"numerics", "rows"}),
     frozenset({"kernels"}),
     frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream"}),
-    frozenset({"artifact", "methods", "recipe", "rundir", "golden", "card", "hf"}),
-    frozenset({"pipeline", "evaluation", "estimate", "inspection", "doctor"}),
+    frozenset({"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "audit"}),
+    frozenset({"pipeline", "follow", "purity", "evaluation", "estimate", "inspection", "doctor"}),
     frozenset({"api"}),
     frozenset({"cli", "console", "demo", "__main__"}),
 )

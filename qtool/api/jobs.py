@@ -30,6 +30,8 @@ class Quantized:
     source_bytes: int
     seconds: float
     peak_bytes: int
+    worst: Sequence[tuple[str, float]] = ()
+    """Modules whose outputs are furthest from float's, with their signal to noise in dB, where that was measured."""
 
 
 def default_output(model: str, recipe: Recipe) -> Path:
@@ -79,7 +81,8 @@ def quantize_events(
     import time
 
     from qtool import pipeline, rundir
-    from qtool.artifact import size_on_disk
+    from qtool.artifact import report, size_on_disk
+    from qtool.inspection import worst
 
     started = time.perf_counter()
     rundir.check_output(out, resume=resume, overwrite=overwrite)
@@ -104,7 +107,8 @@ def quantize_events(
             raise
     note_latest(out)
     seconds = time.perf_counter() - started
-    return Quantized(out, size_on_disk(out), source_bytes, seconds, pipeline.peak_bytes())
+    furthest = worst(report(out).get("figures", {}))
+    return Quantized(out, size_on_disk(out), source_bytes, seconds, pipeline.peak_bytes(), furthest)
 
 
 def _about_calibration(job: "Job", batches: "Batches", statistics: str | Path | None) -> str:

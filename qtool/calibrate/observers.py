@@ -47,10 +47,14 @@ class MinMax(Observer):
 
 
 class Channels(Observer):
-    """The range of every channel, and the tokens seen. State: `min`, `max` float32 `[features]`, `tokens` int64."""
+    """The range and the mean of every channel, and the tokens seen.
+
+    State: `min`, `max` float32 `[features]`, `mean` float64 `[features]`, `tokens` int64.
+    """
 
     def __init__(self) -> None:
         self._range: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._sum = torch.zeros(1, dtype=torch.float64)
         self._tokens = 0
 
     def update(self, rows: torch.Tensor) -> None:
@@ -61,19 +65,21 @@ class Channels(Observer):
         if self._range is not None:
             low, high = torch.minimum(self._range[0], low), torch.maximum(self._range[1], high)
         self._range, self._tokens = (low, high), self._tokens + len(rows)
+        self._sum = self._sum + rows.sum(0, dtype=torch.float64)
 
     def state(self) -> State:
         """Raises InputError when nothing was seen."""
         if self._range is None:
             raise InputError(_NOTHING)
-        return {"min": self._range[0], "max": self._range[1], "tokens": torch.tensor(self._tokens)}
+        mean = self._sum / self._tokens
+        return {"min": self._range[0], "max": self._range[1], "mean": mean, "tokens": torch.tensor(self._tokens)}
 
 
 class Histogram(Observer):
     """How often each magnitude occurs in every channel, on bins that widen as larger values come.
 
-    State: `counts` int64 `[features, BINS]`, `width` float32 `[features]` (of a bin; a power of two), `tokens` int64. Bin i
-    holds `i·width ≤ |x| < (i+1)·width`. A range that grows halves the resolution by adding neighbours, so counts stay exact.
+    State: `counts` int64 `[features, BINS]`, `width` float32 `[features]` (of a bin; a power of two), `tokens` int64.
+    Bin i holds `i·width ≤ |x| < (i+1)·width`. A range that grows adds neighbouring bins, so counts stay exact.
     """
 
     BINS = 512
@@ -124,6 +130,35 @@ class TokenPeaks(Histogram):
         super().update(rows.abs().amax(-1, keepdim=True) if rows.numel() else rows)
 
 
+class Sample(Observer):
+    """Every n-th token, n doubling so that at most `SIZE` stay: an even sample whatever the length of the data.
+
+    State: `rows` float32 `[≤ SIZE, features]`, `tokens` int64.
+    """
+
+    SIZE = 512
+
+    def __init__(self) -> None:
+        self._rows: list[torch.Tensor] = []
+        self._stride, self._tokens = 1, 0
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Raises InputError when an activation is NaN or infinite."""
+        (rows,) = _finite((rows.float(),))
+        kept = rows[-self._tokens % self._stride :: self._stride]
+        self._rows.append(kept.clone())
+        self._tokens += len(rows)
+        while sum(len(part) for part in self._rows) > self.SIZE:
+            self._rows = [torch.cat(self._rows)[::2].clone()]
+            self._stride *= 2
+
+    def state(self) -> State:
+        """Raises InputError when nothing was seen."""
+        if self._tokens == 0:
+            raise InputError(_NOTHING)
+        return {"rows": torch.cat(self._rows), "tokens": torch.tensor(self._tokens)}
+
+
 def _finite(values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     if not all(bool(value.isfinite().all()) for value in values):
         raise InputError("the float model computes NaN or infinity on the calibration data")
@@ -137,5 +172,6 @@ OBSERVERS: dict[str, type[Observer]] = {
     "channels": Channels,
     "histogram": Histogram,
     "token-peaks": TokenPeaks,
+    "sample": Sample,
 }
 """Observers by the name that recipes and methods use."""

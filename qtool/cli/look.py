@@ -12,6 +12,7 @@ from qtool.errors import InputError
 @click.command()
 @click.argument("model")
 @click.option("--verify", is_flag=True, help="Check SHA-256 of every file, digests of tensors, and the golden batch.")
+@click.option("--prove-integer", is_flag=True, help="Run it with every operation watched; a float ends with exit 3.")
 @json_option
 @verbosity
 @click.pass_context
@@ -21,7 +22,7 @@ def inspect(context: click.Context, /, model: str, **params: Any) -> None:
     from qtool.inspection import inspect as look
 
     with screen_of(context) as screen:
-        found = look(model, verify=params["verify"])
+        found = look(model, verify=params["verify"], prove_integer=params["prove_integer"])
         if params["json_file"] != "-":
             console.render_inspection(screen, found)
         console.emit_json(found, params["json_file"])

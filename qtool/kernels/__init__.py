@@ -6,6 +6,7 @@ integers bit for bit. `QTOOL_BACKEND` chooses one by name; without it the first 
 
 import functools
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,16 @@ class Backend(Protocol):
     """What every backend offers. Activations are `[tokens, in_features]`; weights are int8 codes in a stored layout."""
 
     name: str
+
+    # Integer arithmetic; each means what the function of its name in `reference` does.
+    saturate: Callable[..., torch.Tensor]
+    rescale: Callable[..., torch.Tensor]
+    quantize_rows: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    integer_linear: Callable[..., torch.Tensor]
+    integer_norm: Callable[..., torch.Tensor]
+    integer_attention: Callable[..., torch.Tensor]
+    integer_gelu: Callable[..., torch.Tensor]
+    integer_tanh: Callable[..., torch.Tensor]
 
     def prepare(self, codes: torch.Tensor, shape: tuple[int, int]) -> Any:
         """The operand that `int8_linear` wants, from stored codes (tiled, or one row a slice) of logical `shape`."""

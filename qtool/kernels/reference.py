@@ -324,8 +324,8 @@ def integer_attention(
     """Attention in integers (math.md, 9): int32 query, int8 key and value `[batch, tokens, heads, size]`.
 
     Each query row of a head is quantized to INT8 by its own largest value. `real` is boolean `[batch, tokens]`: false
-    keys get no weight. `to_scores` leads to units of ln2/2^grid and is `[heads, 1, 1]`, `to_context` `[heads, 1, size]`;
-    probabilities have `bits` bits. Returns int32 `[batch, tokens, heads · size]` of `context_bits`.
+    keys get no weight. `to_scores` leads to units of ln2/2^grid and is `[heads, 1, 1]`, `to_context` is
+    `[heads, 1, size]`; probabilities have `bits` bits. Returns int32 `[batch, tokens, heads · size]` of `context_bits`.
     """
     batch, tokens, heads, size = query.shape
     codes, amax = quantize_rows(query)

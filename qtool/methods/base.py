@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +13,7 @@ from qtool.anatomy import Anatomy, Unit
 from qtool.calibrate.statistics import Statistics
 from qtool.nn import QModule
 from qtool.numerics import QTensor
+from qtool.numerics.grid import Grid
 from qtool.recipe import Recipe
 from qtool.stream import Reader
 
@@ -68,6 +69,22 @@ class Method(ABC):
 
     def resolve(self, plan: Plan, statistics: Statistics | None) -> None:  # noqa: B027 (most have nothing to freeze)
         """Freeze what crosses the borders of units, before the first is lowered."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether calibration data flows through the float and the lowered units in pass 2, to measure and correct."""
+        return False
+
+    def grids(self) -> Mapping[str, Grid]:
+        """What the outputs of lowered modules stand for, by path, where a method `follows`."""
+        return {}
+
+    def stages(self, unit: Unit) -> Sequence[Sequence[str]]:
+        """Paths whose mean output error is to be corrected, in an order in which what runs earlier comes first."""
+        return ()
+
+    def correct(self, module: Any, path: str, error: torch.Tensor) -> None:  # noqa: B027 (most correct nothing)
+        """Take the mean output error, float64 `[channels]`, out of a module in place."""
 
     @abstractmethod
     def lower(self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None) -> dict[str, QModule]:

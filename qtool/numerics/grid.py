@@ -9,13 +9,13 @@ import torch
 class Grid:
     """Integers `q` of `bits` (sign included) stand for `unit · q + center`.
 
-    `unit` is one float64 number or one a channel; `unsigned` says that q ≥ 0. Grids exist while quantizing: what is
-    stored is the ratio of two of them.
+    `unit` and `center` are one float64 number or one a channel; `unsigned` says that q ≥ 0. Grids exist while
+    quantizing; what is stored is the ratio of two of them.
     """
 
     unit: float | torch.Tensor
     bits: int
-    center: float = 0.0
+    center: float | torch.Tensor = 0.0
     unsigned: bool = False
 
     @property

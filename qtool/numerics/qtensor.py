@@ -98,8 +98,7 @@ class QTensor:
 
     def integers(self) -> Tensor:
         """The codes as int8, int16 or int32 `[rows, columns]` in row-major order; a view where nothing is packed."""
-        rows, columns = self.shape
-        codes = self.codes
+        codes, columns = self.codes, self.shape[1]
         if self.spec.storage == "nibble":
             codes = unpack_nibbles(codes, TILE_COLUMNS if self.layout == "tiled" else columns)
         return rows_of(codes, self.shape)

@@ -7,7 +7,10 @@ token, and what else docs/ibert.md measures is chosen by options.
 `layout` says from shapes alone which modules there will be, `lower` fills them; the lifecycle is here.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from qtool.anatomy import Anatomy, Unit
 from qtool.calibrate.statistics import Statistics
@@ -16,7 +19,11 @@ from qtool.methods.base import Method, Plan
 from qtool.methods.ibert.layout import IBertOptions, Layout
 from qtool.methods.ibert.lower import Lowering
 from qtool.nn import QModule
+from qtool.numerics.grid import Grid
 from qtool.stream import Reader
+
+_STAGES = (("query", "key", "value"), ("output",), ("down",))
+"""Roles whose mean error is corrected, in order. Not `up`: its grid leaves out what the activation turns to zero."""
 
 __all__ = ["IBert", "IBertOptions"]
 
@@ -44,6 +51,26 @@ class IBert(Method):
         if statistics is None:
             raise InputError("ibert calibrates: it needs data or statistics")
         self._lowering = Lowering(self._layout, self.recipe, self.options, statistics)
+
+    @property
+    def follows(self) -> bool:
+        """Always: errors and saturation are measured where they arise."""
+        return True
+
+    def grids(self) -> Mapping[str, Grid]:
+        """Of linears and norms."""
+        return self._lowering.grids
+
+    def stages(self, unit: Unit) -> Sequence[Sequence[str]]:
+        """The linears of a block in the order of its computation."""
+        if not self.options.bias_correction or unit.kind != "block":
+            return ()
+        paths = self._layout.block_paths(unit)
+        return [[paths[role] for role in stage] for stage in _STAGES]
+
+    def correct(self, module: Any, path: str, error: torch.Tensor) -> None:
+        """Bias correction (Nagel et al. 2019), with the inputs of the quantized path."""
+        module.add_to_bias(error, self._lowering.grids[path])
 
     def lower(self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None) -> dict[str, QModule]:
         """Round the matrices of the unit and fill its modules."""

@@ -33,6 +33,8 @@ class IBertOptions(Options):
         "channel", description="What of K and V shares a scale"
     )
     smoothing: float | None = Field(0.5, ge=0, le=1, description="Exponent of migration into weights; null: none")
+    tuning: int = Field(100, ge=0, description="Steps in which the smoothing is tuned on a sample of activations")
+    centering: bool = Field(True, description="Take the middles of channels' ranges out of what is rounded to INT8")
     clipping: Literal["max", "percentile", "mse", "token"] = Field(
         "max", description="How static INT8 ranges are found"
     )
@@ -108,7 +110,7 @@ class Layout:
             for module in modules
             for kind, inside in module.layers
         ]
-        kinds = [kind for kind, _, _ in flat][1:] + [""]
+        kinds = [*[kind for kind, _, _ in flat[1:]], ""]
         return [Layer(*layer, follows) for layer, follows in zip(flat, kinds, strict=True)]
 
     def starts_pooled(self) -> bool:
@@ -146,6 +148,8 @@ class Layout:
             sites |= {
                 f"{paths[role]}:peaks": "token-peaks" for role in INPUTS if not self._activations(paths[role]).dynamic
             }
+        if self.options.tuning and self.options.smoothing is not None:
+            sites |= {f"{paths[role]}:sample": "sample" for role in INPUTS}
         sites |= {f"{paths[role]}:output": static for role in ("key", "value")}
         sites |= {f"{paths['query']}:output": "channels", f"{paths['up']}:output": "minmax"}
         return sites | {paths[role]: "minmax" for role in ("attention_norm", "ffn_norm")}
@@ -264,7 +268,7 @@ class Layout:
         # What no data was collected for has its codes made token by token.
         activations = self._activations(path) if in_block else QuantSpec.parse("int8:token:sym")
         _check_linear(weights, activations, path)
-        smooths = self.options.smoothing is not None or not activations.dynamic
+        smooths = self.options.smoothing is not None or self.options.centering or not activations.dynamic
         return {
             "type": "int_tied_linear" if tied else "int_linear",
             "shape": list(self.model.get_submodule(path).weight.shape),

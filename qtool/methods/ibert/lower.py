@@ -28,7 +28,7 @@ from qtool.numerics import QTensor, QuantSpec
 from qtool.numerics.grid import Grid
 from qtool.recipe import Recipe
 from qtool.rounding import ROUNDINGS
-from qtool.rounding.smooth import smoothing
+from qtool.rounding.smooth import smoothing, tuned_smoothing
 from qtool.stream import Reader
 
 _HEADROOM = 2.0
@@ -40,7 +40,7 @@ _LOWEST, _NEGLIGIBLE = -16.0, 5e-4  # where an activation's table starts looking
 class Lowering:
     """Everything that the units of one model share: statistics, the residual grid, figures of what was lowered.
 
-    `grids` says, for every linear and norm that was lowered, on which grid its output is: what measures errors reads it.
+    `grids` says, for every linear and norm that was lowered, on which grid its output is.
     """
 
     def __init__(self, layout: Layout, recipe: Recipe, options: IBertOptions, statistics: Statistics) -> None:
@@ -88,6 +88,21 @@ class Lowering:
         exponent = bits - 1 - int(torch.frexp(torch.tensor(max(largest, 1e-6) * _HEADROOM)).exponent)
         return Grid(2.0**-exponent, bits)
 
+    def _middle(self, path: str, *, static: bool = False) -> torch.Tensor:
+        """What is taken out of each channel, float64 `[features]`: its mean, or for a static range its middle."""
+        state = self._state(path)
+        if "counts" in state or not self.options.centering:
+            return torch.zeros_like(ranges.peak(state))
+        middle: torch.Tensor = (state["min"].double() + state["max"].double()) / 2 if static else state["mean"]
+        return middle
+
+    def _reach(self, path: str, *, static: bool = False) -> torch.Tensor:
+        """The largest distance of each channel from its middle."""
+        state, middle = self._state(path), self._middle(path, static=static)
+        if "counts" in state:
+            return ranges.peak(state)
+        return torch.maximum(state["max"].double() - middle, middle - state["min"].double())
+
     def _clipped(self, state: Any, qmax: int = 127) -> torch.Tensor:
         """The static range of each channel."""
         how = self.options.clipping
@@ -106,14 +121,22 @@ class Lowering:
         else:
             state = self._state(path)
             division = torch.ones_like(ranges.peak(state)) if smooth is None else smooth
-            limit = self._clipped(ranges.merged(state, division)) if "counts" in state else self._peak(path) / division
+            limit = self._clipped(ranges.merged(state, division)) if "counts" in state else self._reach(path) / division
         return max(float(limit.max()), 1e-30) / 127
 
     # Weights
 
-    def _smooth(self, peaks: torch.Tensor, *paths: str) -> torch.Tensor | None:
+    def _smooth(self, peaks: torch.Tensor, middle: torch.Tensor | float, *paths: str) -> torch.Tensor | None:
+        """What the input of the linears at `paths` is divided by, once `middle` is taken out of it."""
         alpha = self.options.smoothing
-        return None if alpha is None else smoothing(peaks, [self.weights(f"{path}.weight") for path in paths], alpha)
+        if alpha is None:
+            return None
+        weights = [self.weights(f"{path}.weight") for path in paths]
+        start = smoothing(peaks, weights, alpha)
+        if not self.options.tuning:
+            return start
+        sample = self._state(f"{paths[0]}:sample", "sample")["rows"] - middle
+        return tuned_smoothing(sample, weights, start, steps=self.options.tuning)
 
     def _codes(self, path: str, smooth: torch.Tensor | None = None) -> QTensor:
         """The rounded matrix at `path`, with the input's division multiplied in."""
@@ -169,13 +192,14 @@ class Lowering:
         scale = self._static_scale(paths["output"], smooth)
         self._linear(block.part("output"), paths["output"], context, residual, smooth=smooth, act_scale=scale)
         self._norm(block.part("attention_norm"), paths["attention_norm"], residual)
-        smooth = self._smooth(self._peak(paths["up"]), paths["up"])
+        middle = self._middle(paths["up"])
+        smooth = self._smooth(self._reach(paths["up"]), middle, paths["up"])
         inner = self._act_input(paths["up"], self.layout.act, block.part("up").out_bits)
         scale = self._static_scale(paths["up"], smooth)
-        self._linear(block.part("up"), paths["up"], residual, inner, smooth=smooth, act_scale=scale)
+        self._linear(block.part("up"), paths["up"], residual, inner, smooth=smooth, middle=middle, act_scale=scale)
         shifted = self.layout.shifts(paths["down"])
         values = self._act(block.part("act"), self.layout.act, inner, shifted=shifted)
-        smooth = self._smooth(self._peak(paths["down"]) - values.center, paths["down"])
+        smooth = self._smooth(self._peak(paths["down"]) - values.center, values.center, paths["down"])
         scale = self._static_scale(paths["down"], smooth)
         self._linear(block.part("down"), paths["down"], values, residual, smooth=smooth, act_scale=scale)
         self._norm(block.part("ffn_norm"), paths["ffn_norm"], residual)
@@ -183,28 +207,43 @@ class Lowering:
     def _attention(self, block: Any, paths: Mapping[str, str]) -> tuple[Grid, torch.Tensor | None]:
         """Q, K, V and what joins them; returns the grid of the context, divided by the smoothing of what reads it."""
         names = [paths[role] for role in ("query", "key", "value")]
-        smooth = self._smooth(self._peak(paths["query"]), *names)
+        middle = self._middle(paths["query"])
+        smooth = self._smooth(self._reach(paths["query"]), middle, *names)
         scale = self._static_scale(paths["query"], smooth)
-        key, value = (self._shared(self._clipped(self._state(f"{path}:output"))) / 127 for path in names[1:])
+        outputs = [f"{path}:output" for path in names[1:]]
+        key, value = (self._shared(self._limits(output)) / 127 for output in outputs)
+        # What all keys have in common moves all scores of a row alike, and what all values have passes through.
+        middles = [self._middle(output, static=True) for output in outputs]
         attention = block.part("attention")
         heads = (attention.heads, attention.size)
         # Each channel of the query takes the unit of its key along: a row of scores then has one scale.
         largest = (self._peak(f"{names[0]}:output") * key).view(heads).amax(1).clamp_min(1e-30)
         query = largest * _HEADROOM / ((1 << (QUERY_BITS - 1)) - 1)
-        targets = (Grid(query.repeat_interleave(heads[1]) / key, QUERY_BITS), Grid(key, 8), Grid(value, 8))
+        targets = (
+            Grid(query.repeat_interleave(heads[1]) / key, QUERY_BITS),
+            Grid(key, 8, middles[0]),
+            Grid(value, 8, middles[1]),
+        )
         read = self.residual
         for role, path, target in zip(("query", "key", "value"), names, targets, strict=True):
-            self._linear(block.part(role), path, read, target, smooth=smooth, act_scale=scale)
-            if role == "query" and smooth is not None:  # key and value get what the query has divided
-                read = Grid(float(self.residual.unit) / smooth.min().item(), self.residual.bits)
-        peaks = self._peak(paths["output"])
-        division = self._smooth(peaks, paths["output"])
+            self._linear(block.part(role), path, read, target, smooth=smooth, middle=middle, act_scale=scale)
+            if role == "query" and block.part("query").rescales:  # key and value get what the query has divided
+                least = 1.0 if smooth is None else smooth.min().item()
+                read = Grid(float(self.residual.unit) / least, self.residual.bits)
+        peaks = self._peak(paths["output"])  # of the whole context; without the values' middles it is smaller
+        division = self._smooth(peaks, middles[1], paths["output"])
         reach = float((peaks / (1 if division is None else division)).max())
         unit = max(reach, 1e-30) * _HEADROOM / ((1 << (CONTEXT_BITS - 1)) - 1)
         attention.lower(
             Grid(query, QUERY_BITS), value, Grid(unit if division is None else unit * division, CONTEXT_BITS)
         )
-        return Grid(unit, CONTEXT_BITS), division
+        return Grid(unit, CONTEXT_BITS, middles[1]), division
+
+    def _limits(self, output: str) -> torch.Tensor:
+        """How far 8-bit codes of each channel reach from its middle."""
+        if self.options.clipping in ("mse", "percentile"):
+            return self._clipped(self._state(output))
+        return self._reach(output, static=True)
 
     def _shared(self, limits: torch.Tensor) -> torch.Tensor:
         """Limits of channels made those of what shares a scale."""

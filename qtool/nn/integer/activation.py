@@ -83,7 +83,9 @@ class IntGelu(IntModule):
         one = int(1 / (_GELU_A * root * root) + 0.5)
         low, high = (_LOWEST_GELU, unit * source.limit) if self.shifted else (0.0, unit * source.limit)
         target = Grid((high - low) / ((1 << 15) - 1), 16, low if self.shifted else 0.0, unsigned=self.shifted)
-        self.constants = torch.tensor([int(_GELU_ROOT / root), one, round(-target.center / float(target.unit))])
+        self.constants = torch.tensor(
+            [int(_GELU_ROOT / root), one, round(-low / float(target.unit)) if self.shifted else 0]
+        )
         product = torch.tensor(unit * _GELU_A * root * root * 2**_PRE_SHIFT / 2, dtype=torch.float64)
         self.fill_rescale("", product / float(target.unit))
         return target

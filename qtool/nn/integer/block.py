@@ -13,7 +13,7 @@ from qtool.numerics.grid import Grid
 
 
 class IntAttention(IntModule):
-    """softmax(Q·Kᵀ/√d)·V (math.md, 9). int32 query, 8-bit key and value `[batch, tokens, hidden]` → int32 of `out_bits`.
+    """softmax(Q·Kᵀ/√d)·V (math.md, 9). int32 query, 8-bit key and value `[batch, tokens, hidden]` → int32 context.
 
     Buffers, int32: `score_multiplier`, `score_shift` `[heads]`; `multiplier`, `shift` `[hidden]`; `align` `[1]`.
     """
@@ -91,7 +91,8 @@ class IntBlock(IntComposite):
         """`real` is boolean `[batch, tokens]`: false keys are not attended to."""
         query, key, value = (self.part(role) for role in ("query", "key", "value"))
         codes = query.quantize(hidden)  # one input, one rounding, three products
-        context = self.part("attention")(*(part.multiply(*codes) for part in (query, key, value)), real)
+        context = self.part("attention")(query(codes), key(codes), value(codes), real)
         hidden = self.part("attention_norm")(hidden + self.part("output")(context))
         inner = self.part("act")(self.part("up")(hidden))
-        return self.part("ffn_norm")(hidden + self.part("down")(inner))
+        result: torch.Tensor = self.part("ffn_norm")(hidden + self.part("down")(inner))
+        return result

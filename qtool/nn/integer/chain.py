@@ -38,7 +38,7 @@ class IntChain(IntComposite):
 
 
 class IntTiedLinear(IntLinear):
-    """The output layer that shares an embedding's codes: an `IntLinear` whose weight stays in the table, stored once."""
+    """The output layer that shares an embedding's codes: its weight stays in the table, stored once."""
 
     def __init__(self, table: IntTableRows, description: Mapping[str, Any], *, device: str) -> None:
         super().__init__(description, device=device)

@@ -63,8 +63,8 @@ class IntEmbeddings(IntComposite):
     """Token ids → int32 `[batch, tokens, columns]`: rows of up to three tables added, then i-LayerNorm.
 
     Parts: `word`, `norm`, and where the model has them `position` and `token_type`. `padding_idx` not None means that
-    positions are counted behind it over tokens that are not padding, as RoBERTa does. `exponent`, int32 `[1]`: hidden states
-    of the whole model are in units of 2^-exponent.
+    positions are counted behind it over tokens that are not padding, as RoBERTa does. `exponent`, int32 `[1]`: hidden
+    states of the whole model are in units of 2^-exponent.
     """
 
     kind = "int_embeddings"

@@ -10,7 +10,7 @@ from qtool import kernels
 from qtool.errors import InputError
 from qtool.nn.integer.module import Bound, IntModule, leave
 from qtool.nn.module import CodesModule
-from qtool.numerics import QParams, QTensor, QuantSpec
+from qtool.numerics import Dyadic, QParams, QTensor, QuantSpec
 from qtool.numerics.grid import Grid
 from qtool.numerics.qtensor import rows_of, stored_dtype, stored_shape
 
@@ -18,13 +18,16 @@ _ACCUMULATOR = (1 << 31) - 1
 _ALIGNED_BITS = 30
 _BIAS_LIMIT = 1 << 29
 
+Codes = tuple[torch.Tensor, torch.Tensor | None]
+
 
 class IntLinear(CodesModule, IntModule):
     """`W·x + b` from one grid to another (math.md, 2 and 3). int32 `[..., in]` → int32 `[..., out]` of `out_bits`.
 
-    Buffers: `weight`, tiled int8; `bias`, int32 on the accumulator's grid; `multiplier` and `shift`, int32 `[out]`, from
-    there to the target; `align`, int32 `[1]`. With `rescales`, `in_multiplier` and `in_shift` `[in]` rescale the input
-    first: smoothing, or static activations. With `output` the module returns floats, `exponent` (int32 `[1]`) binary places smaller.
+    Buffers: `weight`, tiled int8; `bias`, int32 on the accumulator's grid; `multiplier` and `shift`, int32 `[out]`,
+    from there to the target; `align`, int32 `[1]`. With `rescales`, `in_multiplier`, `in_shift` and `in_offset` `[in]`
+    rescale the input and move it first: smoothing and centering, or static activations. With `output` the module
+    returns floats: its integers are in units of 2^-`exponent`, int32 `[1]`.
     """
 
     bias: torch.Tensor
@@ -54,6 +57,7 @@ class IntLinear(CodesModule, IntModule):
         self.rescale_buffers("", (self.out_features,), device)
         if self.rescales:
             self.rescale_buffers("in_", (self.in_features,), device)
+            self.register_buffer("in_offset", torch.empty(self.in_features, dtype=torch.int32, device=device))
         for name in ("align", *["exponent"] * self.output):
             self.register_buffer(name, torch.empty(1, dtype=torch.int32, device=device))
 
@@ -65,11 +69,13 @@ class IntLinear(CodesModule, IntModule):
         target: Grid,
         *,
         smooth: torch.Tensor | None = None,
+        middle: torch.Tensor | None = None,
         act_scale: float | None = None,
     ) -> None:
         """Fill the buffers. `weight` holds the codes of `W · smooth`, `bias` is float `[out]`.
 
-        The product reads `x / smooth`: this module divides where it `rescales`, else whoever made `x` did already.
+        The product reads `(x - middle) / smooth`: this module moves and divides where it `rescales`, else whoever made
+        `x` did already.
         `act_scale` is the step of static activations, after smoothing. Raises InputError for ranges that do not fit.
         """
         division = torch.ones(self.in_features, dtype=torch.float64) if smooth is None else smooth.double()
@@ -80,14 +86,19 @@ class IntLinear(CodesModule, IntModule):
             step = inner / (254 if self.unsigned else 127)
         if self.rescales:
             self.fill_rescale("in_", float(source.unit) / (division * inner))
+            moved = torch.zeros_like(division) if middle is None else middle / (division * inner)
+            self.in_offset = torch.floor(moved + 0.5).int()
+            missing = self.in_offset * (division * inner) + source.center
+        else:
+            missing = torch.as_tensor(source.center if middle is None else middle, dtype=torch.float64)
         align = self._alignment(weight)
         unit = step * 2.0**align
         wanted = torch.zeros(self.out_features, dtype=torch.float64) if bias is None else bias.double()
-        # Σ W·center of what came in, in real units; codes that do not move bring in none.
-        offset = (weight.dequantize().double() / division).sum(1) * source.center - target.center
+        # What the codes do not say of the input, in real units of the output.
+        offset = (weight.dequantize().double() * (missing / division)).sum(1) - target.center
         weight = self._stored(weight, (wanted + offset).abs() / (unit * _BIAS_LIMIT))
         scale = _row_scale(weight)
-        offset = (weight.dequantize().double() / division).sum(1) * source.center - target.center
+        offset = (weight.dequantize().double() * (missing / division)).sum(1) - target.center
         self.bias = torch.floor((wanted + offset) / (unit * scale) + 0.5).int()
         self.align = torch.tensor([align], dtype=torch.int32)
         self.fill_rescale("", unit * scale / target.unit)
@@ -97,7 +108,7 @@ class IntLinear(CodesModule, IntModule):
         division = options.get("smooth")
         matrix = weight.dequantize().double() / (1 if division is None else division.double())
         reach = matrix.abs().sum(1) * (source.limit * float(source.unit))
-        reach += (matrix.sum(1) * source.center + (0 if bias is None else bias.double())).abs()
+        reach += ((matrix * source.center).sum(1) + (0 if bias is None else bias.double())).abs()
         exponent = int(self.out_bits - 2 - torch.frexp(reach.max()).exponent)
         target = Grid(2.0**-exponent, self.out_bits)
         self.lower(weight, bias, source, target, **options)
@@ -116,26 +127,30 @@ class IntLinear(CodesModule, IntModule):
         if not self.dynamic:
             return 0
         reach = _reach(weight.integers(), self.unsigned) * ((1 << (self.in_bits - 1)) - 1)
-        return max(0, reach.bit_length() - _ALIGNED_BITS)
+        return int(max(0, reach.bit_length() - _ALIGNED_BITS))
 
-    def quantize(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def quantize(self, x: torch.Tensor) -> Codes:
         """INT8 codes of the rows, and what the largest of each was (None with static activations)."""
         ops = kernels.backend()
         if self.rescales:
-            x = ops.saturate(ops.rescale(x, self.in_multiplier, self.in_shift), self.in_bits if self.dynamic else 8)
+            x = ops.rescale(x, self.in_multiplier, self.in_shift).sub_(self.in_offset)
+            x = ops.saturate(x, self.in_bits if self.dynamic else 8)
         return ops.quantize_rows(x, unsigned=self.unsigned) if self.dynamic else (x.to(torch.int8), None)
 
-    def multiply(self, codes: torch.Tensor, amax: torch.Tensor | None) -> torch.Tensor:
-        """The product of what `quantize` returned."""
+    def add_to_bias(self, amount: torch.Tensor, target: Grid) -> None:
+        """Add real numbers `[out]` to what leaves, as far as 29 bits hold them."""
+        unit = Dyadic(self.multiplier, self.shift).to_float() * target.unit
+        added = self.bias + torch.floor(amount / unit + 0.5).nan_to_num(0.0, 0.0, 0.0)
+        self.bias = added.clamp(-_BIAS_LIMIT, _BIAS_LIMIT).int()
+
+    def forward(self, x: torch.Tensor | Codes) -> torch.Tensor:
+        """int32 `[..., in]` on the source grid, or what `quantize` made of it."""
+        codes, amax = x if isinstance(x, tuple) else self.quantize(x)
         operand, row_sums = self._prepared()
         y = kernels.backend().integer_linear(
             codes, amax, operand, row_sums, self.align, self.bias, (self.multiplier, self.shift), self.out_bits
         )
         return leave(y, self.exponent, self.output_dtype) if self.output else y
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """int32 `[..., in]` on the source grid."""
-        return self.multiply(*self.quantize(x))
 
     def _prepare(self, codes: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
         shape = (self.out_features, self.in_features)

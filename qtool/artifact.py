@@ -51,7 +51,7 @@ _DESCRIPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "tied_linear": {"table": str, "bias": bool},
     "int_embeddings": {"parts": dict, "padding_idx": (int, type(None))},
     "int_block": {"parts": dict},
-    "int_chain": {"parts": dict, "first": bool},
+    "int_chain": {"parts": dict, "order": list, "first": bool},
     "int_rows": {"shape": list, "weights": str},
     "int_linear": _INT_LINEAR,
     "int_tied_linear": {**_INT_LINEAR, "table": str},

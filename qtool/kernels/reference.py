@@ -170,7 +170,7 @@ def isqrt(n: torch.Tensor) -> torch.Tensor:
     """floor(√n) of int64 `0 ≤ n < 2^62` by Newton's method (math.md, 7)."""
     x = torch.bitwise_left_shift(1, (bit_length(n) + 1) >> 1)
     for _ in range(8):  # enough from this start for 62 bits; the minimum keeps a root that was reached
-        x = torch.minimum(x, (x + torch.div(n, x, rounding_mode="floor")) >> 1)
+        x = torch.minimum(x, (x + torch.div(n, x.clamp_min(1), rounding_mode="floor")) >> 1)
     return x.where(n > 0, 0)
 
 
@@ -195,11 +195,11 @@ def quantize_rows(x: torch.Tensor, *, unsigned: bool = False) -> tuple[torch.Ten
 def shift_round(x: torch.Tensor, places: torch.Tensor | int) -> torch.Tensor:
     """`x / 2^places` rounded half up, int64; `places` may be 0."""
     places = torch.as_tensor(places, dtype=torch.int64)
-    return (x + (torch.bitwise_left_shift(1, places) >> 1)).bitwise_right_shift_(places)
+    return (x.long() + (torch.bitwise_left_shift(1, places) >> 1)).bitwise_right_shift_(places)
 
 
-def integer_gelu(x: torch.Tensor, root: torch.Tensor, one: torch.Tensor, pre_shift: int) -> torch.Tensor:
-    """i-GELU (I-BERT, eq. 8; math.md, 5): int32 → int64, the product `q · (erf + 1)` before it is rescaled.
+def integer_gelu(x: torch.Tensor, root: torch.Tensor, one: torch.Tensor, pre_shift: torch.Tensor | int) -> torch.Tensor:
+    """i-GELU (I-BERT, eq. 9; math.md, 5): int32 → int64, the product `q · (erf + 1)` before it is rescaled.
 
     With scale S of `x` and Se = S/√2: `root` = floor(1.769/Se), `one` = round(1/(0.2888·Se²)), both int64 scalars.
     """
@@ -216,7 +216,7 @@ def exp_constants(grid: int) -> tuple[int, int]:
 
 
 def integer_exp(distance: torch.Tensor, grid: int) -> torch.Tensor:
-    """i-exp (I-BERT, eq. 13; math.md, 4) of `-distance · ln2/2^grid`: int ≥ 0 → int, `exp(0)` = b² + c.
+    """i-exp (I-BERT, eq. 14; math.md, 4) of `-distance · ln2/2^grid`: int ≥ 0 → int, `exp(0)` = b² + c.
 
     With octaves of 2^grid there is no division: the quotient is a shift, the remainder a mask.
     """
@@ -284,7 +284,7 @@ def integer_linear(
         if scale is not None:
             total = shift_round(total.mul_(scale[part]), align)
         acc[part] = saturate(rescale(total.add_(bias), *to_output), bits)
-    return acc.view(*codes.shape[:-1], -1)
+    return acc.view(*codes.shape[:-1], acc.shape[-1])
 
 
 def integer_norm(x: torch.Tensor, eps: torch.Tensor, to_output: Rescale, bias: torch.Tensor, bits: int) -> torch.Tensor:

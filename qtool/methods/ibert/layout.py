@@ -110,8 +110,8 @@ class Layout:
             for module in modules
             for kind, inside in module.layers
         ]
-        kinds = [*[kind for kind, _, _ in flat[1:]], ""]
-        return [Layer(*layer, follows) for layer, follows in zip(flat, kinds, strict=True)]
+        kinds = [kind for kind, _, _ in flat]
+        return [Layer(*layer, follows) for layer, follows in zip(flat, [*kinds[1:], ""], strict=False)]
 
     def starts_pooled(self) -> bool:
         """Whether the head reads the pooler's output, not the hidden states."""
@@ -185,6 +185,8 @@ class Layout:
 
     def _block(self, unit: Unit) -> Description:
         paths, wide = self.block_paths(unit), self.options.residual_bits
+        if len({self._activations(paths[role]) for role in ("query", "key", "value")}) > 1:
+            raise InputError(f"{paths['query']}: query, key and value share one input; give their rules one spec for it")
         inner = ACT_BITS if self.act == "relu" else self.options.gelu_bits
         parts = {
             "query": self._linear(paths["query"], out_bits=QUERY_BITS),
@@ -224,7 +226,7 @@ class Layout:
             parts[role] = {"path": _inside(layer.path, module.path), **self._head_layer(layer)}
         if [layer.path for layer in layers] == [module.path]:
             return {key: value for key, value in parts[layers[0].kind].items() if key != "path"}
-        return {"type": "int_chain", "parts": parts, "first": module.first}
+        return {"type": "int_chain", "parts": parts, "order": list(parts), "first": module.first}
 
     def _head_layer(self, layer: Layer) -> Description:
         if layer.kind == "norm":

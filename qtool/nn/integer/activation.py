@@ -11,8 +11,8 @@ from qtool.nn.integer.module import Bound, IntModule
 from qtool.numerics.grid import Grid
 
 TANH_BITS = 16
-_GELU_ROOT, _GELU_A = 1.769, 0.2888  # I-BERT, eq. 6
-_PRE_SHIFT = 6
+_GELU_ROOT, _GELU_A = 1.769, 0.2888  # I-BERT, eq. 8
+_PRODUCT_BITS = 30
 _LOWEST_GELU = -0.19  # the polynomial's minimum, with room for its rounding
 
 
@@ -62,8 +62,8 @@ class IntTable(IntModule):
 class IntGelu(IntModule):
     """i-GELU, the paper's polynomial (math.md, 5): int32 `[...]` of `in_bits` → int32 `[...]` of 16 bits.
 
-    Buffers: `constants`, int64 `[3]`: the polynomial's root, its one, and the offset of the target; `multiplier` and
-    `shift`, int32 `[1]`.
+    Buffers: `constants`, int64 `[4]`: the polynomial's root, its one, the places by which `erf + 1` is shifted before the
+    product, and the offset of the target; `multiplier` and `shift`, int32 `[1]`.
     """
 
     constants: torch.Tensor
@@ -73,7 +73,7 @@ class IntGelu(IntModule):
     def __init__(self, in_bits: int, *, shifted: bool, device: str) -> None:
         super().__init__()
         self.in_bits, self.shifted = in_bits, shifted
-        self.register_buffer("constants", torch.empty(3, dtype=torch.int64, device=device))
+        self.register_buffer("constants", torch.empty(4, dtype=torch.int64, device=device))
         self.rescale_buffers("", (1,), device)
 
     def lower(self, source: Grid) -> Grid:
@@ -83,22 +83,22 @@ class IntGelu(IntModule):
         one = int(1 / (_GELU_A * root * root) + 0.5)
         low, high = (_LOWEST_GELU, unit * source.limit) if self.shifted else (0.0, unit * source.limit)
         target = Grid((high - low) / ((1 << 15) - 1), 16, low if self.shifted else 0.0, unsigned=self.shifted)
-        self.constants = torch.tensor(
-            [int(_GELU_ROOT / root), one, round(-low / float(target.unit)) if self.shifted else 0]
-        )
-        product = torch.tensor(unit * _GELU_A * root * root * 2**_PRE_SHIFT / 2, dtype=torch.float64)
+        places = max(0, (2 * one * source.limit).bit_length() - _PRODUCT_BITS)
+        offset = round(-low / float(target.unit)) if self.shifted else 0
+        self.constants = torch.tensor([int(_GELU_ROOT / root), one, places, offset])
+        product = torch.tensor(unit * _GELU_A * root * root * 2.0**places / 2, dtype=torch.float64)
         self.fill_rescale("", product / float(target.unit))
         return target
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Polynomial, rescale, offset."""
-        ops, (root, one, offset) = kernels.backend(), self.constants
-        y = ops.rescale(ops.integer_gelu(x, root, one, _PRE_SHIFT), self.multiplier, self.shift) + offset
+        ops, (root, one, places, offset) = kernels.backend(), self.constants
+        y = ops.rescale(ops.integer_gelu(x, root, one, places), self.multiplier, self.shift) + offset
         return ops.saturate(y.clamp_min(0) if self.shifted else y, 16)
 
     def bounds(self) -> list[Bound]:
         """The product of the input and `erf + 1`, which a 31-bit multiplier follows."""
-        product = ((1 << (self.in_bits - 1)) - 1) * ((2 * int(self.constants[1]) >> _PRE_SHIFT) + 1)
+        product = ((1 << (self.in_bits - 1)) - 1) * ((2 * int(self.constants[1]) >> int(self.constants[2])) + 1)
         return [Bound("polynomial", product, (1 << 31) - 1)]
 
     def description(self) -> dict[str, Any]:

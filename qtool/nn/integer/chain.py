@@ -24,17 +24,18 @@ class IntChain(IntComposite):
     def __init__(self, model: nn.Module, path: str, description: Mapping[str, Any], *, device: str) -> None:
         super().__init__(model, path, description, device=device)
         self.first: bool = description["first"]
+        self.order: list[str] = list(description["order"])  # JSON objects have none
 
     def forward(self, x: torch.Tensor, **unused: Any) -> torch.Tensor:
         """All parts in their order."""
         x = x[:, 0] if self.first else x
-        for role in self.parts:
+        for role in self.order:
             x = self.part(role)(x)
         return x
 
     def description(self) -> dict[str, Any]:
         """Parts in their order, and what goes in."""
-        return {**super().description(), "first": self.first}
+        return {**super().description(), "order": self.order, "first": self.first}
 
 
 class IntTiedLinear(IntLinear):

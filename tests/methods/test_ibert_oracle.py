@@ -543,7 +543,7 @@ OPTIONS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     ),
     "few bits": (f"Bert{MASKED}", ("weights=int5:channel:sym", "methods.ibert.attention_scales=tensor"), {}),
     "untied": (f"Bert{MASKED}", (), {"tie_word_embeddings": False}),
-    "bias correction": (f"Bert{SEQUENCE}", ("methods.ibert.bias_correction=true",), {}),
+    "bias correction": (f"Bert{SEQUENCE}", ("methods.ibert.bias_correction=quantized",), {}),
     "one layer, four heads": (f"Bert{SEQUENCE}", (), {
         "num_hidden_layers": 1, "num_attention_heads": 4, "hidden_size": 20,
     }),

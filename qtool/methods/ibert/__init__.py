@@ -63,7 +63,7 @@ class IBert(Method):
 
     def stages(self, unit: Unit) -> Sequence[Sequence[str]]:
         """The linears of a block in the order of its computation."""
-        if not self.options.bias_correction or unit.kind != "block":
+        if self.options.bias_correction != "quantized" or unit.kind != "block":
             return ()
         paths = self._layout.block_paths(unit)
         return [[paths[role] for role in stage] for stage in _STAGES]

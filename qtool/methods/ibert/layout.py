@@ -41,7 +41,9 @@ class IBertOptions(Options):
     percentile: float = Field(
         99.99, gt=50, le=100, description="Of magnitudes, where clipping is by percentile or token"
     )
-    bias_correction: bool = Field(False, description="Correct biases by the mean error on the calibration data")
+    bias_correction: Literal["none", "float", "quantized"] = Field(
+        "quantized", description="Take out the mean error that rounding makes: of weights alone, or on quantized inputs"
+    )
     word_embeddings: Spec = QuantSpec.parse("int8:channel:sym")
     small_embeddings: Spec = QuantSpec.parse("int16:channel:sym")
 
@@ -186,7 +188,9 @@ class Layout:
     def _block(self, unit: Unit) -> Description:
         paths, wide = self.block_paths(unit), self.options.residual_bits
         if len({self._activations(paths[role]) for role in ("query", "key", "value")}) > 1:
-            raise InputError(f"{paths['query']}: query, key and value share one input; give their rules one spec for it")
+            raise InputError(
+                f"{paths['query']}: query, key and value share one input; give their rules one spec for it"
+            )
         inner = ACT_BITS if self.act == "relu" else self.options.gelu_bits
         parts = {
             "query": self._linear(paths["query"], out_bits=QUERY_BITS),

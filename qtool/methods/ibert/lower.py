@@ -70,11 +70,16 @@ class Lowering:
 
     # Statistics
 
-    def _state(self, path: str, observer: str | None = None) -> Any:
-        for name in (observer,) if observer else ("histogram", "channels", "minmax"):
-            if (path, name) in self.statistics.states:
-                return self.statistics.state(path, name)
-        return self.statistics.state(path, observer or "channels")
+    def _observed(self, path: str) -> Any:
+        """The state of a site under whichever observer watched it, or None."""
+        names = ("histogram", "channels", "minmax")
+        return next(
+            (self.statistics.states[path, name] for name in names if (path, name) in self.statistics.states), None
+        )
+
+    def _state(self, path: str, observer: str = "channels") -> Any:
+        found = self._observed(path) if observer == "channels" else None
+        return self.statistics.state(path, observer) if found is None else found
 
     def _peak(self, path: str) -> torch.Tensor:
         return ranges.peak(self._state(path))
@@ -151,8 +156,13 @@ class Lowering:
     def _bias(self, path: str) -> torch.Tensor | None:
         return None if self.layout.model.get_submodule(path).bias is None else self.weights(f"{path}.bias").double()
 
-    def _linear(self, module: Any, path: str, source: Grid, target: Grid, **options: Any) -> None:
+    def _linear(
+        self, module: Any, path: str, source: Grid, target: Grid, *, reads: str | None = None, **options: Any
+    ) -> None:
+        """Fill one linear; `reads` is the path whose input it shares."""
         codes = self._codes(path, options.get("smooth"))
+        if self.options.bias_correction != "none" and (state := self._observed(reads or path)) is not None:
+            options |= {"exact": self.weights(f"{path}.weight"), "mean": state.get("mean")}
         module.lower(codes, self._bias(path), source, target, **options)
         self.grids[path] = target
 
@@ -226,7 +236,8 @@ class Lowering:
         )
         read = self.residual
         for role, path, target in zip(("query", "key", "value"), names, targets, strict=True):
-            self._linear(block.part(role), path, read, target, smooth=smooth, middle=middle, act_scale=scale)
+            options = {"smooth": smooth, "middle": middle, "act_scale": scale}
+            self._linear(block.part(role), path, read, target, reads=names[0], **options)
             if role == "query" and block.part("query").rescales:  # key and value get what the query has divided
                 least = 1.0 if smooth is None else smooth.min().item()
                 read = Grid(float(self.residual.unit) / least, self.residual.bits)
@@ -322,7 +333,7 @@ class Lowering:
             holder = cast(nn.Module, getattr(holder, name))
         holder.add_module("embeddings", nn.Module())
         install(shell, {path: descriptions[path]}, dtype=torch.float32)
-        table = shell.get_submodule(self.layout.anatomy.word_table)
+        table: Any = shell.get_submodule(self.layout.anatomy.word_table)
         table.weight = self._table(self.layout.anatomy.word_table, table.description()).codes
 
 

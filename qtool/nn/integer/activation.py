@@ -62,8 +62,8 @@ class IntTable(IntModule):
 class IntGelu(IntModule):
     """i-GELU, the paper's polynomial (math.md, 5): int32 `[...]` of `in_bits` → int32 `[...]` of 16 bits.
 
-    Buffers: `constants`, int64 `[4]`: the polynomial's root, its one, the places by which `erf + 1` is shifted before the
-    product, and the offset of the target; `multiplier` and `shift`, int32 `[1]`.
+    Buffers: `constants`, int64 `[4]`: the polynomial's root, its one, the places by which `erf + 1` is shifted before
+    the product, and the offset of the target; `multiplier` and `shift`, int32 `[1]`.
     """
 
     constants: torch.Tensor

@@ -71,12 +71,16 @@ class IntLinear(CodesModule, IntModule):
         smooth: torch.Tensor | None = None,
         middle: torch.Tensor | None = None,
         act_scale: float | None = None,
+        exact: torch.Tensor | None = None,
+        mean: torch.Tensor | None = None,
     ) -> None:
         """Fill the buffers. `weight` holds the codes of `W · smooth`, `bias` is float `[out]`.
 
         The product reads `(x - middle) / smooth`: this module moves and divides where it `rescales`, else whoever made
         `x` did already.
-        `act_scale` is the step of static activations, after smoothing. Raises InputError for ranges that do not fit.
+        `act_scale` is the step of static activations, after smoothing. With the `exact` float weights and the `mean` of
+        every input, `[in]`, the bias takes out what rounding the weights adds to the mean of every output. Raises
+        InputError for ranges that do not fit.
         """
         division = torch.ones(self.in_features, dtype=torch.float64) if smooth is None else smooth.double()
         inner = float(source.unit) / (division.min().item() if self.rescales else 1.0)
@@ -94,12 +98,18 @@ class IntLinear(CodesModule, IntModule):
         align = self._alignment(weight)
         unit = step * 2.0**align
         wanted = torch.zeros(self.out_features, dtype=torch.float64) if bias is None else bias.double()
-        # What the codes do not say of the input, in real units of the output.
-        offset = (weight.dequantize().double() * (missing / division)).sum(1) - target.center
-        weight = self._stored(weight, (wanted + offset).abs() / (unit * _BIAS_LIMIT))
+        wanted = wanted - target.center
+
+        def offset(stored: QTensor) -> torch.Tensor:
+            """What the codes do not say of the input, in real units of the output."""
+            rounded = stored.dequantize().double() / division
+            if exact is None or mean is None:
+                return (rounded * missing).sum(1)
+            return ((exact.double() - rounded) * mean + rounded * missing).sum(1)
+
+        weight = self._stored(weight, (wanted + offset(weight)).abs() / (unit * _BIAS_LIMIT))
         scale = _row_scale(weight)
-        offset = (weight.dequantize().double() * (missing / division)).sum(1) - target.center
-        self.bias = torch.floor((wanted + offset) / (unit * scale) + 0.5).int()
+        self.bias = torch.floor((wanted + offset(weight)) / (unit * scale) + 0.5).int()
         self.align = torch.tensor([align], dtype=torch.int32)
         self.fill_rescale("", unit * scale / target.unit)
 

@@ -6,15 +6,17 @@ units and the rounding are timed on samples; reading, hashing and writing go by 
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import psutil
 import torch
 
 from qtool.anatomy import Unit
 from qtool.calibrate.sources import Batches
+from qtool.nn import parts_of
 from qtool.numerics import QuantSpec
 from qtool.pipeline import Job, peak_bytes
 from qtool.rounding import ROUNDINGS
@@ -24,6 +26,7 @@ _SECONDS = 0.4  # for each of the two timed samples
 _LOWER_BYTES = 16
 """An element's bytes while its matrix is lowered: float32, codes, and what they stand for again, for the SQNR."""
 _SAMPLE = 4_000_000  # elements: large enough that threads which wait for a busy core do not decide
+_FOLLOWING = 6.0  # a pass of the float and the integer model side by side, in passes of the float model
 _PASSES = 6  # over the written bytes: shards, assembly, digests, the golden check, and the system's own work
 
 
@@ -47,6 +50,10 @@ def estimate(job: Job, batches: Batches, *, startup: float, reading: float, cali
         passing, transient = _pass_1(job, batches)
         flow = 4 * job.model.config.hidden_size * sum(batch["input_ids"].numel() for batch in batches.batches)
         seconds, need = seconds + passing, max(need, flow + transient + max(sizes))
+        if job.lowering.follows:  # both models see all batches, once more for every stage of corrections
+            rounds = 1 + len(job.lowering.stages(job.anatomy.blocks[0]))
+            seconds += rounds * _FOLLOWING * passing
+            need = max(need, 2 * (flow + max(sizes)) + transient)
     moved = job.checkpoint.num_bytes + _PASSES * job.predicted_bytes()
     return Estimate(2 * startup + reading + seconds + moved * _hash_second(), max(peak, resident + need))
 
@@ -59,7 +66,7 @@ def _unit_bytes(job: Job) -> list[int]:
 
 def _lowering(job: Job, sizes: list[int]) -> tuple[float, int]:
     """Seconds of pass 2, and the bytes of its worst unit: what is kept of it, and its largest matrix in hand."""
-    paths = [path for path, module in job.plan.modules.items() if "weights" in module]
+    paths = [path for path, module in _described(job).items() if "weights" in module and "table" not in module]
     counts = {path: job.model.get_submodule(path).weight.numel() for path in paths}
     need = 0
     for unit, size in zip(job.anatomy.units, sizes, strict=True):
@@ -68,12 +75,16 @@ def _lowering(job: Job, sizes: list[int]) -> tuple[float, int]:
     return _lowering_second(job) * sum(counts.values()), need
 
 
+def _described(job: Job) -> dict[str, Mapping[str, Any]]:
+    """Every quantized module by path, those inside composites too."""
+    return {path: module for item in job.plan.modules.items() for path, module in parts_of(*item)}
+
+
 def _lowering_second(job: Job) -> float:
     """Seconds an element takes: some rows are rounded again and again, and measured as methods measure a matrix."""
-    path = next((path for path, module in job.plan.modules.items() if module["type"] == "linear"), None)
-    if path is None:
+    module = next((module for module in _described(job).values() if module["type"] in ("linear", "int_linear")), None)
+    if module is None:
         return 0.0
-    module = job.plan.modules[path]
     spec = QuantSpec.parse(module["weights"])
     columns = module["shape"][1]
     rows = -(-_SAMPLE // columns)

@@ -42,7 +42,8 @@ def inspect(model: str | Path, *, verify: bool = False, prove_integer: bool = Fa
         "damage": [],
     }
     if verify:
-        found["checks"], found["damage"] = _verify(folder, report)
+        integer = all(module["type"].startswith("int_") for _, module in described)
+        found["checks"], found["damage"] = _verify(folder, report, integer=integer)
     if prove_integer and not found["damage"]:
         from qtool.purity import prove
 
@@ -100,8 +101,11 @@ def _same_machine(fingerprint: Mapping[str, Any]) -> bool:
     )
 
 
-def _verify(folder: Path, report: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """Digests of tensors and files, then the golden batch. A re-saved model has no report: only its tensors count."""
+def _verify(folder: Path, report: Mapping[str, Any], *, integer: bool) -> tuple[dict[str, str], list[str]]:
+    """Digests of tensors and files, then the golden batch. A re-saved model has no report: only its tensors count.
+
+    An integer model must give the recorded bits on any machine.
+    """
     from qtool import golden
 
     problems = [f"tensor {name} was changed" for name in artifact.damaged_tensors(folder)]
@@ -116,7 +120,8 @@ def _verify(folder: Path, report: Mapping[str, Any]) -> tuple[dict[str, str], li
         checks["golden batch"] = "not computed: the files are damaged"
         return checks, problems
     try:
-        found = golden.recheck(folder, report["golden"], same_machine=_same_machine(report["fingerprint"]))
+        exact = integer or _same_machine(report["fingerprint"])
+        found = golden.recheck(folder, report["golden"], same_machine=exact)
     except InputError as error:
         checks["golden batch"] = "cannot be computed"
         return checks, [str(error)]

@@ -433,7 +433,7 @@ def _report(
         },
         "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
         "calibration": batches.description if job.observed() else None,
-        "execution": {"kind": "real", "backend": backend().name, "arithmetic": "int8 x int8 -> int32"},
+        "execution": {"kind": "real", "backend": backend().name, "arithmetic": job.lowering.arithmetic},
         "architecture": job.anatomy.architecture,
         "head": job.anatomy.head_kind,
         "modules": job.plan.modules,

@@ -229,14 +229,14 @@ class Oracle:
         return [[tanh(value, self.modules[path]["grid"]) for value in row] for row in x]
 
     def int_gelu(self, path: str, x: Rows) -> Rows:
-        """x · (erf + 1), where erf is ±(1 - (root - |x|)²) up to its root and ±1 behind it; the sum loses 6 bits."""
-        root, one, offset = self.tensor(f"{path}.constants")
+        """x · (erf + 1), where erf is ±(1 - (root - |x|)²) up to its root and ±1 behind it; the sum is shifted."""
+        root, one, places, offset = self.tensor(f"{path}.constants")
         shifted = self.modules[path]["shifted"]
 
         def gelu(value: int) -> int:
             erf = one - max(0, root - abs(value)) ** 2
             erf = erf if value > 0 else -erf if value < 0 else 0
-            y = self.scaled(value * nearest(erf + one, 2**6), path, 0) + offset
+            y = self.scaled(value * nearest(erf + one, 2**places), path, 0) + offset
             return clip(max(0, y) if shifted else y, 16)
 
         return [[gelu(value) for value in row] for row in x]

@@ -33,6 +33,7 @@ class IBert(Method):
 
     name = "ibert"
     phase = "lower"
+    arithmetic = "integers only, from token ids to logits"
     options_class = IBertOptions
     options: IBertOptions
 

@@ -33,7 +33,7 @@ class IBertOptions(Options):
         "channel", description="What of K and V shares a scale"
     )
     smoothing: float | None = Field(0.5, ge=0, le=1, description="Exponent of migration into weights; null: none")
-    tuning: int = Field(100, ge=0, description="Steps in which the smoothing is tuned on a sample of activations")
+    tuning: int = Field(0, ge=0, description="Steps in which the smoothing is tuned on a sample of activations")
     centering: bool = Field(True, description="Take the middles of channels' ranges out of what is rounded to INT8")
     clipping: Literal["max", "percentile", "mse", "token"] = Field(
         "max", description="How static INT8 ranges are found"
@@ -42,7 +42,7 @@ class IBertOptions(Options):
         99.99, gt=50, le=100, description="Of magnitudes, where clipping is by percentile or token"
     )
     bias_correction: Literal["none", "float", "quantized"] = Field(
-        "quantized", description="Take out the mean error that rounding makes: of weights alone, or on quantized inputs"
+        "float", description="Take out the mean error that rounding makes: of weights alone, or on quantized inputs"
     )
     word_embeddings: Spec = QuantSpec.parse("int8:channel:sym")
     small_embeddings: Spec = QuantSpec.parse("int16:channel:sym")

@@ -18,7 +18,7 @@ from qtool.anatomy import Unit
 from qtool.calibrate.sources import Batches
 from qtool.nn import parts_of
 from qtool.numerics import QuantSpec
-from qtool.pipeline import Job, peak_bytes
+from qtool.pipeline import MEASURED_BATCHES, Job, peak_bytes
 from qtool.rounding import ROUNDINGS
 from qtool.stream import Stream
 
@@ -50,10 +50,11 @@ def estimate(job: Job, batches: Batches, *, startup: float, reading: float, cali
         passing, transient = _pass_1(job, batches)
         flow = 4 * job.model.config.hidden_size * sum(batch["input_ids"].numel() for batch in batches.batches)
         seconds, need = seconds + passing, max(need, flow + transient + max(sizes))
-        if job.lowering.follows:  # both models see all batches, once more for every stage of corrections
-            rounds = 1 + len(job.lowering.stages(job.anatomy.blocks[0]))
-            seconds += rounds * _FOLLOWING * passing
-            need = max(need, 2 * (flow + max(sizes)) + transient)
+        if job.lowering.follows:  # both models see these batches, once more for every stage of corrections
+            stages = len(job.lowering.stages(job.anatomy.blocks[0]))
+            share = 1.0 if stages else min(1.0, MEASURED_BATCHES / len(batches.batches))
+            seconds += (1 + stages) * _FOLLOWING * passing * share
+            need = max(need, int(2 * flow * share) + 2 * max(sizes) + transient)
     moved = job.checkpoint.num_bytes + _PASSES * job.predicted_bytes()
     return Estimate(2 * startup + reading + seconds + moved * _hash_second(), max(peak, resident + need))
 

@@ -2,7 +2,7 @@
 
 What a unit computes from what the lowered units before it made is compared with the float model, site by site (a site
 is a module that both models have): the mean error corrects biases, the rest becomes the figures that `qtool inspect`
-shows. Hidden states of all batches are kept, twice.
+shows. Hidden states of these batches are kept, twice.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -43,6 +43,9 @@ from qtool.recipe import Recipe
 from qtool.rundir import RunDirectory
 from qtool.stream import Call, Reader, Stream, give_back
 
+MEASURED_BATCHES = 2
+"""How many calibration batches flow through a lowered model to measure its errors and its saturation."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -300,7 +303,10 @@ def _lower_all(
 
 
 def _follower(job: Job, lowered: Stream, batches: Batches) -> Follower:
-    return Follower(Stream(job.model, job.anatomy, job.checkpoint.tensor), lowered, batches.batches)
+    """All batches where errors are corrected; where they are only measured, an even sample of them is enough."""
+    corrects = any(job.lowering.stages(unit) for unit in job.anatomy.units)
+    step = 1 if corrects else -(-len(batches.batches) // MEASURED_BATCHES)
+    return Follower(Stream(job.model, job.anatomy, job.checkpoint.tensor), lowered, batches.batches[::step])
 
 
 def _write_unit(

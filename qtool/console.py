@@ -192,7 +192,10 @@ def render_plan(screen: Screen, job: "Job", expected: "Estimate") -> None:
     rows = [[path, *_specs(module)] for path, module in described]
     screen.table(f"Quantized ({len(rows)} modules)", ["module", "type", "weights", "activations"], rows)
     kept = [[path, reason] for path, reason in plan["kept_float"].items()]
-    screen.table(f"Kept in float ({len(kept)} modules)", ["module", "why"], kept)
+    if kept:
+        screen.table(f"Kept in float ({len(kept)} modules)", ["module", "why"], kept)
+    else:
+        screen.line("Kept in float: nothing.")
     share = 100 * plan["size_bytes"] / plan["source_bytes"]
     screen.line(
         f"Size on disk: {megabytes(plan['size_bytes'])}, {share:.1f} % of the float model's "

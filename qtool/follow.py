@@ -61,7 +61,8 @@ class Follower:
         """
         meter = SaturationMeter()
         with self.exact.loaded(unit), counting_saturation(meter), self._naming(unit, meter):
-            losses = self._compare(unit, {site: grid for site, grid in grids.items() if unit.owns(site)}, advance=True)
+            sites = {site: grid for site, grid in grids.items() if unit.owns(site)}
+            losses = self._compare(unit, sites, advance=True, meter=meter)
         figures: dict[str, dict[str, float]] = {
             site: {"sqnr_db": decibels(loss.signal, loss.noise)} for site, loss in losses.items()
         }
@@ -76,7 +77,9 @@ class Follower:
         with self.exact.loaded(unit):
             self._compare(unit, {}, advance=True)
 
-    def _compare(self, unit: Unit, grids: Mapping[str, Grid], *, advance: bool) -> dict[str, _Loss]:
+    def _compare(
+        self, unit: Unit, grids: Mapping[str, Grid], *, advance: bool, meter: SaturationMeter | None = None
+    ) -> dict[str, _Loss]:
         losses = {site: _Loss() for site in grids}
         for number, batch in enumerate(self.batches):
             seen: list[dict[str, torch.Tensor]] = []
@@ -89,9 +92,11 @@ class Follower:
                     flow.append(after)
                 elif advance:
                     flow[number] = after
-            real = batch["attention_mask"].bool().flatten()
+            real = batch["attention_mask"].bool()
+            if meter is not None:
+                meter.end_batch(real)
             for site, loss in losses.items():
-                exact, found = (_real(output[site], real) for output in seen)
+                exact, found = (_real(output[site], real.flatten()) for output in seen)
                 loss.add(exact.double(), grids[site].real(found))
             give_back()
         return losses

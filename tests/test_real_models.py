@@ -50,3 +50,21 @@ def test_a_llama(test_models: Find, shared_data: Find, desk: Path) -> None:
             model.generate(prompt, max_new_tokens=16, use_cache=cache, **options) for cache in (True, False)
         )
         assert torch.equal(cached, uncached)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_encoders_on_integers_alone(test_models: Find, shared_data: Find, desk: Path) -> None:
+    """One function in the clothes of two families: both integer models answer as float does, and as each other."""
+    answers, data = [], shared_data("sst2")
+    for name in ("minilm-sst2", "minilm-roberta-sst2"):
+        model = test_models(name)
+        out = qtool.quantize(str(model), method="ibert", output=desk / name, task="sst2", data=data).path
+        found = evaluate(out, task("sst2"), data=data, baseline=model)
+        assert found.n == 872
+        assert found.baseline is not None and found.baseline.value == pytest.approx(88.99, abs=0.005)
+        assert found.drop is not None and found.drop <= 0.5
+        assert found.agreement is not None and found.agreement >= 98.5
+        answers.append([row["candidate"] for row in found.predictions])
+    same = sum(one == other for one, other in zip(*answers, strict=True))
+    assert same >= 0.995 * len(answers[0])

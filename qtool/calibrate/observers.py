@@ -78,7 +78,8 @@ class Channels(Observer):
 class Histogram(Observer):
     """How often each magnitude occurs in every channel, on bins that widen as larger values come.
 
-    State: `counts` int64 `[features, BINS]`, `width` float32 `[features]` (of a bin; a power of two), `tokens` int64.
+    State: `counts` int64 `[features, BINS]`, `width` float32 `[features]` (of a bin; a power of two), `mean` float64
+    `[features]`, `tokens` int64.
     Bin i holds `i·width ≤ |x| < (i+1)·width`. A range that grows adds neighbouring bins, so counts stay exact.
     """
 
@@ -86,6 +87,7 @@ class Histogram(Observer):
 
     def __init__(self) -> None:
         self._counts: torch.Tensor | None = None
+        self._sum = torch.zeros(1, dtype=torch.float64)
         self._exponent = torch.empty(0, dtype=torch.int32)
         self._tokens = 0
 
@@ -102,6 +104,7 @@ class Histogram(Observer):
         self._widen(needed - self._exponent)
         bins = torch.ldexp(size, 9 - self._exponent).long().clamp_(max=self.BINS - 1)
         flat = bins + self.BINS * torch.arange(rows.shape[1])
+        self._sum = self._sum + rows.sum(0, dtype=torch.float64)
         self._counts += torch.bincount(flat.flatten(), minlength=self._counts.numel()).view_as(self._counts)
         self._tokens += len(rows)
 
@@ -119,7 +122,8 @@ class Histogram(Observer):
         if self._counts is None:
             raise InputError(_NOTHING)
         width = torch.ldexp(torch.ones(len(self._exponent)), self._exponent - 9)
-        return {"counts": self._counts, "width": width, "tokens": torch.tensor(self._tokens)}
+        mean = self._sum / self._tokens
+        return {"counts": self._counts, "width": width, "mean": mean, "tokens": torch.tensor(self._tokens)}
 
 
 class TokenPeaks(Histogram):

@@ -119,12 +119,15 @@ _EXP_A, _EXP_B, _EXP_C = 0.35815147, 1.3536624322664372, 0.3437225370424528
 _EXP_OCTAVES = 30  # exp(-30 ln 2) = 1e-9 and everything below it is zero
 
 
-def saturate(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Clip to the symmetric range of `bits`, ±(2^(bits-1) - 1), as int32; counted inside `counting_saturation`."""
+def saturate(x: torch.Tensor, bits: int, what: str = "") -> torch.Tensor:
+    """Clip to the symmetric range of `bits`, ±(2^(bits-1) - 1), as int32; counted inside `counting_saturation`.
+
+    `what` tells values of one module apart.
+    """
     limit = (1 << (bits - 1)) - 1
     meter = _METER.get()
     if meter is not None:
-        meter.add(int((x.abs() > limit).sum()), x.numel())
+        meter.add(what, (x.abs() > limit).sum(-1).flatten(), x.shape[-1])
     return x.clamp(-limit, limit).int()
 
 
@@ -135,16 +138,30 @@ def _pieces(rows: int, width: int) -> Iterator[slice]:
 
 
 class SaturationMeter:
-    """How many values were clipped, and how many there were, by the `site` that was named last."""
+    """How many values were clipped, and how many there were, by the `site` named last; padding never counts."""
 
     def __init__(self) -> None:
         self.site = ""
         self.counts: dict[str, tuple[int, int]] = {}
+        self._rows: dict[tuple[str, str, int], list[torch.Tensor]] = {}
 
-    def add(self, clipped: int, values: int) -> None:
-        """Count values of the present site."""
-        before = self.counts.get(self.site, (0, 0))
-        self.counts[self.site] = before[0] + clipped, before[1] + values
+    def add(self, what: str, clipped: torch.Tensor, width: int) -> None:
+        """Note how many of its `width` values each row `[rows]` lost, at the present site."""
+        self._rows.setdefault((self.site, what, width), []).append(clipped)
+
+    def end_batch(self, real: torch.Tensor) -> None:
+        """Count what came since the last batch. `real` is boolean `[batch, tokens]`.
+
+        Rows are tokens, or tokens of each head; where there are fewer than tokens, texts.
+        """
+        for (site, _, width), parts in self._rows.items():
+            rows = torch.cat(parts)
+            repeats = len(rows) // real.numel()
+            if repeats:
+                rows = rows[real[:, None].expand(-1, repeats, -1).flatten()]
+            before = self.counts.get(site, (0, 0))
+            self.counts[site] = before[0] + int(rows.sum()), before[1] + len(rows) * width
+        self._rows = {}
 
 
 _METER: ContextVar[SaturationMeter | None] = ContextVar("saturation meter", default=None)
@@ -339,7 +356,7 @@ def integer_attention(
     for part in _pieces(batch * heads, tokens * tokens):
         q, k, v = (x[part] for x in rows)
         products = (q @ k.transpose(1, 2)).long().mul_(amax[part])
-        scores = saturate(rescale(shift_round(products, align), score_m[part], score_s[part]), SCORE_BITS)
+        scores = saturate(rescale(shift_round(products, align), score_m[part], score_s[part]), SCORE_BITS, "scores")
         weights = integer_softmax(scores, allowed[part], grid, bits)
         result[part] = saturate(rescale(weights @ v, context_m[part], context_s[part]), context_bits)
     return result.view(batch, heads, tokens, size).transpose(1, 2).flatten(2)

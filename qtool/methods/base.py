@@ -109,5 +109,7 @@ def weight_sqnr_db(weight: torch.Tensor, tensor: QTensor) -> float:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10·log10(signal / noise) to two places; 999 where one of them is zero."""
-    return round(10 * math.log10(signal / noise), 2) if noise > 0 and signal > 0 else 999.0
+    """10·log10(signal / noise) to two places; 999 without noise, -999 for noise alone."""
+    if noise > 0 and signal > 0:
+        return round(10 * math.log10(signal / noise), 2)
+    return -999.0 if noise > 0 else 999.0

@@ -28,9 +28,9 @@ def tuned_smoothing(
 
     (each rounding has variance step²/12). Deterministic for a number of threads.
     """
-    rows, matrix = sample.float(), torch.cat([weight.float() for weight in weights])
-    columns = matrix.square().sum(0)
-    with torch.enable_grad(), torch.inference_mode(False):
+    with torch.inference_mode(False), torch.enable_grad():
+        rows, matrix = sample.float().clone(), torch.cat([weight.float().clone() for weight in weights])
+        columns = matrix.square().sum(0)
         logs = start.float().log().clone().requires_grad_()
         optimizer = torch.optim.Adam([logs], lr=rate)
         for _ in range(steps):

@@ -239,19 +239,25 @@ def test_saturation_is_symmetric(values: list[int], bits: int) -> None:
 
 
 def test_saturation_is_counted_by_site() -> None:
-    meter = SaturationMeter()
+    """Two tokens, one of them padding: its row never counts, nor that of any head."""
+    meter, real = SaturationMeter(), torch.tensor([[True, False]])
     saturate(ints(500), 8)
     with counting_saturation(meter):
         meter.site = "one"
-        saturate(ints(127, -127, 128, -128, 0), 8)
-        saturate(ints(1 << 22, -5), 22)
+        saturate(torch.tensor([[127, -127, 128, -128, 0], [500, 500, 500, 500, 500]]), 8)
+        saturate(torch.tensor([[1 << 22, -5], [0, 0]]), 22)
+        meter.end_batch(real)
         meter.site = "two"
-        assert saturate(ints(1, 2, 3), 2).tolist() == [1, 1, 1]
+        for head in ([[1, 2], [3, 3]], [[-1, 0], [3, 0]]):  # in pieces, as attention works
+            saturate(torch.tensor([head]), 2)
         with counting_saturation(SaturationMeter()):
             saturate(ints(9, 9), 2)
-        saturate(ints(-2), 2)
+        meter.end_batch(real)
+        meter.site = "one"
+        saturate(torch.tensor([[200]]), 8)  # one row a text
+        meter.end_batch(real)
     saturate(ints(500), 8)
-    assert meter.counts == {"one": (3, 7), "two": (3, 4)}
+    assert meter.counts == {"one": (4, 8), "two": (1, 4)}
 
 
 def test_counting_ends_with_an_error() -> None:

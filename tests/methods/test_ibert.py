@@ -145,7 +145,10 @@ def test_other_activations_are_close_to_float(architecture: str, act: str, zoo: 
     assert max(found.values()) < LIMIT, found
 
 
-@pytest.mark.parametrize("sets", [option(gelu="polynomial"), option(gelu="polynomial", shifted_gelu=False)])
+@pytest.mark.parametrize(
+    "sets",
+    [option(gelu="polynomial"), pytest.param(option(gelu="polynomial", shifted_gelu=False), marks=pytest.mark.slow)],
+)
 def test_the_polynomial_is_close_but_not_as_close_as_the_table(sets: list[str], shelf: Any, desk: Path) -> None:
     model = shaped(shelf, "polynomial", f"Bert{SEQUENCE}", change=shelf.noise(0.1))
     (table,), (polynomial,) = (
@@ -154,6 +157,7 @@ def test_the_polynomial_is_close_but_not_as_close_as_the_table(sets: list[str], 
     assert table < polynomial < 3 * LIMIT
 
 
+@pytest.mark.slow
 def test_a_rounding_that_loses_more_is_further_away(shelf: Any, desk: Path) -> None:
     model = shaped(shelf, "coarser", f"Bert{TOKENS}")
     found = [
@@ -178,7 +182,7 @@ def test_static_activations_lose_more_where_tokens_differ(shelf: Any, desk: Path
         distances(model, quantized(model, out, *sets, *option(smoothing=None))).values()
         for out, sets in (("token", ()), ("static", (STATIC,)))
     )
-    assert token < 0.1
+    assert token < 2 * LIMIT
     assert static > 1.5 * token
 
 
@@ -232,39 +236,45 @@ def test_a_tied_head_stores_the_table_once(architecture: str, zoo: Any, desk: Pa
     assert sum("word_embeddings" in path for path in codes[0]) == 1
 
 
-@pytest.mark.parametrize("spelling", ["int16:channel:sym", "int6:channel:sym", "int8:tensor:sym", "int5:tensor:sym"])
-@pytest.mark.parametrize("where", ["*word_embeddings", "*embeddings*"])
+@pytest.mark.parametrize("where", ["*word_embeddings", pytest.param("*", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "int16:channel:sym",
+        "int6:channel:sym",
+        "int8:tensor:sym",
+        pytest.param("int5:tensor:sym", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rule_for_the_words_reaches_the_tied_head(spelling: str, where: str, shelf: Any, desk: Path) -> None:
     """The output layer reads the table as it is stored, or the rule is refused before anything is computed."""
     model = shaped(shelf, "tied-rule", f"Bert{MASKED}")
     rule = f"rules={{'{where}': {{weights: '{spelling}'}}}}"
     if spelling.startswith("int16"):
-        with pytest.raises(InputError, match=r"cls\.predictions\.decoder: weights int16:channel:sym cannot run"):
+        with pytest.raises(InputError, match="multiplies by this table, so it takes int5 to int8"):
             open_job(str(model), resolve_recipe(methods=["ibert"], sets=[rule]))
         return
     found = distances(model, quantized(model, "out", rule))
-    assert found["logits"] < (0.25 if "6" in spelling else 0.5 if "5" in spelling else LIMIT), found
+    assert found["logits"] < {"int6": 0.12, "int5": 0.3, "int8": LIMIT}[spelling[:4]], found
 
 
 # --- plans
 
 
+PLANS: list[tuple[str, Any, dict[str, Any]]] = [
+    (f"Bert{MASKED}", (), {}),
+    (f"Roberta{SEQUENCE}", (STATIC, *option(gelu="polynomial")), {}),
+    ("BertModel", (), {}),
+    (f"Bert{MASKED}", (), {"tie_word_embeddings": False}),
+    (f"Electra{TOKENS}", option(smoothing=None, centering=False), {}),
+    (f"DistilBert{ANSWERS}", ("weights=int5:tensor:sym",), {"activation": "relu"}),
+    (f"Camembert{MASKED}", option(word_embeddings="int8:tensor:sym", gelu_bits=9), {}),
+]
+
+
 @pytest.mark.parametrize(
     ("architecture", "sets", "options"),
-    [
-        (f"Bert{MASKED}", (), {}),
-        (f"Roberta{SEQUENCE}", (STATIC, *option(gelu="polynomial")), {}),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (
-                ("BertModel", (), {}),
-                (f"Bert{MASKED}", (), {"tie_word_embeddings": False}),
-                (f"Electra{TOKENS}", option(smoothing=None, centering=False), {}),
-                (f"DistilBert{ANSWERS}", ("weights=int5:tensor:sym",), {"activation": "relu"}),
-                (f"Camembert{MASKED}", option(word_embeddings="int8:tensor:sym", gelu_bits=9), {}),
-            )
-        ),
-    ],
+    [PLANS[0], *(pytest.param(*plan, marks=pytest.mark.slow) for plan in PLANS[1:])],
 )
 def test_a_dry_run_tells_the_size_to_the_byte_and_keeps_nothing_in_float(
     architecture: str, sets: tuple[str, ...], options: dict[str, Any], zoo: Any, desk: Path, qtool_command: Command
@@ -278,7 +288,6 @@ def test_a_dry_run_tells_the_size_to_the_byte_and_keeps_nothing_in_float(
     plan = json.loads(ended.out)
     assert plan["methods"] == ["ibert"] and plan["kept_float"] == {}
     assert plan["seconds"] > 0 and plan["peak_memory_bytes"] > 1e7
-    assert "Kept in float (0 modules)" in table.out
     assert qtool_command(*arguments, "-o", "out").code == 0
     assert plan["size_bytes"] == Path("out/model.safetensors").stat().st_size
     config = json.loads(Path("out/config.json").read_text())["quantization_config"]
@@ -288,13 +297,19 @@ def test_a_dry_run_tells_the_size_to_the_byte_and_keeps_nothing_in_float(
             assert f"{path}.{inside}".rstrip(".") in table.out
 
 
+def test_a_dry_run_says_in_a_line_that_nothing_stays_float(tiny: Any, desk: Path, qtool_command: Command) -> None:
+    ended = qtool_command("quantize", tiny.model, "--method", "ibert", "--set", DATA[0], "--dry-run")
+    assert ended.code == 0
+    assert "Kept in float: nothing." in ended.out.splitlines()
+
+
 # --- refusals
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 NARROW = "ibert takes static symmetric int5 to int8, by channel or tensor"
 REFUSED = [
     ("rules={'*.query': float}", f"{QUERY}: ibert leaves nothing in float; take the rule out, or use zeroquant"),
-    ("rules={'*': float}", f"{QUERY}: ibert leaves nothing in float"),
+    ("rules={'*': float}", "bert.embeddings.word_embeddings: ibert leaves nothing in float"),
     ("rules={'*word_embeddings': float}", "bert.embeddings.word_embeddings: ibert leaves nothing in float"),
     ("weights=int4:channel:sym", f"{QUERY}: weights int4:channel:sym cannot run; {NARROW}"),
     ("weights=int8:group:64:sym", f"{QUERY}: weights int8:group:64:sym cannot run; {NARROW}"),
@@ -319,7 +334,7 @@ REFUSED = [
     ("methods.ibert.tuning=-1", "methods.ibert.tuning"),
     ("methods.ibert.gelu=tabel", "methods.ibert.gelu"),
     ("methods.ibert.clipping=entropy", "methods.ibert.clipping"),
-    ("methods.ibert.residual=8", "unknown option 'residual'; did you mean residual_bits?"),
+    ("methods.ibert.residual=8", "unknown option 'residual'; did you mean residual_bits"),
 ]
 
 
@@ -347,10 +362,9 @@ def test_models_without_an_integer_form_are_refused(
     architecture: str, options: dict[str, Any], said: str, zoo: Any, desk: Path, qtool_command: Command
 ) -> None:
     model = zoo.make("float", architecture, words=None, **options)
-    for flags in ((), ("--dry-run",)):
-        ended = qtool_command("quantize", model, "--method", "ibert", "-o", "out", "-q", *flags)
-        assert (ended.code, len(ended.errors), len(ended.err.splitlines())) == (3, 1, 1), ended.err
-        assert said in ended.errors[0]
+    ended = qtool_command("quantize", model, "--method", "ibert", "-o", "out", "-q")
+    assert (ended.code, len(ended.errors), len(ended.err.splitlines())) == (3, 1, 1), ended.err
+    assert said in ended.errors[0]
     assert list(desk.iterdir()) == []
 
 
@@ -359,7 +373,7 @@ def test_models_without_an_integer_form_are_refused(
     [
         (("weights=int4:channel:sym",), "weights int4:channel:sym cannot run"),
         (("rules={'*.query': float}",), "ibert leaves nothing in float"),
-        ((STATIC, *option(clipping="token", smoothing=0.5)), "clipping: token looks at whole tokens; set smoothing to"),
+        ((STATIC, *option(clipping="token", smoothing=0.5)), "clipping: token is for static activations, with smoothing set to null"),
     ],
 )
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)])
@@ -432,9 +446,15 @@ def words_of(case: tuple[str, Any, dict[str, Any]]) -> str:
     return " ".join([f"{name}={value}", *(f"{key}={other}" for key, other in context.items())])
 
 
-@pytest.mark.parametrize("case", CHANGES, ids=words_of)
+FIRST = list({case[0]: case for case in reversed(CHANGES)}.values())
+"""One change of each option."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if case in FIRST else pytest.mark.slow, id=words_of(case)) for case in CHANGES],
+)
 def test_every_option_changes_the_weights(case: tuple[str, Any, dict[str, Any]], bytes_under: Any) -> None:
-    """And, where it names no width or table of its own, it changes them alone."""
     name, value, context = case
     before, after = (bytes_under((), {**PINNED, **context, **change}) for change in ({}, {name: value}))
     assert before[0] != after[0]
@@ -492,10 +512,10 @@ def stop_at(events: Iterator[Any], stage: str, unit: str, *, ended: bool) -> Non
     ("stage", "unit", "ended"),
     [
         ("quantize", "block.0", True),
-        ("quantize", "head", False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("quantize", "head", False),
                 ("calibrate", "block.0", True),
                 ("calibrate", "head", True),
                 ("quantize", "embeddings", False),
@@ -522,7 +542,7 @@ def test_a_run_that_stops_anywhere_ends_in_the_same_bytes(
     }
 
 
-@pytest.mark.parametrize("unit", ["block.0", "head"])
+@pytest.mark.parametrize("unit", ["block.0", pytest.param("head", marks=pytest.mark.slow)])
 def test_a_run_that_dies_between_the_two_files_of_a_unit_ends_in_the_same_bytes(
     unit: str, masked: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -562,7 +582,7 @@ def test_killed_processes_end_in_the_same_bytes(masked: Path, tmp_path: Path) ->
     whole = start("whole")
     finish(whole)
     folder = beside(tmp_path / "out", "run")
-    for name in ("statistics", "block.0", "block.1", "head"):
+    for name in ("block.0", "block.1"):
         process = start("out")
         ends = time.monotonic() + 240
         while not (folder / f"{name}.safetensors").exists() and process.poll() is None:
@@ -596,13 +616,12 @@ def test_statistics_of_another_run_give_the_same_bytes(
     assert deciding(Path("one")) == deciding(Path("two"))
     assert figures(Path("one")) == figures(Path("two"))
     # What only rounding reads may differ; what is observed may not.
-    narrow = ("--set", "weights=int6:channel:sym", "-o", "three", "--statistics", "statistics")
-    assert qtool_command("quantize", *arguments, *narrow).code == 0
-    other = ("--set", "methods.ibert.clipping=percentile", "-o", "four", "--statistics", "statistics")
-    ended = qtool_command("quantize", *arguments, *other)
-    if not sets:
-        assert (ended.code, len(ended.errors)) == (3, 1)
-        assert "was made with a different observers" in ended.errors[0]
+    others = (("weights=int6:channel:sym", 0), ("calibration.num_samples=15", 3))
+    for number, (other, code) in enumerate((*others, *[("methods.ibert.clipping=percentile", 3)][len(sets) :])):
+        more = ("--set", other, "-o", f"other{number}", "--statistics", "statistics")
+        ended = qtool_command("quantize", *arguments, *more)
+        assert (ended.code, len(ended.errors)) == (code, code // 3), (other, ended.err)
+        assert code == 0 or "statistics was made with a different" in ended.errors[0]
 
 
 # --- figures
@@ -673,33 +692,42 @@ def test_reported_noise_is_what_both_models_show_on_the_calibration_data(
         places = stored["classifier.exponent" if site == "classifier" else "bert.embeddings.exponent"].item()
         real = integers[site] / 2.0**places
         noise = (exact[site] - real).square().sum()
-        assert found[site]["sqnr_db"] == pytest.approx(10 * (exact[site].square().sum() / noise).log10().item(), abs=0.05)
+        expected = 10 * (exact[site].square().sum() / noise).log10().item()
+        assert found[site]["sqnr_db"] == pytest.approx(expected, abs=0.05)
         assert found[site]["saturated_percent"] == 0
-    for path in (f"{layer}.{name}" for layer in LAYERS for name in ("attention.self.query", "intermediate.dense")):
-        assert {"sqnr_db", "saturated_percent", "weight_sqnr_db", "spare_bits"} <= set(found[path])
-        assert 0 < found[path]["sqnr_db"] < 80
+    for layer in LAYERS:
+        query, inner = (found[f"{layer}.{name}"] for name in ("attention.self.query", "intermediate.dense"))
+        assert {"sqnr_db", "saturated_percent", "weight_sqnr_db", "spare_bits"} == set(query)
+        assert 0 < query["sqnr_db"] < 80
+        # No noise of what feeds an activation: its grid leaves out what that turns to zero.
+        assert {"saturated_percent", "weight_sqnr_db", "spare_bits"} == set(inner)
 
 
-def test_saturation_is_counted_where_a_model_must_saturate(worded: Path, texts_file: Path, desk: Path) -> None:
-    """Ranges of keys and values that leave two of five values out, counted again with room for them."""
-    sets = [f"calibration.source={texts_file}", "calibration.batch_size=8",
-            *option(clipping="percentile", percentile=60, bias_correction="none")]  # fmt: skip
+@pytest.mark.parametrize("padded", [False, True])
+def test_saturation_is_counted_where_a_model_must_saturate(
+    padded: bool, worded: Path, texts_file: Path, desk: Path
+) -> None:
+    """Ranges of keys and values that leave two of five values out, counted again with room for them: real tokens."""
+    sets = [*DATA, "calibration.batch_size=8", *option(clipping="percentile", percentile=60, bias_correction="none")]
+    sets += [f"calibration.source={texts_file}"] if padded else []
     out = qtool.quantize(str(worded), method="ibert", output="out", set=sets).path
     found, batches, model = figures(out), batches_of(worded, sets), loaded(out)
-    sites = [f"{layer}.attention.self.{name}" for layer in LAYERS[:1] for name in ("key", "value")]
+    assert any((batch["attention_mask"] == 0).any() for batch in batches) == padded
+    sites = [f"{LAYERS[0]}.attention.self.{name}" for name in ("key", "value")]
     for site in sites:
-        assert 35 < found[site]["saturated_percent"] < 45
         model.get_submodule(site).out_bits = 31
-    outside = dict.fromkeys(sites, 0)
-    total = dict.fromkeys(sites, 0)
+    outside, total = dict.fromkeys(sites, 0), dict.fromkeys(sites, 0)
     for batch in batches:
         with listening(model, sites) as seen, torch.no_grad():
             model(**batch)
         for site, (codes,) in seen.items():
-            outside[site] += int((codes.abs() > 127).sum())
-            total[site] += codes.numel()
+            real = codes[batch["attention_mask"].bool()]
+            outside[site] += int((real.abs() > 127).sum())
+            total[site] += real.numel()
     for site in sites:
-        assert found[site]["saturated_percent"] == pytest.approx(100 * outside[site] / total[site], rel=1e-9)
+        percent = 100 * outside[site] / total[site]
+        assert 35 < percent < 45
+        assert found[site]["saturated_percent"] == pytest.approx(percent, rel=1e-9)
 
 
 def test_the_worst_three_are_printed_and_in_the_json(masked: Path, desk: Path, qtool_command: Command) -> None:
@@ -723,9 +751,7 @@ def test_bias_correction_takes_the_mean_error_out(worded: Path, texts_file: Path
     exact = on_calibration(worded, batches, sites)
     errors = {}
     for how in ("none", "float", "quantized"):
-        out = qtool.quantize(
-            str(worded), method="ibert", output=how, set=[*sets, *option(bias_correction=how)]
-        ).path
+        out = qtool.quantize(str(worded), method="ibert", output=how, set=[*sets, *option(bias_correction=how)]).path
         places = load_file(out / "model.safetensors")["bert.embeddings.exponent"].item()
         found = on_calibration(out, batches, sites)
         errors[how] = {

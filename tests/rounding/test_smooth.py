@@ -90,7 +90,7 @@ def test_tuning_is_deterministic_and_runs_where_gradients_are_off() -> None:
     start = smoothing(rows.abs().amax(0), weights, 0.5)
     found = [tuned_smoothing(rows, weights, start, steps=25)]
     torch.manual_seed(99)
-    with torch.inference_mode():
+    with torch.inference_mode():  # as somebody's script may have it around everything
         found.append(tuned_smoothing(rows.clone(), [w.clone() for w in weights], start.clone(), steps=25))
     with torch.no_grad():
         found.append(tuned_smoothing(rows, weights, start, steps=25))

@@ -17,6 +17,7 @@ TANH_IN_BITS = 20
 TANH_PLACES = 15
 HEAD_BITS, LOGIT_BITS = 24, 31
 ACTIVATIONS = ("gelu", "relu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "silu", "swish", "quick_gelu", "mish")
+LINEARS = ("linear", "hidden", "output")
 Description = dict[str, Any]
 
 
@@ -75,10 +76,15 @@ class Layout:
             )
         if getattr(config, "position_embedding_type", "absolute") not in ("absolute", None):
             raise InputError(f"ibert has no integer form of {config.position_embedding_type} positions")
+        if self.act != "gelu" and options.gelu == "polynomial":
+            raise InputError(f"methods.ibert.gelu: the polynomial is gelu's, and this model's activation is {self.act}")
+        if options.clipping == "token" and (recipe.activations.spec.dynamic or options.smoothing is not None):
+            raise InputError("methods.ibert.clipping: token is for static activations, with smoothing set to null")
         self.anatomy, self.model, self.recipe, self.options, self.family = anatomy, model, recipe, options, family
         self.base = "" if model.base_model is model else f"{model.base_model_prefix}."
         self.hidden, self.heads = config.hidden_size, config.num_attention_heads
-        recipe.check_rules([part.path for _, part in anatomy.parts()])
+        linears = [layer.path for layer in self.head_layers() if layer.kind in LINEARS]
+        recipe.check_rules([part.path for _, part in anatomy.parts()] + linears)
 
     def modules(self) -> dict[str, Description]:
         """Descriptions of everything that is replaced, by path."""
@@ -175,15 +181,26 @@ class Layout:
         parts: dict[str, Description] = {}
         for name, inside in self.family.tables.items():
             path = f"{self.base}{inside}"
-            spec = self.options.word_embeddings if name == "word" else self.options.small_embeddings
-            spec = self.recipe.rule_for(path).weights or spec
-            _check_table(spec, path)
+            spec = self.table_spec(name)
             shape = list(self.model.get_submodule(path).weight.shape)
             parts[name] = {"path": _inside(path, f"{self.base}embeddings"), "type": "int_rows"}
             parts[name] |= {"shape": shape, "weights": str(spec)}
         norm = {"path": _inside(self.embedding_norm, f"{self.base}embeddings")}
         parts["norm"] = norm | self._norm(parts["word"]["shape"][1], HEAD_BITS)
         return {"type": "int_embeddings", "parts": parts, "padding_idx": position_padding(self.model.config)}
+
+    def table_spec(self, name: str) -> QuantSpec:
+        """How an embedding table is stored. Raises InputError for what cannot be."""
+        path = f"{self.base}{self.family.tables[name]}"
+        rule = self.recipe.rule_for(path)
+        if rule.keep_float:
+            raise InputError(f"{path}: {_NOTHING_FLOAT}")
+        spec = rule.weights or (self.options.word_embeddings if name == "word" else self.options.small_embeddings)
+        if spec.dynamic or not spec.symmetric or not 5 <= spec.num_bits <= 16 or spec.block not in _WHOLE_ROWS:
+            raise InputError(f"{path}: a table takes static symmetric int5 to int16, by row or tensor, not {spec}")
+        if name == "word" and self.anatomy.tied_head and spec.num_bits > 8:
+            raise InputError(f"{path}: {self.anatomy.tied_head} multiplies by this table, so it takes int5 to int8")
+        return spec
 
     def _block(self, unit: Unit) -> Description:
         paths, wide = self.block_paths(unit), self.options.residual_bits
@@ -267,12 +284,14 @@ class Layout:
         """A product; its widths default to those of the residual stream. Raises InputError for what cannot run."""
         rule, wide = self.recipe.rule_for(path), self.options.residual_bits
         if rule.keep_float:
-            raise InputError(f"{path}: ibert leaves nothing in float; take the rule out, or use zeroquant")
+            raise InputError(f"{path}: {_NOTHING_FLOAT}")
         tied = path == self.anatomy.tied_head
-        weights = self.options.word_embeddings if tied else rule.weights or self.recipe.weights.spec
-        in_block = any(unit.owns(path) for unit in self.anatomy.blocks)
-        # What no data was collected for has its codes made token by token.
-        activations = self._activations(path) if in_block else QuantSpec.parse("int8:token:sym")
+        weights = self.table_spec("word") if tied else rule.weights or self.recipe.weights.spec
+        activations = self._activations(path)
+        if not any(unit.owns(path) for unit in self.anatomy.blocks):  # no range of its input was observed
+            if rule.activations is not None and not rule.activations.dynamic:
+                raise InputError(f"{path}: outside the blocks activations are quantized token by token")
+            activations = QuantSpec.parse("int8:token:sym")
         _check_linear(weights, activations, path)
         smooths = self.options.smoothing is not None or self.options.centering or not activations.dynamic
         return {
@@ -301,6 +320,8 @@ class Layout:
 
 INPUTS = ("query", "output", "up", "down")
 """Roles of a block whose inputs are rounded to INT8; key and value read what the query reads."""
+_WHOLE_ROWS = ((1, None), (None, None))
+_NOTHING_FLOAT = "ibert leaves nothing in float; take the rule out, or use zeroquant"
 
 
 def _inside(path: str, module: str) -> str:
@@ -308,8 +329,7 @@ def _inside(path: str, module: str) -> str:
 
 
 def _check_linear(weights: QuantSpec, activations: QuantSpec, path: str) -> None:
-    rows = weights.block in ((1, None), (None, None))
-    if weights.dynamic or not weights.symmetric or not 5 <= weights.num_bits <= 8 or not rows:
+    if weights.dynamic or not weights.symmetric or not 5 <= weights.num_bits <= 8 or weights.block not in _WHOLE_ROWS:
         raise InputError(
             f"{path}: weights {weights} cannot run; ibert takes static symmetric int5 to int8, by channel or tensor"
         )
@@ -317,13 +337,3 @@ def _check_linear(weights: QuantSpec, activations: QuantSpec, path: str) -> None
     tensor_wise = not activations.dynamic and activations.block == (None, None)
     if activations.num_bits != 8 or not activations.symmetric or not (token_wise or tensor_wise):
         raise InputError(f"{path}: activations {activations} cannot run; use int8:token:sym or int8:tensor:sym")
-
-
-def _check_table(spec: QuantSpec, path: str) -> None:
-    if (
-        spec.dynamic
-        or not spec.symmetric
-        or not 5 <= spec.num_bits <= 16
-        or spec.block not in ((1, None), (None, None))
-    ):
-        raise InputError(f"{path}: a table takes static symmetric int5 to int16, by row or tensor, not {spec}")

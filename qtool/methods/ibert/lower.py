@@ -10,7 +10,6 @@ from torch import nn
 from qtool.anatomy import Unit
 from qtool.calibrate import ranges
 from qtool.calibrate.statistics import Statistics
-from qtool.errors import InputError
 from qtool.methods.base import weight_sqnr_db
 from qtool.methods.ibert.layout import (
     ACT_BITS,
@@ -120,8 +119,6 @@ class Lowering:
         if self.layout.dynamic(path):
             return None
         if self.options.clipping == "token":
-            if smooth is not None:
-                raise InputError("clipping: token looks at whole tokens; set smoothing to null for it")
             limit = ranges.percentile(self._state(f"{path}:peaks", "token-peaks"), self.options.percentile)
         else:
             state = self._state(path)
@@ -157,14 +154,26 @@ class Lowering:
         return None if self.layout.model.get_submodule(path).bias is None else self.weights(f"{path}.bias").double()
 
     def _linear(
-        self, module: Any, path: str, source: Grid, target: Grid, *, reads: str | None = None, **options: Any
+        self,
+        module: Any,
+        path: str,
+        source: Grid,
+        target: Grid,
+        *,
+        reads: str | None = None,
+        measured: bool = True,
+        **options: Any,
     ) -> None:
-        """Fill one linear; `reads` is the path whose input it shares."""
+        """Fill one linear; `reads` is the path whose input it shares.
+
+        `measured` is false where an activation follows: its grid leaves out what that turns to zero.
+        """
         codes = self._codes(path, options.get("smooth"))
         if self.options.bias_correction != "none" and (state := self._observed(reads or path)) is not None:
             options |= {"exact": self.weights(f"{path}.weight"), "mean": state.get("mean")}
         module.lower(codes, self._bias(path), source, target, **options)
-        self.grids[path] = target
+        if measured:
+            self.grids[path] = target
 
     def _norm(self, module: Any, path: str, source: Grid) -> None:
         eps = self.layout.model.get_submodule(path).eps
@@ -206,7 +215,8 @@ class Lowering:
         smooth = self._smooth(self._reach(paths["up"]), middle, paths["up"])
         inner = self._act_input(paths["up"], self.layout.act, block.part("up").out_bits)
         scale = self._static_scale(paths["up"], smooth)
-        self._linear(block.part("up"), paths["up"], residual, inner, smooth=smooth, middle=middle, act_scale=scale)
+        options: dict[str, Any] = {"smooth": smooth, "middle": middle, "act_scale": scale}
+        self._linear(block.part("up"), paths["up"], residual, inner, measured=False, **options)
         shifted = self.layout.shifts(paths["down"])
         values = self._act(block.part("act"), self.layout.act, inner, shifted=shifted)
         smooth = self._smooth(self._peak(paths["down"]) - values.center, values.center, paths["down"])
@@ -235,9 +245,9 @@ class Lowering:
             Grid(value, 8, middles[1]),
         )
         read = self.residual
+        options: dict[str, Any] = {"smooth": smooth, "middle": middle, "act_scale": scale, "reads": names[0]}
         for role, path, target in zip(("query", "key", "value"), names, targets, strict=True):
-            options = {"smooth": smooth, "middle": middle, "act_scale": scale}
-            self._linear(block.part(role), path, read, target, reads=names[0], **options)
+            self._linear(block.part(role), path, read, target, **options)
             if role == "query" and block.part("query").rescales:  # key and value get what the query has divided
                 least = 1.0 if smooth is None else smooth.min().item()
                 read = Grid(float(self.residual.unit) / least, self.residual.bits)
@@ -305,7 +315,7 @@ class Lowering:
                 else:
                     act = layout.act if layer.follows == "act" else "gelu"
                     target = self._act_input(layer.path, act, bits)
-                self._linear(module, layer.path, grid, target)
+                self._linear(module, layer.path, grid, target, measured=layer.follows == "tanh")
                 grid = target
             elif layer.kind == "norm":
                 self._norm(module, layer.path, grid)

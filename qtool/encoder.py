@@ -17,7 +17,7 @@ import torch
 from qtool.anatomy import FAMILIES
 from qtool.errors import InputError
 from qtool.nn.integer.embedding import IntEmbeddings
-from qtool.nn.integer.module import leave
+from qtool.nn.integer.module import IntModule, leave
 
 _INSIDE: ContextVar[bool] = ContextVar("inside a headed model", default=False)
 _PLACES = 15  # the pooler ends with i-tanh, in units of 2^-15
@@ -29,7 +29,11 @@ def integrate(model: Any) -> None:
     base = model.base_model
     if not isinstance(getattr(base, "embeddings", None), IntEmbeddings):
         return
-    for module in dict.fromkeys((base, model)):
+    inside = {id(weight) for weight in base.parameters()}
+    foreign = any(
+        id(weight) not in inside for weight in model.parameters()
+    )  # a float head, to be trained: it gets floats
+    for module in dict.fromkeys((base, base if foreign else model)):
         cls: Any = type(module)
         module.__class__ = integer_class(cls, module is base)
 
@@ -100,20 +104,26 @@ def _base_forward(
     for block in model.get_submodule(FAMILIES[model.config.model_type].blocks):
         states.append(block(states[-1], real))
     last = states[-1] * real.unsqueeze(-1).int()  # what stands at padding is nobody's business: zero
-    pooler = getattr(model, "pooler", None)
-    pooled = None if pooler is None else pooler(last)
     wanted = model.config.output_hidden_states if output_hidden_states is None else output_hidden_states
 
-    def floats(x: torch.Tensor) -> torch.Tensor:
-        return leave(x, model.embeddings.exponent, model.embeddings.output_dtype)
+    inner, outer = model.embeddings.exponents
 
+    def floats(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+        return leave(x, exponent, model.embeddings.output_dtype)
+
+    hidden_states = (*(floats(state, inner) for state in states[:-1]), floats(last, outer)) if wanted else None
+    pooler = getattr(model, "pooler", None)
+    if isinstance(pooler, IntModule):
+        pooled = pooler(last)
+        pooled = pooled if _INSIDE.get() else floats(pooled, torch.tensor(_PLACES))
+    else:  # none, or a new float one that transformers adds to a model that had none
+        pooled = None if pooler is None else pooler(floats(last, outer))
     if not _INSIDE.get():
-        last = floats(last)
-        pooled = pooled if pooled is None else leave(pooled, torch.tensor(_PLACES), model.embeddings.output_dtype)
+        last = floats(last, outer)
     output = BaseModelOutputWithPooling(
         last_hidden_state=last,
         pooler_output=pooled,
-        hidden_states=tuple(floats(state) for state in states) if wanted else None,
+        hidden_states=hidden_states,
     )
     as_dict = model.config.return_dict if return_dict is None else return_dict
     return output if as_dict else output.to_tuple()
@@ -126,6 +136,6 @@ def _refuse(model: Any, ids: torch.Tensor | None, mask: torch.Tensor | None, oth
         others = {**others, "output_attentions": True}
     asked = [key for key in _REFUSED if others.get(key) is not None and others[key] is not False]
     if asked or ids is None:
-        raise InputError(f"an integer {name} takes input_ids and no {', '.join(asked or ['other input'])}")
+        raise InputError(f"an integer {name} takes input_ids" + (f" and no {', '.join(asked)}" if asked else ""))
     if mask is not None and mask.dim() != 2:
         raise InputError(f"an integer {name} takes an attention mask [batch, tokens], not one of {mask.dim()} axes")

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtool import nn
-from qtool.anatomy import FAMILIES
+from qtool.anatomy import FAMILIES, head_kind
 from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, manifest_of_tensors
 from qtool.encoder import integrate
 from qtool.errors import InputError, UnavailableError
@@ -82,6 +82,7 @@ class QtoolQuantizer(HfQuantizer):
             check_manifest([Path(file) for file in checkpoint_files], self.quantization_config.tensors)
         modules = paths_in(model, self.quantization_config.modules)
         _refuse_shared_tables(model, modules)
+        _refuse_other_head(model, modules)
         adapt(model, modules, dtype=self.dtype)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
@@ -182,6 +183,18 @@ def _retabled(model: Any, description: Mapping[str, Any], here: Callable[[str], 
     if "parts" in description:
         changes["parts"] = {role: _retabled(model, part, here) for role, part in description["parts"].items()}
     return {**description, **changes}
+
+
+def _refuse_other_head(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:
+    """An integer head computes what its class does, also where another class has a module of its name.
+
+    Raises InputError for a class that would take it for its own.
+    """
+    saved, here = (model.config.architectures or [""])[0], type(model).__name__
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    taken = [path for path, item in modules.items() if item["type"].startswith("int_") and not path.startswith(prefix)]
+    if taken and saved and head_kind(saved) != head_kind(here):
+        raise InputError(f"{here} cannot take over {taken[0]} of {saved}; load it as that class, or as AutoModel")
 
 
 def _refuse_shared_tables(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> None:

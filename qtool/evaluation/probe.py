@@ -26,6 +26,10 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 5
 """Parts of the cross-validation. Where a class has fewer rows than that, the middle one of `STRENGTHS` is taken."""
 
+DEAD = 1e-6
+"""A feature that varies less than this times the median one is left out: standardising it would blow its rounding up to
+the size of what the others say. Encoders do have such channels, where LayerNorm's γ has shrunk to 1e-9 or 1e-33."""
+
 _ITERATIONS = 1000
 
 
@@ -42,7 +46,7 @@ class Probe:
 
     With hundreds of features and few thousand rows the usual C = 1 fits noise, and then reacts to any change of the
     features, so C comes from a cross-validation: the least one with the best accuracy. It sees the float model's
-    training rows alone.
+    training rows alone. Features that hardly vary are left out (`DEAD`).
     """
 
     def __init__(self, features: NDArray[np.float32], ids: Sequence[int], source: str) -> None:
@@ -54,7 +58,11 @@ class Probe:
             raise InputError(f"the float model gives NaN or infinity on {source}; its checkpoint is damaged")
         if len(set(ids)) < 2:
             raise InputError(f"{source}: the first {len(ids)} rows hold one class only; shuffle the file")
-        self._model = _fitted(features.astype(np.float64), np.asarray(ids))
+        spread = features.std(axis=0, dtype=np.float64)
+        self._alive = spread > DEAD * np.median(spread)
+        if not self._alive.any():  # then only their mean says anything
+            self._alive[:] = True
+        self._model = _fitted(features[:, self._alive].astype(np.float64), np.asarray(ids))
         regression = self._model[-1]
         self.info = ProbeInfo(
             source=source,
@@ -70,7 +78,7 @@ class Probe:
         ids = np.full(len(features), -1, dtype=np.int64)
         finite = np.isfinite(features).all(axis=1)
         if finite.any():
-            ids[finite] = self._model.predict(features[finite].astype(np.float64))
+            ids[finite] = self._model.predict(features[np.ix_(finite, self._alive)].astype(np.float64))
         return ids
 
 

@@ -16,6 +16,8 @@ QUERY_BITS = CONTEXT_BITS = ACT_BITS = 16
 TANH_IN_BITS = 20
 TANH_PLACES = 15
 HEAD_BITS, LOGIT_BITS = 24, 31
+HIDDEN_BITS = 30
+"""Width of what leaves the last block: users standardise it, and a channel may be nearly constant."""
 ACTIVATIONS = ("gelu", "relu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "silu", "swish", "quick_gelu", "mish")
 LINEARS = ("linear", "hidden", "output")
 Description = dict[str, Any]
@@ -221,6 +223,8 @@ class Layout:
             "down": self._linear(paths["down"], in_bits=ACT_BITS, unsigned=self.shifts(paths["down"])),
             "ffn_norm": self._norm(self.hidden, wide + 1),
         }
+        if unit is self.anatomy.blocks[-1]:
+            parts["ffn_norm"]["out_bits"] = HIDDEN_BITS
         block = unit.modules[0]
         return {
             "type": "int_block",
@@ -267,7 +271,9 @@ class Layout:
         layers = self.head_layers()
         before = layers[layers.index(layer) - 1] if layers.index(layer) else None
         pooler = before is not None and before.kind == "tanh" and before.module is not layer.module
-        if before is None or before.kind in ("norm", "output") or (pooler and not self.starts_pooled()):
+        if before is None or (pooler and not self.starts_pooled()):
+            return HIDDEN_BITS
+        if before.kind == "norm":
             return self.options.residual_bits
         return HEAD_BITS if before.kind == "hidden" else ACT_BITS
 

@@ -1,7 +1,8 @@
 """From float weights and statistics to filled integer modules, one unit at a time."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -10,11 +11,13 @@ from torch import nn
 from qtool.anatomy import Unit
 from qtool.calibrate import ranges
 from qtool.calibrate.statistics import Statistics
+from qtool.errors import InputError
 from qtool.methods.base import weight_sqnr_db
 from qtool.methods.ibert.layout import (
     ACT_BITS,
     CONTEXT_BITS,
     HEAD_BITS,
+    HIDDEN_BITS,
     QUERY_BITS,
     TANH_IN_BITS,
     TANH_PLACES,
@@ -33,6 +36,7 @@ from qtool.stream import Reader
 _HEADROOM = 2.0
 """Wide grids cover twice what calibration saw: a bit is cheap there, saturation is not."""
 _LN2 = math.log(2)
+_DEAD = 1e-6
 _LOWEST, _NEGLIGIBLE = -16.0, 5e-4  # where an activation's table starts looking, and the value that it may drop
 
 
@@ -171,14 +175,23 @@ class Lowering:
         codes = self._codes(path, options.get("smooth"))
         if self.options.bias_correction != "none" and (state := self._observed(reads or path)) is not None:
             options |= {"exact": self.weights(f"{path}.weight"), "mean": state.get("mean")}
-        module.lower(codes, self._bias(path), source, target, **options)
+        with _naming(path):
+            module.lower(codes, self._bias(path), source, target, **options)
         if measured:
             self.grids[path] = target
 
-    def _norm(self, module: Any, path: str, source: Grid) -> None:
+    def _norm(self, module: Any, path: str, source: Grid, target: Grid | None = None) -> None:
+        target = target or self.residual
         eps = self.layout.model.get_submodule(path).eps
-        module.lower(self.weights(f"{path}.weight"), self.weights(f"{path}.bias"), eps, source, self.residual)
-        self.grids[path] = self.residual
+        module.lower(self.weights(f"{path}.weight"), self.weights(f"{path}.bias"), eps, source, target)
+        self.grids[path] = target
+
+    def _hidden(self) -> Grid:
+        """The grid of what leaves the last block: a power of two that no output of its LayerNorm exceeds."""
+        path = self.layout.block_paths(self.layout.anatomy.blocks[-1])["ffn_norm"]
+        weight, bias = (self.weights(f"{path}.{name}").double().abs() for name in ("weight", "bias"))
+        reach = (weight * len(weight) ** 0.5 + bias).max().clamp_min(1e-6)
+        return Grid(2.0 ** -(HIDDEN_BITS - 2 - int(torch.frexp(reach).exponent)), HIDDEN_BITS)
 
     # Units
 
@@ -199,8 +212,8 @@ class Lowering:
         for name, table in tables.items():
             module.part(name).lower(table, unit)
         self._norm(module.part("norm"), layout.embedding_norm, Grid(unit, HEAD_BITS))
-        module.exponent = torch.tensor([-int(torch.frexp(torch.tensor(float(self.residual.unit))).exponent - 1)])
-        module.exponent = module.exponent.int()
+        units = torch.tensor([float(self.residual.unit), float(self._hidden().unit)], dtype=torch.float64)
+        module.exponents = 1 - torch.frexp(units).exponent
         nn.init.zeros_(module.anchor)
         if layout.projection is not None:
             self._linear(modules[layout.projection], layout.projection, self.residual, self.residual)
@@ -222,7 +235,8 @@ class Lowering:
         smooth = self._smooth(self._peak(paths["down"]) - values.center, values.center, paths["down"])
         scale = self._static_scale(paths["down"], smooth)
         self._linear(block.part("down"), paths["down"], values, residual, smooth=smooth, act_scale=scale)
-        self._norm(block.part("ffn_norm"), paths["ffn_norm"], residual)
+        last = unit is self.layout.anatomy.blocks[-1]
+        self._norm(block.part("ffn_norm"), paths["ffn_norm"], residual, self._hidden() if last else residual)
 
     def _attention(self, block: Any, paths: Mapping[str, str]) -> tuple[Grid, torch.Tensor | None]:
         """Q, K, V and what joins them; returns the grid of the context, divided by the smoothing of what reads it."""
@@ -237,7 +251,8 @@ class Lowering:
         attention = block.part("attention")
         heads = (attention.heads, attention.size)
         # Each channel of the query takes the unit of its key along: a row of scores then has one scale.
-        largest = (self._peak(f"{names[0]}:output") * key).view(heads).amax(1).clamp_min(1e-30)
+        largest = (self._peak(f"{names[0]}:output") * key).view(heads).amax(1)
+        largest = largest.clamp_min(_DEAD * float(largest.max()) or 1.0)
         query = largest * _HEADROOM / ((1 << (QUERY_BITS - 1)) - 1)
         targets = (
             Grid(query.repeat_interleave(heads[1]) / key, QUERY_BITS),
@@ -267,8 +282,8 @@ class Lowering:
         return self._reach(output, static=True)
 
     def _shared(self, limits: torch.Tensor) -> torch.Tensor:
-        """Limits of channels made those of what shares a scale."""
-        limits = limits.clamp_min(1e-30)
+        """Limits of channels made those of what shares a scale; a dead channel gets a millionth of the largest."""
+        limits = limits.clamp_min(_DEAD * float(limits.max()) or 1.0)
         how, heads = self.options.attention_scales, self.layout.heads
         if how == "channel":
             return limits
@@ -299,13 +314,11 @@ class Lowering:
 
     def _head(self, modules: dict[str, QModule]) -> None:
         layout, places = self.layout, self.options.scores_grid
-        grid = self.residual
+        grid = self._hidden()
         for layer in layout.head_layers():
             holder: Any = modules[layer.module.path]
             inside = layer.path.removeprefix(layer.module.path).removeprefix(".")
             module: Any = holder.get_submodule(inside)
-            if layer.module.path == f"{layout.base}pooler" and layer.kind == "linear":
-                grid = self.residual
             if layer.kind in ("hidden", "output"):
                 grid = self._output(module, layer.path, grid)
             elif layer.kind == "linear":
@@ -323,7 +336,7 @@ class Lowering:
             elif layer.kind == "tanh":
                 pooler = layer.module.path == f"{layout.base}pooler"
                 tanh = Grid(2.0**-TANH_PLACES, ACT_BITS)
-                grid = tanh if not pooler or layout.starts_pooled() else self.residual
+                grid = tanh if not pooler or layout.starts_pooled() else self._hidden()
             else:
                 grid = self._act(module, layout.act if layer.kind == "act" else "gelu", grid, shifted=False)
 
@@ -331,7 +344,8 @@ class Lowering:
         """Logits, or hidden numbers whose range nobody observed: a grid that no input can leave."""
         table = module.words.get("table")
         codes = self._table(table, {"weights": module.words["weights"]}) if table else self._codes(path)
-        target: Grid = module.lower_output(codes, self._bias(path), source)
+        with _naming(path):
+            target: Grid = module.lower_output(codes, self._bias(path), source)
         self.grids[path] = target
         return target
 
@@ -345,6 +359,15 @@ class Lowering:
         install(shell, {path: descriptions[path]}, dtype=torch.float32)
         table: Any = shell.get_submodule(self.layout.anatomy.word_table)
         table.weight = self._table(self.layout.anatomy.word_table, table.description()).codes
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """What goes wrong inside is said with the module's path."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def _function(act: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -63,17 +63,17 @@ class IntEmbeddings(IntComposite):
     """Token ids → int32 `[batch, tokens, columns]`: rows of up to three tables added, then i-LayerNorm.
 
     Parts: `word`, `norm`, and where the model has them `position` and `token_type`. `padding_idx` not None means that
-    positions are counted behind it over tokens that are not padding, as RoBERTa does. `exponent`, int32 `[1]`: hidden
-    states of the whole model are in units of 2^-exponent.
+    positions are counted behind it over tokens that are not padding, as RoBERTa does. `exponents`, int32
+    `[2]`: hidden states between blocks, and those that leave the last one, are in units of 2^-exponent.
     """
 
     kind = "int_embeddings"
-    exponent: torch.Tensor
+    exponents: torch.Tensor
 
     def __init__(self, model: nn.Module, path: str, description: Mapping[str, Any], *, device: str) -> None:
         super().__init__(model, path, description, device=device)
         self.padding_idx: int | None = description["padding_idx"]
-        self.register_buffer("exponent", torch.empty(1, dtype=torch.int32, device=device))
+        self.register_buffer("exponents", torch.empty(2, dtype=torch.int32, device=device))
         # Only so that `model.device` and `model.dtype` have an answer: no number is read from it.
         self.anchor = nn.Parameter(torch.zeros(1, device=device), requires_grad=False)
 
@@ -103,7 +103,7 @@ class IntEmbeddings(IntComposite):
                 table = self.part(role)
                 rows = table.weight.squeeze(1).long().abs().amax(1)
                 largest += int(kernels.backend().rescale(rows, table.multiplier.abs(), table.shift).max()) + 1
-        return [Bound("sum of tables", largest, 1 << (self.part("norm").in_bits - 1))]
+        return [Bound("sum of tables", largest, (1 << (self.part("norm").in_bits - 1)) - 1)]
 
     def description(self) -> dict[str, Any]:
         """Parts, and how positions are counted."""

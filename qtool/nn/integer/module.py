@@ -27,7 +27,10 @@ def integer_outputs() -> Iterator[None]:
 
 def leave(x: torch.Tensor, exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """int32 in units of 2^-exponent as floats of `dtype`, or untouched inside `integer_outputs`."""
-    return x if _INTEGER_OUTPUTS.get() else torch.ldexp(x.to(dtype), -exponent)
+    if _INTEGER_OUTPUTS.get():
+        return x
+    wide = torch.float64 if dtype == torch.float64 else torch.float32  # 16 bits would overflow before the division
+    return torch.ldexp(x.to(wide), -exponent).to(dtype)
 
 
 @dataclass(frozen=True)

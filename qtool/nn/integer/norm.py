@@ -31,7 +31,7 @@ class IntNorm(IntModule):
         self.register_buffer("eps", torch.empty(1, dtype=torch.int64, device=device))
 
     def lower(self, gamma: torch.Tensor, beta: torch.Tensor, eps: float, source: Grid, target: Grid) -> None:
-        """Fill the buffers from float `[size]` parameters; source and target have one unit."""
+        """Fill the buffers from float `[size]` parameters; units of source and target are one number each."""
         from qtool.kernels.reference import NORM_BITS
         from qtool.numerics.dyadic import Dyadic
 

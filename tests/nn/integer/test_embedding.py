@@ -84,7 +84,7 @@ def embeddings(padding_idx: int | None = None, without: tuple[str, ...] = ()) ->
         module.part(name).lower(table, UNIT)
         found[name] = values(table)
     module.part("norm").lower(draw(8, seed=4), draw(8, seed=5), 1e-12, Grid(UNIT, 24), TARGET)
-    module.exponent.fill_(15)
+    module.exponents.fill_(15)
     return module, found
 
 
@@ -152,7 +152,7 @@ def test_embeddings_come_back_from_their_description(padding: int | None) -> Non
     description = json.loads(json.dumps(module.description()))
     assert description["padding_idx"] == padding and set(description["parts"]) == {"word", "position", "norm"}
     again: Any = MODULES["int_embeddings"].from_description(torch.nn.Module(), "x", description, device="meta")
-    assert set(again.state_dict()) == set(module.state_dict()) >= {"tables.word.weight", "LayerNorm.eps", "exponent"}
+    assert set(again.state_dict()) == set(module.state_dict()) >= {"tables.word.weight", "LayerNorm.eps", "exponents"}
     again.load_state_dict(module.state_dict(), assign=True)
     assert torch.equal(again(IDS), module(IDS)) and again.description() == module.description()
 
@@ -162,7 +162,7 @@ def test_the_anchor_follows_types_and_nothing_reads_it() -> None:
     wanted = module(IDS)
     assert [name for name, _ in module.named_parameters()] == ["anchor"] and not module.anchor.requires_grad
     module.half()
-    assert module.anchor.dtype == torch.float16 and module.exponent.dtype == torch.int32
+    assert module.anchor.dtype == torch.float16 and module.exponents.dtype == torch.int32
     with torch.no_grad():
         module.anchor.fill_(float("nan"))
     assert torch.equal(module(IDS), wanted)

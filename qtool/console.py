@@ -288,17 +288,24 @@ def _render_evaluation(screen: Screen, result: "Evaluation") -> None:
         screen.line(f"linear probe on {result.probe.rows} rows of {result.probe.source}, the same for both models")
 
 
+def _cell(value: Any, places: int | None, size: bool) -> str:
+    if size:
+        return megabytes(value)
+    if value is None:
+        return "-"
+    return str(value) if places is None else f"{value:.{places}f}"
+
+
 def render_inspection(screen: Screen, found: Mapping[str, Any]) -> None:
     """`qtool inspect`: a row a module, then totals."""
     columns = {
         "path": "module", "type": "type", "weights": "weights", "activations": "activations", "bytes": "size",
-        "sqnr": "weight SQNR dB", "output_sqnr": "output SQNR dB", "saturated_percent": "saturated %",
+        "sqnr": "weight SQNR dB", "output_sqnr_db": "output SQNR dB", "saturated_percent": "saturated %",
         "spare_bits": "spare bits",
     }  # fmt: skip
-    measured = [key for key in columns if any(module[key] != "-" for module in found["modules"])]
-    rows = [
-        [megabytes(module[key]) if key == "bytes" else module[key] for key in measured] for module in found["modules"]
-    ]
+    places = {"output_sqnr_db": 1, "saturated_percent": 3, "spare_bits": 0}
+    measured = [key for key in columns if any(module[key] not in ("-", None) for module in found["modules"])]
+    rows = [[_cell(module[key], places.get(key), key == "bytes") for key in measured] for module in found["modules"]]
     screen.table(found["path"], [columns[key] for key in measured], rows)
     screen.line(
         f"{found['architecture']} by {', '.join(found['methods'])}: {megabytes(found['size_bytes'])} of weights, "

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qtool.anatomy import FAMILIES
+from qtool.anatomy import FAMILIES, max_tokens
 from qtool.errors import InputError
 from qtool.nn.integer.embedding import IntEmbeddings
 from qtool.nn.integer.module import IntModule, leave
@@ -59,11 +59,13 @@ def integer_class(cls: Any, is_base: bool) -> Any:
 
     @functools.wraps(original)
     def base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_training(self)
         given = dict(signature.bind(self, *args, **kwargs).arguments)
         return _base_forward(given.pop("self"), **{**given.pop("kwargs", {}), **given})
 
     @functools.wraps(original)
     def headed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_training(self)
         with _inside():
             return original(self, *args, **kwargs)
 
@@ -137,5 +139,17 @@ def _refuse(model: Any, ids: torch.Tensor | None, mask: torch.Tensor | None, oth
     asked = [key for key in _REFUSED if others.get(key) is not None and others[key] is not False]
     if asked or ids is None:
         raise InputError(f"an integer {name} takes input_ids" + (f" and no {', '.join(asked)}" if asked else ""))
-    if mask is not None and mask.dim() != 2:
-        raise InputError(f"an integer {name} takes an attention mask [batch, tokens], not one of {mask.dim()} axes")
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise InputError(f"an integer {name} takes ids [batch, tokens] with at least one token, not {list(ids.shape)}")
+    if mask is not None and mask.shape != ids.shape:
+        raise InputError(
+            f"an integer {name} takes an attention mask [batch, tokens] as its ids are, not {list(mask.shape)}"
+        )
+    limit = max_tokens(model.config)
+    if limit is not None and ids.shape[1] > limit:
+        raise InputError(f"{ids.shape[1]} tokens are more than the {limit} that {name} has positions for; cut the text")
+
+
+def _refuse_training(model: Any) -> None:
+    if model.training:
+        raise InputError(f"an integer {type(model).__name__} cannot be trained; call model.eval() first")

@@ -68,16 +68,15 @@ def _row(path: str, module: Mapping[str, Any], infos: Mapping[str, Any], figures
         "weights": str(module.get("weights", "-" if integer else "shared")),
         "activations": str(module.get("activations", "integer" if integer else "float")),
         "bytes": sum(info.num_bytes for info in own),
-        "sqnr": _figure(figures, "weight_sqnr_db"),
-        "output_sqnr": _figure(figures, "sqnr_db"),
-        "saturated_percent": _figure(figures, "saturated_percent", 3),
-        "spare_bits": _figure(figures, "spare_bits", 0),
+        "sqnr": "-" if (sqnr := _number(figures.get("weight_sqnr_db"))) is None else f"{sqnr:.1f}",
+        "output_sqnr_db": _number(figures.get("sqnr_db")),
+        "saturated_percent": _number(figures.get("saturated_percent")),
+        "spare_bits": _number(figures.get("spare_bits")),
     }
 
 
-def _figure(figures: Mapping[str, Any], name: str, places: int = 1) -> str:
-    value = figures.get(name)
-    return f"{value:.{places}f}" if isinstance(value, (int, float)) else "-"
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) else None
 
 
 def worst(figures: Mapping[str, Mapping[str, float]], count: int = 3) -> list[tuple[str, float]]:

@@ -307,7 +307,7 @@ def test_spare_bits_are_in_the_report_and_in_what_inspect_shows(lowered: Any) ->
         spare = min(len(f"{bound.limit:b}") - len(f"{bound.reaches:b}") for bound in bounds)
         assert figures[path]["spare_bits"] == spare >= 0, path
         if path in shown:
-            assert shown[path] == f"{spare}"
+            assert shown[path] == spare
         counted += 1
     assert counted == 1 + 1 + 2 * (6 + 1 + 2) + 2  # embeddings and their norm, two blocks, pooler and classifier
 

@@ -324,8 +324,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "embeddings": ({"input_ids": None, "inputs_embeds": torch.zeros(4, 11, 32)}, "no inputs_embeds"),
     "ids and embeddings": ({"inputs_embeds": torch.zeros(4, 11, 32)}, "no inputs_embeds"),
     "attentions": ({"output_attentions": True}, "no output_attentions"),
-    "mask of three axes": ({"attention_mask": four_axes(BATCH)[:, 0]}, "not one of 3 axes"),
-    "mask of four axes": ({"attention_mask": four_axes(BATCH)}, "not one of 4 axes"),
+    "mask of three axes": (
+        {"attention_mask": four_axes(BATCH)[:, 0]},
+        r"attention mask \[batch, tokens\] as its ids are, not \[",
+    ),
+    "mask of four axes": (
+        {"attention_mask": four_axes(BATCH)},
+        r"attention mask \[batch, tokens\] as its ids are, not \[",
+    ),
     "no ids": ({"input_ids": None}, "takes input_ids"),
 }
 

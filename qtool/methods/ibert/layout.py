@@ -37,7 +37,7 @@ class IBertOptions(Options):
     )
     smoothing: float | None = Field(0.5, ge=0, le=1, description="Exponent of migration into weights; null: none")
     tuning: int = Field(0, ge=0, description="Steps in which the smoothing is tuned on a sample of activations")
-    centering: bool = Field(True, description="Take the middles of channels' ranges out of what is rounded to INT8")
+    centering: bool = Field(True, description="Take channels' means out of what is rounded to INT8")
     clipping: Literal["max", "percentile", "mse", "token"] = Field(
         "max", description="How static INT8 ranges are found"
     )
@@ -70,7 +70,7 @@ class Layout:
         family = FAMILIES.get(config.model_type)
         if family is None or not family.norms:
             known = ", ".join(name for name, family in FAMILIES.items() if family.norms)
-            raise InputError(f"ibert has no integer form of model type '{config.model_type}'; it has of {known}")
+            raise InputError(f"ibert has no integer form of model type '{config.model_type}'; it has one of {known}")
         self.act: str = getattr(config, "hidden_act", None) or config.activation
         if self.act not in ACTIVATIONS:
             raise InputError(
@@ -82,6 +82,8 @@ class Layout:
             raise InputError(f"methods.ibert.gelu: the polynomial is gelu's, and this model's activation is {self.act}")
         if options.clipping == "token" and (recipe.activations.spec.dynamic or options.smoothing is not None):
             raise InputError("methods.ibert.clipping: token is for static activations, with smoothing set to null")
+        if options.tuning and options.smoothing is None:
+            raise InputError("methods.ibert.tuning: it tunes the smoothing, which is null")
         self.anatomy, self.model, self.recipe, self.options, self.family = anatomy, model, recipe, options, family
         self.base = "" if model.base_model is model else f"{model.base_model_prefix}."
         self.hidden, self.heads = config.hidden_size, config.num_attention_heads

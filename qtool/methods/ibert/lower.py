@@ -99,17 +99,17 @@ class Lowering:
     def _middle(self, path: str, *, static: bool = False) -> torch.Tensor:
         """What is taken out of each channel, float64 `[features]`: its mean, or for a static range its middle."""
         state = self._state(path)
-        if "counts" in state or not self.options.centering:
+        if "counts" in state or not self.options.centering or self.options.clipping == "token":
             return torch.zeros_like(ranges.peak(state))
         middle: torch.Tensor = (state["min"].double() + state["max"].double()) / 2 if static else state["mean"]
         return middle
 
-    def _reach(self, path: str, *, static: bool = False) -> torch.Tensor:
-        """The largest distance of each channel from its middle."""
-        state, middle = self._state(path), self._middle(path, static=static)
+    def _reach(self, path: str, center: torch.Tensor | float) -> torch.Tensor:
+        """The largest distance of each channel from `center`, float64 `[features]`."""
+        state = self._state(path)
         if "counts" in state:
-            return ranges.peak(state)
-        return torch.maximum(state["max"].double() - middle, middle - state["min"].double())
+            return ranges.peak(state) + torch.as_tensor(center).abs()
+        return torch.maximum(state["max"].double() - center, center - state["min"].double())
 
     def _clipped(self, state: Any, qmax: int = 127) -> torch.Tensor:
         """The static range of each channel."""
@@ -118,8 +118,8 @@ class Lowering:
             return ranges.percentile(state, self.options.percentile)
         return ranges.least_squares(state, qmax) if how == "mse" else ranges.peak(state)
 
-    def _static_scale(self, path: str, smooth: torch.Tensor | None) -> float | None:
-        """The step of static INT8 codes of the input at `path`; None where codes are made token by token."""
+    def _static_scale(self, path: str, smooth: torch.Tensor | None, center: torch.Tensor | float) -> float | None:
+        """The step of static INT8 codes of the input at `path` less `center`; None where codes are made by token."""
         if self.layout.dynamic(path):
             return None
         if self.options.clipping == "token":
@@ -127,7 +127,11 @@ class Lowering:
         else:
             state = self._state(path)
             division = torch.ones_like(ranges.peak(state)) if smooth is None else smooth
-            limit = self._clipped(ranges.merged(state, division)) if "counts" in state else self._reach(path) / division
+            limit = (
+                self._clipped(ranges.merged(state, division))
+                if "counts" in state
+                else self._reach(path, center) / division
+            )
         return max(float(limit.max()), 1e-30) / 127
 
     # Weights
@@ -221,29 +225,29 @@ class Lowering:
     def _block(self, unit: Unit, block: Any) -> None:
         paths, residual = self.layout.block_paths(unit), self.residual
         context, smooth = self._attention(block, paths)
-        scale = self._static_scale(paths["output"], smooth)
+        scale = self._static_scale(paths["output"], smooth, context.center)
         self._linear(block.part("output"), paths["output"], context, residual, smooth=smooth, act_scale=scale)
         self._norm(block.part("attention_norm"), paths["attention_norm"], residual)
         middle = self._middle(paths["up"])
-        smooth = self._smooth(self._reach(paths["up"]), middle, paths["up"])
+        smooth = self._smooth(self._reach(paths["up"], middle), middle, paths["up"])
         inner = self._act_input(paths["up"], self.layout.act, block.part("up").out_bits)
-        scale = self._static_scale(paths["up"], smooth)
+        scale = self._static_scale(paths["up"], smooth, middle)
         options: dict[str, Any] = {"smooth": smooth, "middle": middle, "act_scale": scale}
         self._linear(block.part("up"), paths["up"], residual, inner, measured=False, **options)
         shifted = self.layout.shifts(paths["down"])
         values = self._act(block.part("act"), self.layout.act, inner, shifted=shifted)
-        smooth = self._smooth(self._peak(paths["down"]) - values.center, values.center, paths["down"])
-        scale = self._static_scale(paths["down"], smooth)
+        smooth = self._smooth(self._reach(paths["down"], values.center), values.center, paths["down"])
+        scale = self._static_scale(paths["down"], smooth, values.center)
         self._linear(block.part("down"), paths["down"], values, residual, smooth=smooth, act_scale=scale)
         last = unit is self.layout.anatomy.blocks[-1]
         self._norm(block.part("ffn_norm"), paths["ffn_norm"], residual, self._hidden() if last else residual)
 
     def _attention(self, block: Any, paths: Mapping[str, str]) -> tuple[Grid, torch.Tensor | None]:
-        """Q, K, V and what joins them; returns the grid of the context, divided by the smoothing of what reads it."""
+        """Q, K, V and what joins them; returns the grid of the context and the smoothing of what reads it."""
         names = [paths[role] for role in ("query", "key", "value")]
         middle = self._middle(paths["query"])
-        smooth = self._smooth(self._reach(paths["query"]), middle, *names)
-        scale = self._static_scale(paths["query"], smooth)
+        smooth = self._smooth(self._reach(paths["query"], middle), middle, *names)
+        scale = self._static_scale(paths["query"], smooth, middle)
         outputs = [f"{path}:output" for path in names[1:]]
         key, value = (self._shared(self._limits(output)) / 127 for output in outputs)
         # What all keys have in common moves all scores of a row alike, and what all values have passes through.
@@ -266,20 +270,19 @@ class Lowering:
             if role == "query" and block.part("query").rescales:  # key and value get what the query has divided
                 least = 1.0 if smooth is None else smooth.min().item()
                 read = Grid(float(self.residual.unit) / least, self.residual.bits)
-        peaks = self._peak(paths["output"])  # of the whole context; without the values' middles it is smaller
-        division = self._smooth(peaks, middles[1], paths["output"])
-        reach = float((peaks / (1 if division is None else division)).max())
-        unit = max(reach, 1e-30) * _HEADROOM / ((1 << (CONTEXT_BITS - 1)) - 1)
-        attention.lower(
-            Grid(query, QUERY_BITS), value, Grid(unit if division is None else unit * division, CONTEXT_BITS)
-        )
-        return Grid(unit, CONTEXT_BITS, middles[1]), division
+        peaks = self._reach(paths["output"], middles[1])
+        smooth = self._smooth(peaks, middles[1], paths["output"])
+        # Attention divides on its way out for nothing, unless the product has to rescale its input anyway.
+        division = torch.ones_like(peaks) if smooth is None or block.part("output").rescales else smooth
+        unit = max(float((peaks / division).max()), 1e-30) * _HEADROOM / ((1 << (CONTEXT_BITS - 1)) - 1)
+        attention.lower(Grid(query, QUERY_BITS), value, Grid(unit * division, CONTEXT_BITS))
+        return Grid(unit, CONTEXT_BITS, middles[1]), smooth
 
     def _limits(self, output: str) -> torch.Tensor:
         """How far 8-bit codes of each channel reach from its middle."""
         if self.options.clipping in ("mse", "percentile"):
             return self._clipped(self._state(output))
-        return self._reach(output, static=True)
+        return self._reach(output, self._middle(output, static=True))
 
     def _shared(self, limits: torch.Tensor) -> torch.Tensor:
         """Limits of channels made those of what shares a scale; a dead channel gets a millionth of the largest."""

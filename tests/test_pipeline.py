@@ -271,7 +271,12 @@ def test_a_model_beyond_the_file_limit_keeps_shards_under_an_index(
     names = sorted(path.name for path in Path("sharded").glob("*.safetensors"))
     assert names == [f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]
     texts = zoo.sentences(5)
-    assert torch.equal(zoo.plain(Path("whole"), texts), zoo.plain(Path("sharded"), texts))
+    whole = load_file(Path("whole") / "model.safetensors")
+    shards = {name: value for part in names for name, value in load_file(Path("sharded") / part).items()}
+    assert set(whole) == set(shards) and all(torch.equal(whole[name], shards[name]) for name in whole)
+    # Not bit for bit: where a float tensor lies in a mapped file may decide how its products are rounded.
+    found = zoo.plain(Path("sharded"), texts)
+    assert torch.allclose(found, zoo.plain(Path("whole"), texts), rtol=0, atol=1e-5)
     assert artifact.damaged_tensors(Path("sharded")) == []
     whole, sharded = (json.loads(Path(name, "config.json").read_text()) for name in ("whole", "sharded"))
     assert whole == sharded

@@ -46,7 +46,9 @@ def made(shelf: Any) -> Made:
             name = f"purity-{len(found)}"
             source = shelf.make(name, architecture, change=shelf.noise(0.1), **options)
             entries = ["calibration.source=random", "calibration.num_samples=4", *sets]
-            entries += ["methods.ibert.tuning=2"] if method == "ibert" else []
+            entries += (
+                ["methods.ibert.tuning=2"] if method == "ibert" and "methods.ibert.smoothing=null" not in sets else []
+            )
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(shelf.folder)
                 patch.setattr("qtool.pipeline._check_in_fresh_process", lambda *run: None)

@@ -18,6 +18,7 @@ from qtool.anatomy import FAMILIES, max_tokens
 from qtool.errors import InputError
 from qtool.nn.integer.embedding import IntEmbeddings
 from qtool.nn.integer.module import IntModule, leave
+from qtool.nn.integer.plan import planned
 
 _INSIDE: ContextVar[bool] = ContextVar("inside a headed model", default=False)
 _PLACES = 15  # the pooler ends with i-tanh, in units of 2^-15
@@ -99,14 +100,19 @@ def _base_forward(
     _refuse(model, input_ids, attention_mask, others)
     assert input_ids is not None
     real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
-    hidden = model.embeddings(input_ids, token_type_ids, position_ids)
-    if hasattr(model, "embeddings_project"):
-        hidden = model.embeddings_project(hidden)
-    states = [hidden]
-    for block in model.get_submodule(FAMILIES[model.config.model_type].blocks):
-        states.append(block(states[-1], real))
-    last = states[-1] * real.unsqueeze(-1).int()  # what stands at padding is nobody's business: zero
     wanted = model.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    blocks = list(model.get_submodule(FAMILIES[model.config.model_type].blocks))
+    projection = getattr(model, "embeddings_project", None)
+    plan = None if wanted else planned(model.embeddings, projection, blocks)
+    if plan is not None:
+        states = []
+        last = plan.run(model.embeddings.ids(input_ids, token_type_ids, position_ids), real)
+    else:
+        hidden = model.embeddings(input_ids, token_type_ids, position_ids)
+        states = [hidden if projection is None else projection(hidden)]
+        for block in blocks:
+            states.append(block(states[-1], real))
+        last = states[-1] * real.unsqueeze(-1).int()  # what stands at padding is nobody's business: zero
 
     inner, outer = model.embeddings.exponents
 

@@ -1,17 +1,20 @@
 """The table of operations that quantized modules call, and the backend that carries them out.
 
 An operation has one meaning, given by `reference.py`; any other backend is right when it returns the reference's
-integers bit for bit. `QTOOL_BACKEND` chooses one by name; without it the first of `BACKENDS` is taken.
+integers bit for bit. `QTOOL_BACKEND` chooses one by name; without it the first of `BACKENDS` that is here.
 """
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
 
 from qtool.errors import UnavailableError, one_of
+from qtool.kernels import native
 
 
 class Backend(Protocol):
@@ -51,15 +54,47 @@ class Backend(Protocol):
         """`x @ (codes * scale)^T + bias` with float activations, for a head that shares an embedding table's codes."""
 
 
-BACKENDS: tuple[str, ...] = ("reference",)
+BACKENDS: tuple[str, ...] = ("native", "reference")
+"""By preference; the native one only where its library is."""
+
+_CHOSEN: ContextVar[Backend | None] = ContextVar("backend", default=None)
+
+
+def backend() -> Backend:
+    """The backend of this process, fixed at first use, or that of `using`.
+
+    Raises UnavailableError for one that does not exist here.
+    """
+    return _CHOSEN.get() or _default()
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """While active, `backend()` is the one called `name`. Raises UnavailableError for one that does not exist here."""
+    token = _CHOSEN.set(_make(name))
+    try:
+        yield
+    finally:
+        _CHOSEN.reset(token)
 
 
 @functools.cache
-def backend() -> Backend:
-    """The backend of this process, fixed at first use. Raises UnavailableError for one that does not exist here."""
-    wanted = os.environ.get("QTOOL_BACKEND") or BACKENDS[0]
-    if wanted not in BACKENDS:
+def _default() -> Backend:
+    wanted = os.environ.get("QTOOL_BACKEND")
+    if wanted and wanted not in BACKENDS:
         raise UnavailableError(f"QTOOL_BACKEND={wanted}: {one_of(wanted, BACKENDS, 'backend')}")
+    return _make(wanted or ("native" if native.available() else "reference"))
+
+
+@functools.cache
+def _make(name: str) -> Backend:
     from qtool.kernels import reference
 
-    return reference.Reference()
+    if name == "reference":
+        return reference.Reference()
+    if not native.available():
+        raise UnavailableError(f"the native backend is not available: {native.reason()}")
+    native.isa()  # refused now, not in the middle of a run
+    from qtool.kernels.integer import Native
+
+    return Native()

@@ -1,4 +1,4 @@
-"""The native library: whether it is here, and what this CPU can run.
+"""The native library: whether it is here, what this CPU can run, and how its functions are called.
 
 `_native` is built from `csrc/` when a C++ compiler is found at install time. It has a flat C interface and is loaded
 with ctypes, so that neither torch's nor Python's ABI ties it to a version. Without it the reference backend serves.
@@ -6,12 +6,15 @@ with ctypes, so that neither torch's nor Python's ABI ties it to a version. With
 
 import ctypes
 import functools
+import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-ABI_VERSION = 1
-"""What `qtool_abi_version()` must answer; raised together with `kAbiVersion` in csrc/cpu.cc."""
+from qtool.errors import QtoolError, UnavailableError, one_of
+
+ABI_VERSION = 2
+"""What `qtool_abi_version()` must answer; raised together with `kAbiVersion` in csrc/interface.cc."""
 
 FEATURES = (
     "avx2",
@@ -22,8 +25,15 @@ FEATURES = (
     "amx_int8",
     "amx_bf16",
     "avx512_bf16",
+    "avx512dq",
+    "avx512vl",
 )
 """Instruction sets by the bit of `qtool_cpu_features()`, under the names that Linux gives them."""
+
+ISAS = ("portable", "avx2", "avx512vnni")
+"""What kernels are compiled for, slowest first, by the number that the library knows them by."""
+
+_NO_MEMORY, _BAD_ID = 1, 2
 
 
 class _Attempt(NamedTuple):
@@ -58,6 +68,54 @@ def cpu_features() -> tuple[str, ...]:
     return tuple(name for bit, name in enumerate(FEATURES) if mask >> bit & 1)
 
 
+def isas() -> tuple[str, ...]:
+    """Which of ISAS were built and run on this CPU, slowest first; none without the library."""
+    loaded = library()
+    if loaded is None:
+        return ()
+    mask = int(loaded.qtool_isas())
+    return tuple(name for bit, name in enumerate(ISAS) if mask >> bit & 1)
+
+
+@functools.cache
+def isa() -> str:
+    """The instruction set of this process: the fastest, or what `QTOOL_CPU_ISA` names. Fixed at first use.
+
+    Raises UnavailableError for one that this CPU or this build does not have.
+    """
+    wanted, here = os.environ.get("QTOOL_CPU_ISA"), isas()
+    if not wanted:
+        return here[-1]
+    if wanted not in ISAS:
+        raise UnavailableError(f"QTOOL_CPU_ISA={wanted}: {one_of(wanted, ISAS, 'instruction set')}")
+    if wanted not in here:
+        raise UnavailableError(f"QTOOL_CPU_ISA={wanted}: this CPU or build has {', '.join(here)}")
+    return wanted
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Run a function of the library on this process's instruction set; the GIL is released meanwhile.
+
+    Raises IndexError for an id that an embedding table does not have, UnavailableError without memory.
+    """
+    loaded = library()
+    assert loaded is not None
+    status = getattr(loaded, name)(ISAS.index(isa()), *arguments)
+    if status == _BAD_ID:
+        raise IndexError("an id is not one of the rows of its embedding table")
+    if status == _NO_MEMORY:
+        raise UnavailableError("not enough memory for this batch; use a smaller one")
+    if status:
+        raise QtoolError(f"{name} failed with status {status}")
+
+
+def code_offset() -> int:
+    """By how much codes of activations are larger in this instruction set's product than what they stand for."""
+    loaded = library()
+    assert loaded is not None
+    return int(loaded.qtool_code_offset(ISAS.index(isa())))
+
+
 @functools.cache
 def _attempt() -> _Attempt:
     path = _find()
@@ -72,11 +130,23 @@ def _attempt() -> _Attempt:
 
 def _checked(loaded: ctypes.CDLL, path: Path) -> _Attempt:
     loaded.qtool_abi_version.restype = ctypes.c_int32
-    loaded.qtool_cpu_features.restype = ctypes.c_uint64
     found = loaded.qtool_abi_version()
     if found != ABI_VERSION:
         message = f"{path} was built for interface {found}, this qtool needs {ABI_VERSION}: install qtool again"
         return _Attempt(None, message)
+    loaded.qtool_cpu_features.restype = ctypes.c_uint64
+    loaded.qtool_isas.restype = ctypes.c_uint32
+    p, i32 = ctypes.c_void_p, ctypes.c_int32
+    loaded.qtool_code_offset.argtypes = (i32,)
+    signatures = {
+        "integer_encoder": (i32, p, p, p, i32),
+        "quantize_rows": (i32, p, i32, i32, i32, p, p, i32),
+        "integer_linear": (i32, p, p, p, i32, p, i32),
+        "integer_norm": (i32, p, p, i32, p, i32),
+        "integer_attention": (i32, p, p, p, p, p, p, i32, i32, p, i32),
+    }
+    for name, arguments in signatures.items():
+        getattr(loaded, f"qtool_{name}").argtypes = arguments
     return _Attempt(loaded, None)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtool import kernels
+
 
 class QModule(nn.Module, ABC):
     """A module whose weights are integer codes.
@@ -45,7 +47,7 @@ class CodesModule(QModule):
     """A module whose `weight`, int8 codes, is multiplied by: the backend's operand is made once and kept."""
 
     weight: torch.Tensor
-    _operand: tuple[torch.Tensor, int, Any] | None = None
+    _operand: tuple[torch.Tensor, int, kernels.Backend, Any] | None = None
 
     @abstractmethod
     def _prepare(self, codes: torch.Tensor) -> Any:
@@ -56,10 +58,10 @@ class CodesModule(QModule):
         codes = self.weight
         if codes.is_inference():  # such tensors do not count their changes
             return self._prepare(codes)
-        known = self._operand
-        if known is None or known[0] is not codes or known[1] != codes._version:
-            known = self._operand = codes, codes._version, self._prepare(codes)
-        return known[2]
+        known, ops = self._operand, kernels.backend()
+        if known is None or known[0] is not codes or known[1] != codes._version or known[2] is not ops:
+            known = self._operand = codes, codes._version, ops, self._prepare(codes)
+        return known[3]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "CodesModule":
         self._operand = None  # or the codes that leave, for the meta device say, would stay in memory

@@ -1,14 +1,6 @@
 // What this CPU and its operating system can run, by cpuid and xgetbv (Intel SDM, volume 2A, CPUID; volume 1, 13.3).
-//
-// The flat C interface of the native library: plain integers and pointers, loaded by qtool/kernels/native.py with ctypes.
 
-#include <cstdint>
-
-#if defined(_WIN32)
-#define QTOOL_EXPORT extern "C" __declspec(dllexport)
-#else
-#define QTOOL_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "cpu.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define QTOOL_X86_64
@@ -20,22 +12,8 @@
 #endif
 #endif
 
+namespace qtool {
 namespace {
-
-// Raised with every incompatible change of an exported function; native.py refuses a library of another number.
-constexpr std::int32_t kAbiVersion = 1;
-
-// The order of FEATURES in native.py.
-enum Feature : std::uint64_t {
-  kAvx2 = 1u << 0,
-  kAvx512F = 1u << 1,
-  kAvx512Bw = 1u << 2,
-  kAvx512Vnni = 1u << 3,
-  kAvxVnni = 1u << 4,
-  kAmxInt8 = 1u << 5,
-  kAmxBf16 = 1u << 6,
-  kAvx512Bf16 = 1u << 7,
-};
 
 #if defined(QTOOL_X86_64)
 
@@ -88,6 +66,8 @@ std::uint64_t detect() {
   add(ymm && bit(leaf7.ebx, 5), kAvx2);
   add(zmm && bit(leaf7.ebx, 16), kAvx512F);
   add(zmm && bit(leaf7.ebx, 30), kAvx512Bw);
+  add(zmm && bit(leaf7.ebx, 17), kAvx512Dq);
+  add(zmm && bit(leaf7.ebx, 31), kAvx512Vl);
   add(zmm && bit(leaf7.ecx, 11), kAvx512Vnni);
   add(ymm && bit(leaf7_1.eax, 4), kAvxVnni);
   add(zmm && bit(leaf7_1.eax, 5), kAvx512Bf16);
@@ -104,7 +84,9 @@ std::uint64_t detect() { return 0; }
 
 }  // namespace
 
-QTOOL_EXPORT std::int32_t qtool_abi_version() { return kAbiVersion; }
+std::uint64_t cpu_features() {
+  static const std::uint64_t found = detect();
+  return found;
+}
 
-// Bits of Feature. A bit of AMX says that tiles can be had; a Linux process must still ask for them (ARCH_REQ_XCOMP_PERM).
-QTOOL_EXPORT std::uint64_t qtool_cpu_features() { return detect(); }
+}  // namespace qtool

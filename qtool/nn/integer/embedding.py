@@ -12,6 +12,10 @@ from qtool.numerics import QTensor, QuantSpec
 from qtool.numerics.qtensor import stored_dtype, stored_shape
 
 
+TABLES = ("word", "position", "token_type")
+"""Roles of the tables whose rows are added."""
+
+
 class IntTableRows(IntModule):
     """An embedding table: rows of codes, each rescaled to the grid of the sum.
 
@@ -81,13 +85,23 @@ class IntEmbeddings(IntComposite):
         self, ids: torch.Tensor, token_types: torch.Tensor | None = None, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """int64 ids `[batch, tokens]`; without `token_types` all are 0, without `positions` they are counted."""
-        total = self.part("word")(ids)
-        if "position" in self.parts:
-            total = total + self.part("position")(self._positions(ids) if positions is None else positions)
-        if "token_type" in self.parts:
-            total = total + self.part("token_type")(torch.zeros_like(ids) if token_types is None else token_types)
+        total: Any = 0
+        for role, rows in zip(TABLES, self.ids(ids, token_types, positions), strict=True):
+            if rows is not None:
+                total = total + self.part(role)(rows)
         norm: torch.Tensor = self.part("norm")(total.int())
         return norm
+
+    def ids(
+        self, ids: torch.Tensor, token_types: torch.Tensor | None = None, positions: torch.Tensor | None = None
+    ) -> list[torch.Tensor | None]:
+        """The rows of each of TABLES that are added, int64 `[batch, tokens]`; None for a table that is not there."""
+        found: list[torch.Tensor | None] = [ids, None, None]
+        if "position" in self.parts:
+            found[1] = self._positions(ids) if positions is None else positions.expand_as(ids)
+        if "token_type" in self.parts:
+            found[2] = torch.zeros_like(ids) if token_types is None else token_types.expand_as(ids)
+        return found
 
     def _positions(self, ids: torch.Tensor) -> torch.Tensor:
         if self.padding_idx is None:
@@ -98,7 +112,7 @@ class IntEmbeddings(IntComposite):
     def bounds(self) -> list[Bound]:
         """The sum of the largest rows, against what LayerNorm takes."""
         largest = 0
-        for role in ("word", "position", "token_type"):
+        for role in TABLES:
             if role in self.parts:
                 table = self.part(role)
                 rows = table.weight.squeeze(1).long().abs().amax(1)

@@ -1,0 +1,155 @@
+// The flat C interface of the native library: plain integers, pointers and structs, loaded by native.py with ctypes.
+
+#include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <utility>
+
+#include "cpu.h"
+#include "integer.h"
+
+#if defined(_WIN32)
+#define QTOOL_EXPORT extern "C" __declspec(dllexport)
+#else
+#define QTOOL_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace qtool {
+namespace {
+
+// Raised with every incompatible change of an exported function or struct; native.py refuses a library of another number.
+constexpr std::int32_t kAbiVersion = 2;
+
+// What functions return.
+enum Status : std::int32_t { kFine = 0, kNoMemory = 1, kBadId = 2 };
+
+// In this order the index by which native.py names an instruction set.
+constexpr int kPortableIsa = 0, kAvx2Isa = 1, kAvx512VnniIsa = 2, kIsas = 3;
+
+bool runs(int isa) {
+  const auto has = [](std::uint64_t mask) { return (cpu_features() & mask) == mask; };
+  switch (isa) {
+    case kPortableIsa:
+      return true;
+    case kAvx2Isa:
+      return has(kAvx2);
+    case kAvx512VnniIsa:
+      return has(kAvx512F | kAvx512Bw | kAvx512Dq | kAvx512Vl | kAvx512Vnni);
+  }
+  return false;
+}
+
+const IntegerKernels& integer(int isa) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (isa == kAvx512VnniIsa) return kIntegerAvx512Vnni;
+  if (isa == kAvx2Isa) return kIntegerAvx2;
+#endif
+  return kIntegerPortable;
+}
+
+// Memory of one call. The last block that was given back is kept: fresh pages for every call would cost more than some
+// calls do.
+class Memory {
+ public:
+  explicit Memory(std::int64_t bytes) : bytes_(bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (kept_bytes_ >= bytes_) {
+        memory_ = std::exchange(kept_, nullptr);
+        bytes_ = std::exchange(kept_bytes_, 0);
+      }
+    }
+    if (memory_ == nullptr) memory_ = ::operator new(static_cast<std::size_t>(bytes_), std::align_val_t{64}, std::nothrow);
+  }
+  ~Memory() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (memory_ != nullptr && bytes_ > kept_bytes_) {
+        std::swap(memory_, kept_);
+        std::swap(bytes_, kept_bytes_);
+      }
+    }
+    ::operator delete(memory_, std::align_val_t{64});
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  void* get() const { return memory_; }
+
+ private:
+  static inline std::mutex mutex_;
+  static inline void* kept_ = nullptr;
+  static inline std::int64_t kept_bytes_ = 0;
+
+  std::int64_t bytes_;
+  void* memory_ = nullptr;
+};
+
+bool ids_fit(const IntEncoder& encoder, const IntBatch& batch) {
+  for (int t = 0; t < kTables; ++t) {
+    if (encoder.tables[t].weight == nullptr) continue;
+    for (int i = 0; i < batch.tokens; ++i) {
+      const std::int64_t id = batch.ids[t][i];
+      if (id < 0 || id >= encoder.tables[t].rows) return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace qtool
+
+using namespace qtool;
+
+QTOOL_EXPORT std::int32_t qtool_abi_version() { return kAbiVersion; }
+
+QTOOL_EXPORT std::uint64_t qtool_cpu_features() { return cpu_features(); }
+
+// Bit i: whether instruction set i was built and runs here.
+QTOOL_EXPORT std::uint32_t qtool_isas() {
+  std::uint32_t found = 0;
+  for (int isa = 0; isa < kIsas; ++isa) found |= static_cast<std::uint32_t>(runs(isa)) << isa;
+  return found;
+}
+
+QTOOL_EXPORT std::int32_t qtool_code_offset(std::int32_t isa) { return integer(isa).code_offset; }
+
+QTOOL_EXPORT std::int32_t qtool_integer_encoder(std::int32_t isa, const IntEncoder* encoder, const IntBatch* batch, std::int32_t* out,
+                                                std::int32_t threads) {
+  if (!ids_fit(*encoder, *batch)) return kBadId;
+  const Memory memory(integer(isa).encoder_bytes(*encoder, *batch, threads));
+  if (memory.get() == nullptr) return kNoMemory;
+  integer(isa).encoder(*encoder, *batch, out, threads, memory.get());
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_quantize_rows(std::int32_t isa, const std::int32_t* x, std::int32_t rows, std::int32_t width,
+                                              std::int32_t is_unsigned, std::int8_t* codes, std::int64_t* amax, std::int32_t threads) {
+  integer(isa).quantize_rows(x, rows, width, is_unsigned != 0, codes, amax, threads);
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_integer_linear(std::int32_t isa, const IntLinear* linear, const std::int8_t* codes,
+                                               const std::int64_t* amax, std::int32_t rows, std::int32_t* out, std::int32_t threads) {
+  const Memory memory(std::int64_t{rows} * (linear->inputs + 3));
+  if (memory.get() == nullptr) return kNoMemory;
+  integer(isa).linear(*linear, codes, amax, rows, out, threads, memory.get());
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_integer_norm(std::int32_t isa, const IntNorm* norm, const std::int32_t* x, std::int32_t rows,
+                                             std::int32_t* out, std::int32_t threads) {
+  integer(isa).norm(*norm, x, rows, out, threads);
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_integer_attention(std::int32_t isa, const IntAttention* attention, const std::int32_t* query,
+                                                  const std::int8_t* key, const std::int8_t* value, const std::int32_t* keys,
+                                                  const std::int32_t* starts, std::int32_t batch, std::int32_t tokens,
+                                                  std::int32_t* out, std::int32_t threads) {
+  const Memory memory(integer(isa).attention_bytes(*attention, tokens) * threads);
+  if (memory.get() == nullptr) return kNoMemory;
+  integer(isa).attention(*attention, query, key, value, keys, starts, batch, tokens, out, threads, memory.get());
+  return kFine;
+}

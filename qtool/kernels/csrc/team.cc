@@ -1,0 +1,123 @@
+#include "team.h"
+
+#include <thread>
+#include <vector>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#if !defined(_WIN32)
+#include <pthread.h>
+#endif
+
+namespace qtool {
+namespace {
+
+constexpr int kSpins = 4000;  // of a pause each, some tens to hundreds of microseconds
+
+void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#endif
+}
+
+class Pool {
+ public:
+  void run(int threads, void (*job)(void*, const Crew&), void* context) {
+    const std::lock_guard<std::mutex> turn(turn_);
+    Barrier barrier(threads);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      job_ = job, context_ = context, size_ = threads, barrier_ = &barrier;
+      running_ = threads - 1;
+      ++call_;
+      while (static_cast<int>(workers_.size()) < threads - 1) {
+        const int index = static_cast<int>(workers_.size()) + 1;
+        workers_.emplace_back([this, index, before = call_ - 1] { work(index, before); });
+        workers_.back().detach();  // a process may end while they sleep
+      }
+    }
+    wake_.notify_all();
+    job(context, Crew{0, threads, &barrier});
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [this] { return running_ == 0; });
+  }
+
+ private:
+  void work(int index, std::uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return call_ != seen; });
+      seen = call_;
+      if (index >= size_) continue;
+      const Crew crew{index, size_, barrier_};
+      const auto job = job_;
+      void* context = context_;
+      lock.unlock();
+      job(context, crew);
+      lock.lock();
+      if (--running_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex turn_, mutex_;
+  std::condition_variable wake_, done_;
+  std::vector<std::thread> workers_;
+  void (*job_)(void*, const Crew&) = nullptr;
+  void* context_ = nullptr;
+  Barrier* barrier_ = nullptr;
+  int size_ = 0, running_ = 0;
+  std::uint64_t call_ = 0;
+};
+
+std::atomic<Pool*> current{nullptr};
+
+// Never destroyed: workers sleep in it until the process ends.
+Pool& pool() {
+  Pool* found = current.load();
+  if (found == nullptr) {
+    auto* made = new Pool;
+    if (current.compare_exchange_strong(found, made)) {
+#if !defined(_WIN32)
+      // Only the forking thread lives on in the child; its pool, and whatever lock it held, belongs to the parent.
+      static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+      (void)registered;
+#endif
+      return *made;
+    }
+    delete made;
+  }
+  return *found;
+}
+
+}  // namespace
+
+void Barrier::wait() {
+  const std::uint32_t round = round_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      round_.store(round + 1, std::memory_order_release);
+    }
+    changed_.notify_all();
+    return;
+  }
+  for (int i = 0; i < kSpins; ++i) {
+    if (round_.load(std::memory_order_acquire) != round) return;
+    pause();
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [&] { return round_.load(std::memory_order_acquire) != round; });
+}
+
+void run_together(int threads, void (*job)(void*, const Crew&), void* context) {
+  if (threads <= 1) {
+    job(context, Crew{});
+  } else {
+    pool().run(threads, job, context);
+  }
+}
+
+}  // namespace qtool

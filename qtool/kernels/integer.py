@@ -1,0 +1,178 @@
+"""The native backend: the reference's integers from compiled kernels.
+
+Small and rare operations are the reference's own. Inside `counting_saturation` all are: only the reference counts.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qtool.kernels import native, reference, structs
+from qtool.kernels.reference import Reference, Rescale
+from qtool.kernels.structs import address
+from qtool.numerics.qtensor import rows_of, tile
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A weight as the kernels read it: int8 tiles, and int32 sums of its rows `[out]`."""
+
+    tiles: torch.Tensor
+    row_sums: torch.Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, codes: torch.Tensor, shape: tuple[int, int]) -> "Operand":
+        """From stored codes in either layout; tiles are taken as they are."""
+        rows = rows_of(codes, shape)
+        tiles = codes if codes.dim() == 4 and codes.is_contiguous() else tile(rows)
+        return cls(tiles, rows.sum(1, dtype=torch.int32), shape)
+
+    def correction(self, unsigned: bool) -> torch.Tensor | None:
+        """What is added to the sums of every output for codes that are stored larger than they are."""
+        factor = (reference.QMAX if unsigned else 0) - native.code_offset()
+        return self.row_sums * factor if factor else None
+
+
+def threads() -> int:
+    """As many as torch uses."""
+    return torch.get_num_threads()
+
+
+class Native(Reference):
+    """Compiled kernels for the CPU's instruction set."""
+
+    name = "native"
+
+    def prepare(self, codes: torch.Tensor, shape: tuple[int, int]) -> Any:
+        """The stored tiles with the sums of their rows."""
+        return Operand.of(codes, shape)
+
+    @staticmethod
+    def quantize_rows(x: torch.Tensor, *, unsigned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `reference.quantize_rows`."""
+        x = x.contiguous()
+        width = x.shape[-1]
+        rows = x.numel() // max(width, 1)
+        codes = torch.empty(x.shape, dtype=torch.int8)
+        amax = torch.empty((*x.shape[:-1], 1), dtype=torch.int64)
+        native.call(
+            "qtool_quantize_rows", address(x), rows, width, unsigned, address(codes), address(amax), threads()
+        )
+        return codes, amax
+
+    @staticmethod
+    def integer_linear(
+        codes: torch.Tensor,
+        amax: torch.Tensor | None,
+        weight: Operand,
+        row_sums: torch.Tensor | None,
+        align: torch.Tensor,
+        bias: torch.Tensor,
+        to_output: Rescale,
+        bits: int,
+    ) -> torch.Tensor:
+        """See `reference.integer_linear`."""
+        if reference.counts_saturation():
+            plain = reference.operand(rows_of(weight.tiles, weight.shape))
+            return reference.integer_linear(codes, amax, plain, row_sums, align, bias, to_output, bits)
+        codes = codes.contiguous()
+        amax = None if amax is None else amax.contiguous()
+        outputs, inputs = weight.shape
+        correction = weight.correction(row_sums is not None)
+        struct = structs.IntLinear(
+            weight=address(weight.tiles), correction=address(correction), bias=address(bias),
+            multiplier=address(to_output[0]), shift=address(to_output[1]), inputs=inputs, outputs=outputs,
+            out_bits=bits, align=int(align), dynamic=amax is not None, is_unsigned=row_sums is not None,
+        )  # fmt: skip
+        result = torch.empty((*codes.shape[:-1], outputs), dtype=torch.int32)
+        rows = codes.numel() // inputs
+        native.call(
+            "qtool_integer_linear", ctypes.byref(struct), address(codes), address(amax), rows, address(result),
+            threads(),
+        )  # fmt: skip
+        return result
+
+    @staticmethod
+    def integer_norm(
+        x: torch.Tensor, eps: torch.Tensor, to_output: Rescale, bias: torch.Tensor, bits: int
+    ) -> torch.Tensor:
+        """See `reference.integer_norm`."""
+        if reference.counts_saturation():
+            return reference.integer_norm(x, eps, to_output, bias, bits)
+        x = x.contiguous()
+        result = torch.empty_like(x)
+        struct = structs.IntNorm(
+            address(to_output[0]), address(to_output[1]), address(bias), int(eps), x.shape[-1], bits
+        )
+        rows = x.numel() // x.shape[-1]
+        native.call("qtool_integer_norm", ctypes.byref(struct), address(x), rows, address(result), threads())
+        return result
+
+    @staticmethod
+    def integer_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        real: torch.Tensor,
+        align: torch.Tensor,
+        to_scores: Rescale,
+        to_context: Rescale,
+        *,
+        grid: int,
+        bits: int,
+        context_bits: int,
+    ) -> torch.Tensor:
+        """See `reference.integer_attention`."""
+        if reference.counts_saturation():
+            return reference.integer_attention(
+                query, key, value, real, align, to_scores, to_context, grid=grid, bits=bits, context_bits=context_bits
+            )
+        batch, tokens, heads, size = query.shape
+        exp_b, exp_c = reference.exp_constants(grid)
+        struct = structs.IntAttention(
+            *(address(tensor) for tensor in (*to_scores, *to_context)),
+            heads, size, int(align), grid, bits, context_bits, exp_b, exp_c,
+        )  # fmt: skip
+        query, key, value = query.contiguous(), key.to(torch.int8).contiguous(), value.to(torch.int8).contiguous()
+        keys, starts = kept(real)
+        result = torch.empty((batch, tokens, heads * size), dtype=torch.int32)
+        native.call(
+            "qtool_integer_attention", ctypes.byref(struct), address(query), address(key), address(value),
+            address(keys), address(starts), batch, tokens, address(result), threads(),
+        )  # fmt: skip
+        return result
+
+    @staticmethod
+    def integer_encoder(
+        encoder: structs.IntEncoder, ids: list[torch.Tensor | None], real: torch.Tensor, width: int
+    ) -> torch.Tensor:
+        """All blocks of an encoder: int64 `ids` for each table `[batch, tokens]` → int32 `[batch, tokens, width]`.
+
+        `real` is boolean `[batch, tokens]`. What is not real is never computed, and 0. Raises IndexError for an id
+        that a table does not have.
+        """
+        starts = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+        whole = int(starts[-1]) == real.numel()
+        where = None if whole else real.flatten().nonzero().squeeze(1)
+        gathered = [None if x is None else x.flatten() if where is None else x.flatten()[where] for x in ids]
+        gathered = [None if x is None else x.contiguous() for x in gathered]
+        rows = torch.empty((int(starts[-1]), width), dtype=torch.int32)
+        batch = structs.IntBatch(
+            (ctypes.c_void_p * 3)(*(address(x) for x in gathered)), address(starts), len(real), len(rows)
+        )
+        if len(rows):
+            native.call(
+                "qtool_integer_encoder", ctypes.byref(encoder), ctypes.byref(batch), address(rows), threads()
+            )
+        if where is not None:
+            rows = torch.zeros((real.numel(), width), dtype=torch.int32).index_copy_(0, where, rows)
+        return rows.view(*real.shape, width)
+
+
+def kept(real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the true columns of `real` `[rows, columns]`, row by row, and where each row's start; int32."""
+    starts = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0))
+    return real.nonzero()[:, 1].int().contiguous(), starts.int()

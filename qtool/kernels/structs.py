@@ -1,0 +1,92 @@
+"""The structs of csrc/integer.h, field by field; what the fields mean is said there."""
+
+import ctypes
+
+import torch
+
+_P = ctypes.c_void_p
+_I32, _I64 = ctypes.c_int32, ctypes.c_int64
+
+
+class IntLinear(ctypes.Structure):
+    """A linear layer on integers."""
+
+    _fields_ = (
+        *[(name, _P) for name in ("weight", "correction", "bias", "multiplier", "shift")],
+        *[(name, _P) for name in ("in_multiplier", "in_shift", "in_offset")],
+        *[(name, _I32) for name in ("inputs", "outputs", "in_bits", "out_bits", "align", "dynamic", "is_unsigned")],
+    )
+
+
+class IntNorm(ctypes.Structure):
+    """i-LayerNorm."""
+
+    _fields_ = (("weight", _P), ("shift", _P), ("bias", _P), ("eps", _I64), ("size", _I32), ("out_bits", _I32))
+
+
+class IntActivation(ctypes.Structure):
+    """A table, the polynomial GELU or ReLU, by `kind`."""
+
+    TABLE, POLYNOMIAL, RELU = 0, 1, 2
+    _fields_ = (
+        ("table", _P),
+        ("constants", _I64 * 4),
+        *[(name, _I32) for name in ("kind", "in_bits", "multiplier", "shift", "shifted")],
+    )
+
+
+class IntAttention(ctypes.Structure):
+    """Attention of all heads."""
+
+    _fields_ = (
+        *[(name, _P) for name in ("score_multiplier", "score_shift", "multiplier", "shift")],
+        *[(name, _I32) for name in ("heads", "size", "align", "grid", "bits", "out_bits", "exp_b", "exp_c")],
+    )
+
+
+class IntBlock(ctypes.Structure):
+    """A transformer block."""
+
+    _fields_ = (
+        *[(role, IntLinear) for role in ("query", "key", "value")],
+        ("attention", IntAttention),
+        ("output", IntLinear),
+        ("attention_norm", IntNorm),
+        ("up", IntLinear),
+        ("act", IntActivation),
+        ("down", IntLinear),
+        ("ffn_norm", IntNorm),
+    )
+
+
+class IntRows(ctypes.Structure):
+    """An embedding table."""
+
+    _fields_ = (("weight", _P), ("multiplier", _P), ("shift", _P), ("rows", _I32), ("bits", _I32))
+
+
+class IntEncoder(ctypes.Structure):
+    """Embeddings and all blocks."""
+
+    _fields_ = (
+        ("tables", IntRows * 3),
+        ("norm", IntNorm),
+        ("projection", IntLinear),
+        ("blocks", ctypes.POINTER(IntBlock)),
+        ("count", _I32),
+        ("hidden", _I32),
+    )
+
+
+class IntBatch(ctypes.Structure):
+    """Sequences without their padding."""
+
+    _fields_ = (("ids", _P * 3), ("starts", _P), ("sequences", _I32), ("tokens", _I32))
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where a tensor's numbers start; it must be contiguous, in the CPU's memory, and outlive the call."""
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return tensor.data_ptr()

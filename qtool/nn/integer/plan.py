@@ -1,0 +1,131 @@
+"""An integer encoder as one native call: its modules' buffers as the structs that the kernels read."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtool import kernels
+from qtool.kernels import reference, structs
+from qtool.kernels.integer import Operand
+from qtool.kernels.structs import address
+from qtool.nn.integer.activation import IntGelu, IntRelu, IntTable
+from qtool.nn.integer.block import IntBlock
+from qtool.nn.integer.embedding import TABLES, IntEmbeddings
+from qtool.nn.integer.linear import IntLinear
+
+
+
+class Plan:
+    """Structs that point into the buffers of an encoder, which stay where they are as long as the plan `holds`."""
+
+    def __init__(self, embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> None:
+        self._kept: list[Any] = []
+        self.width = blocks[0].part("output").out_features
+        tables = [self._rows(embeddings.part(role)) if role in embeddings.parts else structs.IntRows() for role in TABLES]
+        layers = [structs.IntBlock(**{role: self._part(block.part(role)) for role in block.parts}) for block in blocks]
+        self._blocks = (structs.IntBlock * len(layers))(*layers)
+        self.encoder = structs.IntEncoder(
+            (structs.IntRows * 3)(*tables),
+            self._part(embeddings.part("norm")),
+            structs.IntLinear() if projection is None else self._part(projection),
+            self._blocks,
+            len(layers),
+            self.width,
+        )
+        modules = _modules(embeddings, projection, *blocks)
+        self._buffers = [(m._buffers, name, t, _version(t)) for m in modules for name, t in m._buffers.items()]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def holds(self) -> bool:
+        """Whether the buffers are those that the plan points to, unchanged."""
+        return all(
+            buffers.get(name) is tensor and _version(tensor) == version
+            for buffers, name, tensor, version in self._buffers
+        )
+
+    def watched(self) -> bool:
+        """Whether somebody wants to see what happens inside: then modules must be called one by one."""
+        return any(self._hooks) or reference.counts_saturation()
+
+    def run(self, ids: list[torch.Tensor | None], real: torch.Tensor) -> torch.Tensor:
+        """See `Native.integer_encoder`."""
+        from qtool.kernels.integer import Native
+
+        return Native.integer_encoder(self.encoder, ids, real, self.width)
+
+    def _part(self, module: nn.Module) -> Any:
+        makers = {
+            "IntLinear": self._linear, "IntNorm": self._norm, "IntAttention": self._attention,
+            "IntTable": self._activation, "IntGelu": self._activation, "IntRelu": self._activation,
+        }  # fmt: skip
+        return makers[type(module).__name__](module)
+
+    def _address(self, tensor: torch.Tensor | None) -> int | None:
+        tensor = None if tensor is None else tensor.contiguous()
+        self._kept.append(tensor)
+        return address(tensor)
+
+    def _rows(self, table: Any) -> structs.IntRows:
+        bits = 8 * table.weight.element_size()
+        return structs.IntRows(
+            *(self._address(x) for x in (table.weight, table.multiplier, table.shift)), table.num_embeddings, bits
+        )
+
+    def _linear(self, linear: IntLinear) -> structs.IntLinear:
+        operand: Operand = linear._prepared()[0]
+        names = ("multiplier", "shift", "offset")
+        inputs = [getattr(linear, f"in_{name}") if linear.rescales else None for name in names]
+        tensors = (operand.tiles, operand.correction(linear.unsigned), linear.bias, linear.multiplier, linear.shift)
+        return structs.IntLinear(
+            *(self._address(x) for x in (*tensors, *inputs)),
+            linear.in_features, linear.out_features, linear.in_bits, linear.out_bits, int(linear.align),
+            linear.dynamic, linear.unsigned,
+        )  # fmt: skip
+
+    def _norm(self, norm: Any) -> structs.IntNorm:
+        addresses = (self._address(x) for x in (norm.weight, norm.shift, norm.bias))
+        return structs.IntNorm(*addresses, int(norm.eps), norm.size, norm.out_bits)
+
+    def _attention(self, attention: Any) -> structs.IntAttention:
+        names = ("score_multiplier", "score_shift", "multiplier", "shift")
+        words = attention.words
+        return structs.IntAttention(
+            *(self._address(getattr(attention, name)) for name in names),
+            attention.heads, attention.size, int(attention.align), words["grid"], words["probability_bits"],
+            words["out_bits"], *reference.exp_constants(words["grid"]),
+        )  # fmt: skip
+
+    def _activation(self, act: Any) -> structs.IntActivation:
+        if isinstance(act, IntTable):
+            return structs.IntActivation(
+                table=self._address(act.table), kind=structs.IntActivation.TABLE, in_bits=act.in_bits
+            )
+        if isinstance(act, IntRelu):
+            return structs.IntActivation(kind=structs.IntActivation.RELU)
+        return structs.IntActivation(
+            constants=(ctypes.c_int64 * 4)(*act.constants.tolist()), kind=structs.IntActivation.POLYNOMIAL,
+            in_bits=act.in_bits, multiplier=int(act.multiplier), shift=int(act.shift), shifted=act.shifted,
+        )  # fmt: skip
+
+
+def planned(embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> Plan | None:
+    """The plan of an encoder, kept beside its embeddings; None where modules have to be called one by one."""
+    if kernels.backend().name != "native":
+        return None
+    known: Plan | None = embeddings.__dict__.get("_plan")
+    if known is None or not known.holds():
+        if any(t.is_meta for module in _modules(embeddings, projection, *blocks) for t in module.buffers(recurse=False)):
+            return None  # units of the model are loaded one after the other
+        known = embeddings.__dict__["_plan"] = Plan(embeddings, projection, blocks)
+    return None if known.watched() else known
+
+
+def _modules(*roots: nn.Module | None) -> list[nn.Module]:
+    return [module for root in roots if root is not None for module in root.modules()]
+
+
+def _version(tensor: torch.Tensor | None) -> int:
+    return -1 if tensor is None or tensor.is_inference() else tensor._version

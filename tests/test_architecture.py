@@ -16,7 +16,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kernels"}),
     frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream"}),
     frozenset({"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "audit"}),
-    frozenset({"pipeline", "follow", "purity", "evaluation", "estimate", "inspection", "doctor"}),
+    frozenset({"pipeline", "follow", "purity", "evaluation", "estimate", "inspection", "doctor", "bench"}),
     frozenset({"api"}),
     frozenset({"cli", "console", "demo", "__main__"}),
 )

@@ -25,7 +25,7 @@ from qtool.recipe import presets
 
 Command = Callable[..., Any]
 
-COMMANDS = ("quantize", "calibrate", "eval", "run", "inspect", "methods", "schema", "doctor", "demo")
+COMMANDS = ("quantize", "calibrate", "eval", "run", "bench", "inspect", "methods", "schema", "doctor", "demo")
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

@@ -4,6 +4,7 @@
 renders their events.
 """
 
+from qtool.api.bench import bench, random_models
 from qtool.api.data import calibration_batches, calibration_texts, golden_inputs
 from qtool.api.jobs import (
     DEFAULT_FOLDER,
@@ -36,6 +37,7 @@ __all__ = [
     "LATEST",
     "Quantized",
     "baseline_for",
+    "bench",
     "calibrate_events",
     "calibration_batches",
     "calibration_texts",
@@ -50,6 +52,7 @@ __all__ = [
     "open_job",
     "quantize",
     "quantize_events",
+    "random_models",
     "read_statistics",
     "recipe_list",
     "recipe_task",

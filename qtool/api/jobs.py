@@ -76,8 +76,9 @@ def quantize_events(
     resume: bool = False,
     overwrite: bool = False,
     statistics: str | Path | None = None,
+    remember: bool = True,
 ) -> Generator["Event", None, Quantized]:
-    """Quantize `model` into `out`, as events that end with the result."""
+    """Quantize `model` into `out`, as events that end with the result; `remember` notes it as the newest artifact."""
     import time
 
     from qtool import pipeline, rundir
@@ -105,7 +106,8 @@ def quantize_events(
         except QtoolError:
             run.discard_if_empty()
             raise
-    note_latest(out)
+    if remember:
+        note_latest(out)
     seconds = time.perf_counter() - started
     furthest = worst(report(out).get("figures", {}))
     return Quantized(out, size_on_disk(out), source_bytes, seconds, pipeline.peak_bytes(), furthest)

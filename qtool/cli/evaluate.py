@@ -113,7 +113,7 @@ def evaluate(context: click.Context, /, model: str | None, **params: Any) -> Non
             for result in api.evaluations(
                 target,
                 tasks,
-                _places(params["places"], tasks),
+                places_of(params["places"], tasks),
                 baseline=baseline,
                 known=known,
                 marked=target_file not in (None, "-"),
@@ -153,7 +153,7 @@ def _distinct_tasks(names: tuple[str, ...]) -> list[str]:
     return tasks
 
 
-def _places(given: tuple[str, ...], tasks: list[str]) -> dict[str, str]:
+def places_of(given: tuple[str, ...], tasks: list[str]) -> dict[str, str]:
     """Where the data of each task are: `PATH` for all, `TASK=PATH` for one. Raises UsageError."""
     from qtool.evaluation.tasks import TASKS
 

@@ -1,0 +1,42 @@
+"""A model of random weights from a config alone: for speed, where weights are not to be had. Never for accuracy."""
+
+import json
+import shutil
+from pathlib import Path
+
+from qtool.checkpoint import TOKENIZER_FILES, load_config
+from qtool.errors import InputError
+
+
+def make(config_folder: Path, folder: Path, seed: int) -> Path:
+    """The class in the config's `architectures`, float32, seeded; with the tokenizer where there is one.
+
+    Raises InputError for a folder without a usable config.
+    """
+    import torch
+    import transformers
+
+    if not (config_folder / "config.json").is_file():
+        raise InputError(f"{config_folder} has no config.json to make a random model from")
+    config = load_config(config_folder)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(f"{config_folder} is the config of a quantized model; pass the float model's")
+    kind = getattr(transformers, config.architectures[0], None)
+    if kind is None:
+        raise InputError(f"transformers has no class {config.architectures[0]}, which {config_folder} names")
+    config.dtype = torch.float32
+    torch.manual_seed(seed)
+    out = folder / f"random-{config_folder.resolve().name}"
+    kind(config).eval().save_pretrained(out)
+    _name_class(out, config.architectures[0])
+    for name in TOKENIZER_FILES:
+        if (config_folder / name).is_file():
+            shutil.copyfile(config_folder / name, out / name)
+    return out
+
+
+def _name_class(folder: Path, name: str) -> None:
+    """The class that was asked for, whatever transformers wrote."""
+    path = folder / "config.json"
+    body = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**body, "architectures": [name]}, indent=2) + "\n", "utf-8")

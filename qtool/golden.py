@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from qtool.errors import InputError
+from qtool.nn.integer.embedding import IntEmbeddings
+from qtool.nn.plan import one_by_one
 
 SEQUENCES, TOKENS = 4, 32
 GROSS = 0.1
@@ -41,8 +43,23 @@ def load(folder: Path) -> Any:
 
 
 def compute(folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Outputs of the model in `folder`."""
+    """Outputs of the model in `folder`. Raises InputError when kernels that join modules compute something else.
+
+    Float modules run one by one, so that no kernel's order of operations is recorded; joined ones may be off by
+    `GROSS`, as on another machine. Integers are the same either way.
+    """
     model = load(folder)
+    with one_by_one():
+        outputs = _run(model, inputs)
+    exact = isinstance(getattr(model.base_model, "embeddings", None), IntEmbeddings)
+    for name, joined in _run(model, inputs).items():
+        off = _relative_error(joined, outputs[name].flatten().tolist())
+        if off > (0.0 if exact else GROSS):
+            raise InputError(f"{folder}: {name} of the joined kernels is off by {off:.2%}; please report this")
+    return outputs
+
+
+def _run(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     with torch.inference_mode():
         output = model(**inputs, return_dict=True)
     return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}

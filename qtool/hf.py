@@ -18,6 +18,7 @@ from qtool.anatomy import FAMILIES, head_kind
 from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, manifest_of_tensors
 from qtool.encoder import integrate
 from qtool.errors import InputError, UnavailableError
+from qtool.fused import fuse
 
 REPEATABLE = "qtool_sdpa_float64"
 """Name of the attention that decoders of qtool use; see `repeatable_attention`."""
@@ -119,6 +120,7 @@ def adapt(model: Any, modules: Mapping[str, Mapping[str, Any]], *, dtype: torch.
     nn.install(model, modules, dtype=dtype)
     repeatable_attention(model)
     integrate(model)
+    fuse(model)
 
 
 def _wide_sdpa(

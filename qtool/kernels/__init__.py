@@ -32,8 +32,11 @@ class Backend(Protocol):
     integer_gelu: Callable[..., torch.Tensor]
     integer_tanh: Callable[..., torch.Tensor]
 
-    def prepare(self, codes: torch.Tensor, shape: tuple[int, int]) -> Any:
-        """The operand that `int8_linear` wants, from stored codes (tiled, or one row a slice) of logical `shape`."""
+    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int = 1) -> Any:
+        """The operand that `int8_linear` wants, from stored codes (tiled, or one row a slice) of logical `shape`.
+
+        uint8 codes are tiles of nibbles. `column_blocks` is how many scales a row of the weight has.
+        """
 
     def int8_linear(
         self,

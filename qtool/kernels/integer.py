@@ -12,28 +12,29 @@ import torch
 from qtool.kernels import native, reference, structs
 from qtool.kernels.reference import Reference, Rescale
 from qtool.kernels.structs import address
-from qtool.numerics.qtensor import rows_of, tile
+from qtool.numerics.qtensor import TILE_COLUMNS, tile
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A weight as the kernels read it: int8 tiles, and int32 sums of its rows `[out]`."""
+    """A weight as the kernels read it: int8 tiles (uint8 of two codes each), and int32 sums `[column blocks, out]`."""
 
     tiles: torch.Tensor
     row_sums: torch.Tensor
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, codes: torch.Tensor, shape: tuple[int, int]) -> "Operand":
+    def of(cls, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int) -> "Operand":
         """From stored codes in either layout; tiles are taken as they are."""
-        rows = rows_of(codes, shape)
+        rows = reference.whole_codes(codes, shape)
         tiles = codes if codes.dim() == 4 and codes.is_contiguous() else tile(rows)
-        return cls(tiles, rows.sum(1, dtype=torch.int32), shape)
+        sums = rows.view(shape[0], column_blocks, -1).sum(2, dtype=torch.int32)
+        return cls(tiles, sums.t().contiguous(), shape)
 
     def correction(self, unsigned: bool) -> torch.Tensor | None:
         """What is added to the sums of every output for codes that are stored larger than they are."""
         factor = (reference.QMAX if unsigned else 0) - native.code_offset()
-        return self.row_sums * factor if factor else None
+        return self.row_sums[0] * factor if factor else None
 
 
 def threads() -> int:
@@ -46,9 +47,46 @@ class Native(Reference):
 
     name = "native"
 
-    def prepare(self, codes: torch.Tensor, shape: tuple[int, int]) -> Any:
-        """The stored tiles with the sums of their rows."""
-        return Operand.of(codes, shape)
+    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int = 1) -> Any:
+        """The stored tiles with the sums of their rows; the reference's operand for blocks that cut through tiles."""
+        if shape[1] // column_blocks % TILE_COLUMNS and column_blocks > 1:
+            return super().prepare(codes, shape)
+        return Operand.of(codes, shape, column_blocks)
+
+    def int8_linear(
+        self,
+        x: torch.Tensor,
+        operand: Any,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        act_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Reference.int8_linear`; the same bits."""
+        if not isinstance(operand, Operand):
+            return super().int8_linear(x, operand, weight_scale, bias, act_scale)
+        x = x.contiguous()
+        kept: list[torch.Tensor] = []
+        struct = q_linear(operand, weight_scale, bias, act_scale, kept)
+        result = torch.empty((len(x), operand.shape[0]), dtype=torch.float32)
+        native.call("qtool_float_linear", ctypes.byref(struct), address(x), len(x), address(result), threads())
+        return result
+
+    @staticmethod
+    def float_encoder(encoder: structs.QEncoder, hidden: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        """All blocks of an encoder: float32 `[batch, tokens, hidden]` → the same, 0 where `real` is not."""
+        batch, tokens, width = hidden.shape
+        if real is None or bool(real.all()):
+            where, starts = None, torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32)
+            rows = hidden.reshape(-1, width).clone()
+        else:
+            starts = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+            where = real.flatten().nonzero().squeeze(1)
+            rows = hidden.reshape(-1, width).index_select(0, where)
+        if len(rows):
+            native.call("qtool_float_encoder", ctypes.byref(encoder), address(rows), address(starts), batch, threads())
+        if where is not None:
+            rows = torch.zeros((batch * tokens, width)).index_copy_(0, where, rows)
+        return rows.view(batch, tokens, width)
 
     @staticmethod
     def quantize_rows(x: torch.Tensor, *, unsigned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,9 +96,7 @@ class Native(Reference):
         rows = x.numel() // max(width, 1)
         codes = torch.empty(x.shape, dtype=torch.int8)
         amax = torch.empty((*x.shape[:-1], 1), dtype=torch.int64)
-        native.call(
-            "qtool_quantize_rows", address(x), rows, width, unsigned, address(codes), address(amax), threads()
-        )
+        native.call("qtool_quantize_rows", address(x), rows, width, unsigned, address(codes), address(amax), threads())
         return codes, amax
 
     @staticmethod
@@ -76,7 +112,7 @@ class Native(Reference):
     ) -> torch.Tensor:
         """See `reference.integer_linear`."""
         if reference.counts_saturation():
-            plain = reference.operand(rows_of(weight.tiles, weight.shape))
+            plain = reference.operand(reference.whole_codes(weight.tiles, weight.shape))
             return reference.integer_linear(codes, amax, plain, row_sums, align, bias, to_output, bits)
         codes = codes.contiguous()
         amax = None if amax is None else amax.contiguous()
@@ -164,12 +200,28 @@ class Native(Reference):
             (ctypes.c_void_p * 3)(*(address(x) for x in gathered)), address(starts), len(real), len(rows)
         )
         if len(rows):
-            native.call(
-                "qtool_integer_encoder", ctypes.byref(encoder), ctypes.byref(batch), address(rows), threads()
-            )
+            native.call("qtool_integer_encoder", ctypes.byref(encoder), ctypes.byref(batch), address(rows), threads())
         if where is not None:
             rows = torch.zeros((real.numel(), width), dtype=torch.int32).index_copy_(0, where, rows)
         return rows.view(*real.shape, width)
+
+
+def q_linear(
+    operand: Operand,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    act_scale: torch.Tensor | None,
+    kept: list[torch.Tensor],
+) -> structs.QLinear:
+    """The struct of a linear layer; tensors made for it are appended to `kept`, which must outlive it."""
+    outputs, inputs = operand.shape
+    scale = weight_scale.repeat_interleave(outputs // len(weight_scale), dim=0).t().contiguous()
+    tensors = [operand.tiles, operand.row_sums, scale, *(t.contiguous() for t in (bias, act_scale) if t is not None)]
+    kept += tensors
+    return structs.QLinear(
+        *(address(tensor) for tensor in tensors[:3]), address(bias), address(act_scale), inputs, outputs,
+        weight_scale.shape[1], operand.tiles.dtype == torch.uint8,
+    )  # fmt: skip
 
 
 def kept(real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,7 @@ FEATURES = (
     "avx512_bf16",
     "avx512dq",
     "avx512vl",
+    "fma",
 )
 """Instruction sets by the bit of `qtool_cpu_features()`, under the names that Linux gives them."""
 
@@ -143,6 +144,8 @@ def _checked(loaded: ctypes.CDLL, path: Path) -> _Attempt:
         "quantize_rows": (i32, p, i32, i32, i32, p, p, i32),
         "integer_linear": (i32, p, p, p, i32, p, i32),
         "integer_norm": (i32, p, p, i32, p, i32),
+        "float_linear": (i32, p, p, i32, p, i32),
+        "float_encoder": (i32, p, p, p, i32, i32),
         "integer_attention": (i32, p, p, p, p, p, p, i32, i32, p, i32),
     }
     for name, arguments in signatures.items():

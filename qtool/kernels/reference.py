@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from qtool.numerics.dyadic import rescale
-from qtool.numerics.qtensor import rows_of
+from qtool.numerics.qtensor import TILE_COLUMNS, rows_of, unpack_nibbles
 
 QMAX = 127
 _TINY = torch.finfo(torch.float32).tiny
@@ -46,6 +46,11 @@ def operand(codes: torch.Tensor, product: Product | None = None) -> Operand:
     if product == "split":
         return Operand((codes >> 1, codes & 1), product)
     return Operand((codes,), product)
+
+
+def whole_codes(stored: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """int8 codes `[out, in]` from either layout, nibbles unpacked."""
+    return rows_of(unpack_nibbles(stored, TILE_COLUMNS) if stored.dtype == torch.uint8 else stored, shape)
 
 
 def int8_gemm(a: torch.Tensor, weight: Operand, columns: slice = slice(None)) -> torch.Tensor:
@@ -380,9 +385,9 @@ class Reference:
     integer_gelu = staticmethod(integer_gelu)
     integer_tanh = staticmethod(integer_tanh)
 
-    def prepare(self, codes: torch.Tensor, shape: tuple[int, int]) -> Operand:
+    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int = 1) -> Any:
         """A row-major operand from codes of logical `shape` `(out, in)` in either layout."""
-        return operand(rows_of(codes, shape))
+        return operand(whole_codes(codes, shape))
 
     def int8_linear(
         self,

@@ -1,4 +1,4 @@
-"""The structs of csrc/integer.h, field by field; what the fields mean is said there."""
+"""The structs of csrc/integer.h and csrc/float.h, field by field; what the fields mean is said there."""
 
 import ctypes
 
@@ -82,6 +82,42 @@ class IntBatch(ctypes.Structure):
     """Sequences without their padding."""
 
     _fields_ = (("ids", _P * 3), ("starts", _P), ("sequences", _I32), ("tokens", _I32))
+
+
+class QLinear(ctypes.Structure):
+    """A linear layer of float rows and integer weights."""
+
+    _fields_ = (
+        *[(name, _P) for name in ("weight", "row_sums", "scale", "bias", "act_scale")],
+        *[(name, _I32) for name in ("inputs", "outputs", "column_blocks", "nibbles")],
+    )
+
+
+class Norm(ctypes.Structure):
+    """LayerNorm."""
+
+    _fields_ = (("weight", _P), ("bias", _P), ("eps", ctypes.c_float), ("size", _I32))
+
+
+class QBlock(ctypes.Structure):
+    """A transformer block."""
+
+    _fields_ = (
+        *[(role, QLinear) for role in ("query", "key", "value", "output")],
+        ("attention_norm", Norm),
+        *[(role, QLinear) for role in ("up", "down")],
+        ("ffn_norm", Norm),
+    )
+
+
+class QEncoder(ctypes.Structure):
+    """All blocks."""
+
+    GELU, RELU = 0, 1
+    _fields_ = (
+        ("blocks", ctypes.POINTER(QBlock)),
+        *[(name, _I32) for name in ("count", "hidden", "heads", "activation")],
+    )
 
 
 def address(tensor: torch.Tensor | None) -> int | None:

@@ -51,7 +51,8 @@ class QLinear(CodesModule):
         return y.view(*x.shape[:-1], self.out_features).to(self.output_dtype)
 
     def _prepare(self, codes: torch.Tensor) -> Any:
-        return kernels.backend().prepare(codes, (self.out_features, self.in_features))
+        blocks = self.weights.scale_shape((self.out_features, self.in_features))[1]
+        return kernels.backend().prepare(codes, (self.out_features, self.in_features), blocks)
 
     def description(self) -> dict[str, Any]:
         """Shape and specs."""
@@ -80,8 +81,8 @@ class QLinear(CodesModule):
 
 def _refuse_unexecuted(weights: QuantSpec, activations: QuantSpec) -> None:
     """A description may ask for other codes than the int8 product multiplies: it must not run as if it did."""
-    if weights.dynamic or not weights.symmetric or weights.storage != "int8":
-        raise InputError(f"weights {weights} cannot run; a linear takes static symmetric int5 to int8 weights")
+    if weights.dynamic or not weights.symmetric or weights.storage not in ("nibble", "int8"):
+        raise InputError(f"weights {weights} cannot run; a linear takes static symmetric int2 to int8 weights")
     token_wise = activations.dynamic and activations.block == (1, None)
     tensor_wise = not activations.dynamic and activations.block == (None, None)
     if activations.num_bits != 8 or not activations.symmetric or not (token_wise or tensor_wise):

@@ -64,6 +64,7 @@ std::uint64_t detect() {
     if (present) found |= feature;
   };
   add(ymm && bit(leaf7.ebx, 5), kAvx2);
+  add(ymm && bit(cpuid(1, 0).ecx, 12), kFma);
   add(zmm && bit(leaf7.ebx, 16), kAvx512F);
   add(zmm && bit(leaf7.ebx, 30), kAvx512Bw);
   add(zmm && bit(leaf7.ebx, 17), kAvx512Dq);

@@ -16,6 +16,7 @@ enum Feature : std::uint64_t {
   kAvx512Bf16 = 1u << 7,
   kAvx512Dq = 1u << 8,
   kAvx512Vl = 1u << 9,
+  kFma = 1u << 10,
 };
 
 // Bits of Feature that both the CPU and the operating system support. A bit of AMX says that tiles can be had; a Linux

@@ -3,26 +3,10 @@
 #pragma once
 
 #include "integer_rows.h"
+#include "schedule.h"
 
 namespace qtool {
 namespace {  // compiled for each instruction set apart: no copy may serve another
-
-// Cuts memory into arrays, each on cache lines of its own. Without memory it only counts.
-class Cutter {
- public:
-  explicit Cutter(void* memory) : base_(reinterpret_cast<std::uintptr_t>(memory)) {}
-
-  template <class T>
-  T* take(std::int64_t count) {
-    auto* found = reinterpret_cast<T*>(base_ + used_);
-    used_ += (static_cast<std::uintptr_t>(count) * sizeof(T) + 63) / 64 * 64;
-    return found;
-  }
-  std::int64_t used() const { return static_cast<std::int64_t>(used_); }
-
- private:
-  std::uintptr_t base_, used_ = 0;
-};
 
 template <class Isa>
 struct Head {

@@ -1,13 +1,7 @@
 // A whole encoder in integers: a batch without padding through embeddings and blocks, in one call.
-//
-// Two forms of the same code share out the work. With many tokens a thread takes a block of rows through everything
-// between two attentions, alone (a crew of one): its intermediate results stay in its cache and nobody waits. With few,
-// all threads go through all rows together: rows are shared out where a step works on rows, outputs where it multiplies.
 
 #pragma once
 
-#include <atomic>
-#include <memory>
 #include <vector>
 
 #include "integer_attention.h"
@@ -15,26 +9,13 @@
 namespace qtool {
 namespace {  // compiled for each instruction set apart: no copy may serve another
 
-constexpr int kBlockRows = 64;    // whose intermediate results fit a core's second-level cache
-constexpr int kAloneRows = 24;    // fewer rows a thread than that, and the threads share the matrices instead
-constexpr int kQueryRows = 64;
-
 template <class Isa>
 class Encoder {
  public:
-  Encoder(const IntEncoder& encoder, const IntBatch& batch, int threads, void* memory) : encoder_(encoder), batch_(batch) {
+  Encoder(const IntEncoder& encoder, const IntBatch& batch, int threads, void* memory)
+      : encoder_(encoder), batch_(batch),
+        schedule_(batch.starts, batch.sequences, encoder.blocks[0].attention.heads, encoder.count, threads, Isa::kRows) {
     const int rows = batch.tokens;
-    together_ = rows < kAloneRows * threads;
-    if (together_) {
-      block_ = rows;
-    } else {
-      const int pieces = threads * ceil_div(rows, threads * kBlockRows);
-      block_ = ceil_div(ceil_div(rows, pieces), Isa::kRows) * Isa::kRows;
-    }
-    for (int i = 0; i < batch.sequences; ++i) longest_ = std::max(longest_, batch.starts[i + 1] - batch.starts[i]);
-    const int tasks = batch.sequences * heads();
-    chunk_ = tasks < 3 * threads ? std::min(longest_, kQueryRows) : longest_;
-    chunks_ = ceil_div(longest_, std::max(chunk_, 1));
     Cutter cutter(memory);
     const std::int64_t cells = std::int64_t{rows} * encoder.hidden;
     hidden_ = cutter.take<std::int32_t>(cells);
@@ -43,9 +24,8 @@ class Encoder {
     key_ = cutter.take<std::int8_t>(cells);
     value_ = cutter.take<std::int8_t>(cells);
     workers_.reserve(threads);
-    for (int t = 0; t < threads; ++t) workers_.emplace_back(encoder, t > 0 && together_ ? 0 : block_, longest_, cutter);
+    for (int t = 0; t < threads; ++t) workers_.emplace_back(encoder, schedule_.rows_of(t), schedule_.longest(), cutter);
     used_ = cutter.used();
-    if (memory != nullptr) counters_.reset(new Counter[2 * (encoder.count + 1)]);
   }
 
   // How much memory the constructor cuts up.
@@ -55,11 +35,11 @@ class Encoder {
 
   void run(const Crew& crew, std::int32_t* out) {
     out_ = out;
-    between(crew, -1);
-    for (int layer = 0; layer < encoder_.count; ++layer) {
-      attend(crew, encoder_.blocks[layer].attention, counters_[2 * layer].value);
-      crew.wait();
-      between(crew, layer);
+    for (int layer = 0; layer <= encoder_.count; ++layer) {
+      schedule_.by_rows(crew, layer, [&](const Crew& some, int owner, int begin, int end) {
+        rows(some, workers_[owner], workers_[crew.index].row, layer, begin, end);
+      });
+      if (layer < encoder_.count) attend(crew, layer);
     }
   }
 
@@ -80,36 +60,19 @@ class Encoder {
     Head<Isa> head;
   };
 
-  struct Counter {
-    std::atomic<int> value{0};
-  };
-
   static int narrow_stride(const IntEncoder& e) { return ceil_div(std::max(e.hidden, e.norm.size), kQuad) * kQuad; }
   static int inner_stride(const IntEncoder& e) { return ceil_div(e.blocks[0].down.inputs, kQuad) * kQuad; }
   static int widest(const IntEncoder& e) { return std::max({e.hidden, e.norm.size, e.blocks[0].down.inputs}); }
-  int heads() const { return encoder_.blocks[0].attention.heads; }
   std::int32_t* row(std::int32_t* matrix, int r) const { return matrix + std::int64_t{r} * encoder_.hidden; }
 
-  // Everything from the attention of `layer` (or from the ids, before the first) to the attention of the next.
-  void between(const Crew& crew, int layer) {
-    if (together_) {
-      rows(crew, workers_[0], workers_[crew.index].row, layer, 0, batch_.tokens);
-    } else {
-      std::atomic<int>& next = counters_[2 * layer + 3].value;
-      for (int begin; (begin = next.fetch_add(block_)) < batch_.tokens;) {
-        rows(Crew{}, workers_[crew.index], workers_[crew.index].row, layer, begin, std::min(begin + block_, batch_.tokens));
-      }
-    }
-    crew.wait();
-  }
-
+  // Everything from the attention before `layer` (or from the ids) to its own.
   void rows(const Crew& crew, Worker& scratch, std::int32_t* wide, int layer, int begin, int end) {
     const int count = end - begin;
-    const IntBlock* next = layer + 1 < encoder_.count ? &encoder_.blocks[layer + 1] : nullptr;
-    if (layer < 0) {
+    const IntBlock* next = layer < encoder_.count ? &encoder_.blocks[layer] : nullptr;
+    if (layer == 0) {
       embed(crew, scratch, wide, begin, count);
     } else {
-      finish_block(crew, scratch, wide, encoder_.blocks[layer], begin, count, next == nullptr);
+      finish_block(crew, scratch, wide, encoder_.blocks[layer - 1], begin, count, next == nullptr);
     }
     if (next == nullptr) return;
     quantize(crew, next->query, hidden_, scratch, wide, begin, count);
@@ -225,34 +188,27 @@ class Encoder {
                   });
   }
 
-  // Tasks are heads of sequences, and where these are few, stretches of their queries.
-  void attend(const Crew& crew, const IntAttention& attention, std::atomic<int>& next) {
-    const int tasks = batch_.sequences * attention.heads * chunks_;
+  void attend(const Crew& crew, int layer) {
     Head<Isa>& head = workers_[crew.index].head;
+    const IntAttention& attention = encoder_.blocks[layer].attention;
     head.serve(attention);
-    for (int task; (task = next.fetch_add(1)) < tasks;) {
-      const int chunk = task % chunks_, number = task / chunks_ % attention.heads, sequence = task / chunks_ / attention.heads;
-      const int begin = batch_.starts[sequence], keys = batch_.starts[sequence + 1] - begin;
-      const int from = chunk * chunk_, to = std::min(from + chunk_, keys);
-      if (from >= to) continue;
+    schedule_.by_heads(crew, layer, [&](int number, int begin, int keys, int from, int to) {
       const std::int64_t cell = std::int64_t{begin} * encoder_.hidden + number * attention.size;
       head.pack(key_ + cell, value_ + cell, encoder_.hidden, keys, [](int i) { return i; });
       for (int r = from; r < to; r += Isa::kRows) {
         const std::int64_t at = cell + std::int64_t{r} * encoder_.hidden;
         head.attend(number, query_ + at, encoder_.hidden, std::min(Isa::kRows, to - r), context_ + at);
       }
-    }
+    });
   }
 
   const IntEncoder& encoder_;
   const IntBatch& batch_;
-  bool together_ = false;
-  int block_ = 0, longest_ = 0, chunk_ = 0, chunks_ = 0;
+  Schedule schedule_;
   std::int32_t *hidden_, *query_, *context_, *out_ = nullptr;
   std::int8_t *key_, *value_;
   std::int64_t used_ = 0;
   std::vector<Worker> workers_;
-  std::unique_ptr<Counter[]> counters_;
 };
 
 }  // namespace

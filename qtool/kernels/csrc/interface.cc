@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cpu.h"
+#include "float.h"
 #include "integer.h"
 
 #if defined(_WIN32)
@@ -33,7 +34,7 @@ bool runs(int isa) {
     case kPortableIsa:
       return true;
     case kAvx2Isa:
-      return has(kAvx2);
+      return has(kAvx2 | kFma);
     case kAvx512VnniIsa:
       return has(kAvx512F | kAvx512Bw | kAvx512Dq | kAvx512Vl | kAvx512Vnni);
   }
@@ -46,6 +47,14 @@ const IntegerKernels& integer(int isa) {
   if (isa == kAvx2Isa) return kIntegerAvx2;
 #endif
   return kIntegerPortable;
+}
+
+const FloatKernels& floating(int isa) {
+#if defined(__x86_64__) || defined(_M_X64)
+  if (isa == kAvx512VnniIsa) return kFloatAvx512Vnni;
+  if (isa == kAvx2Isa) return kFloatAvx2;
+#endif
+  return kFloatPortable;
 }
 
 // Memory of one call. The last block that was given back is kept: fresh pages for every call would cost more than some
@@ -151,5 +160,21 @@ QTOOL_EXPORT std::int32_t qtool_integer_attention(std::int32_t isa, const IntAtt
   const Memory memory(integer(isa).attention_bytes(*attention, tokens) * threads);
   if (memory.get() == nullptr) return kNoMemory;
   integer(isa).attention(*attention, query, key, value, keys, starts, batch, tokens, out, threads, memory.get());
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_float_linear(std::int32_t isa, const QLinear* linear, const float* x, std::int32_t rows, float* out,
+                                             std::int32_t threads) {
+  const Memory memory(floating(isa).linear_bytes(*linear, rows, threads));
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).linear(*linear, x, rows, out, threads, memory.get());
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_float_encoder(std::int32_t isa, const QEncoder* encoder, float* x, const std::int32_t* starts,
+                                              std::int32_t sequences, std::int32_t threads) {
+  const Memory memory(floating(isa).encoder_bytes(*encoder, starts, sequences, threads));
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).encoder(*encoder, x, starts, sequences, threads, memory.get());
   return kFine;
 }

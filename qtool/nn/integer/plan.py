@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtool import kernels
 from qtool.kernels import reference, structs
-from qtool.kernels.integer import Operand
-from qtool.kernels.structs import address
+from qtool.kernels.integer import Native, Operand
 from qtool.nn.integer.activation import IntGelu, IntRelu, IntTable
 from qtool.nn.integer.block import IntBlock
 from qtool.nn.integer.embedding import TABLES, IntEmbeddings
 from qtool.nn.integer.linear import IntLinear
+from qtool.nn.plan import Plan, kept_plan
 
 
-
-class Plan:
-    """Structs that point into the buffers of an encoder, which stay where they are as long as the plan `holds`."""
+class IntPlan(Plan):
+    """The embeddings and blocks of an integer encoder."""
 
     def __init__(self, embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> None:
-        self._kept: list[Any] = []
+        super().__init__([module for module in (embeddings, projection, *blocks) if module is not None])
         self.width = blocks[0].part("output").out_features
-        tables = [self._rows(embeddings.part(role)) if role in embeddings.parts else structs.IntRows() for role in TABLES]
+        tables = [
+            self._rows(embeddings.part(role)) if role in embeddings.parts else structs.IntRows() for role in TABLES
+        ]
         layers = [structs.IntBlock(**{role: self._part(block.part(role)) for role in block.parts}) for block in blocks]
         self._blocks = (structs.IntBlock * len(layers))(*layers)
         self.encoder = structs.IntEncoder(
@@ -35,25 +35,9 @@ class Plan:
             len(layers),
             self.width,
         )
-        modules = _modules(embeddings, projection, *blocks)
-        self._buffers = [(m._buffers, name, t, _version(t)) for m in modules for name, t in m._buffers.items()]
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-
-    def holds(self) -> bool:
-        """Whether the buffers are those that the plan points to, unchanged."""
-        return all(
-            buffers.get(name) is tensor and _version(tensor) == version
-            for buffers, name, tensor, version in self._buffers
-        )
-
-    def watched(self) -> bool:
-        """Whether somebody wants to see what happens inside: then modules must be called one by one."""
-        return any(self._hooks) or reference.counts_saturation()
 
     def run(self, ids: list[torch.Tensor | None], real: torch.Tensor) -> torch.Tensor:
         """See `Native.integer_encoder`."""
-        from qtool.kernels.integer import Native
-
         return Native.integer_encoder(self.encoder, ids, real, self.width)
 
     def _part(self, module: nn.Module) -> Any:
@@ -62,11 +46,6 @@ class Plan:
             "IntTable": self._activation, "IntGelu": self._activation, "IntRelu": self._activation,
         }  # fmt: skip
         return makers[type(module).__name__](module)
-
-    def _address(self, tensor: torch.Tensor | None) -> int | None:
-        tensor = None if tensor is None else tensor.contiguous()
-        self._kept.append(tensor)
-        return address(tensor)
 
     def _rows(self, table: Any) -> structs.IntRows:
         bits = 8 * table.weight.element_size()
@@ -111,21 +90,8 @@ class Plan:
         )  # fmt: skip
 
 
-def planned(embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> Plan | None:
+def planned(embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> IntPlan | None:
     """The plan of an encoder, kept beside its embeddings; None where modules have to be called one by one."""
-    if kernels.backend().name != "native":
+    if reference.counts_saturation():
         return None
-    known: Plan | None = embeddings.__dict__.get("_plan")
-    if known is None or not known.holds():
-        if any(t.is_meta for module in _modules(embeddings, projection, *blocks) for t in module.buffers(recurse=False)):
-            return None  # units of the model are loaded one after the other
-        known = embeddings.__dict__["_plan"] = Plan(embeddings, projection, blocks)
-    return None if known.watched() else known
-
-
-def _modules(*roots: nn.Module | None) -> list[nn.Module]:
-    return [module for root in roots if root is not None for module in root.modules()]
-
-
-def _version(tensor: torch.Tensor | None) -> int:
-    return -1 if tensor is None or tensor.is_inference() else tensor._version
+    return kept_plan(embeddings, [embeddings, projection, *blocks], lambda: IntPlan(embeddings, projection, blocks))

@@ -1,0 +1,50 @@
+// What the kernels of float models with int8 weights are given: plain structs that structs.py mirrors field by field.
+
+#pragma once
+
+#include <cstdint>
+
+#include "integer.h"
+
+namespace qtool {
+
+// QLinear. `weight` is tiled int8, or with `nibbles` tiles of two codes a byte; `row_sums` (int32) and
+// `scale` are [column_blocks, outputs]; `bias` and `act_scale` may be null: no bias, a scale for every token.
+struct QLinear {
+  const void* weight;
+  const std::int32_t* row_sums;
+  const float *scale, *bias, *act_scale;
+  std::int32_t inputs, outputs, column_blocks, nibbles;
+};
+
+struct Norm {
+  const float *weight, *bias;
+  float eps;
+  std::int32_t size;
+};
+
+enum FloatActivation : std::int32_t { kGelu = 0, kFloatRelu = 1 };
+
+struct QBlock {
+  QLinear query, key, value, output;
+  Norm attention_norm;
+  QLinear up, down;
+  Norm ffn_norm;
+};
+
+struct QEncoder {
+  const QBlock* blocks;
+  std::int32_t count, hidden, heads, activation;
+};
+
+struct FloatKernels {
+  std::int64_t (*linear_bytes)(const QLinear&, int rows, int threads);
+  void (*linear)(const QLinear&, const float* x, int rows, float* out, int threads, void* memory);
+  std::int64_t (*encoder_bytes)(const QEncoder&, const std::int32_t* starts, int sequences, int threads);
+  // x float32 [tokens, hidden], in place; sequence i has rows starts[i] ... starts[i + 1] - 1.
+  void (*encoder)(const QEncoder&, float* x, const std::int32_t* starts, int sequences, int threads, void* memory);
+};
+
+extern const FloatKernels kFloatPortable, kFloatAvx2, kFloatAvx512Vnni;
+
+}  // namespace qtool

@@ -1,0 +1,7 @@
+#include "float_kernels.h"
+
+namespace qtool {
+
+const FloatKernels kFloatPortable = FloatTable<FloatIsa>::table();
+
+}  // namespace qtool

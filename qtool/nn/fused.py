@@ -1,0 +1,67 @@
+"""The blocks of a float encoder with integer weights as one native call."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qtool.kernels import structs
+from qtool.kernels.integer import Native, Operand, q_linear
+from qtool.nn.linear import QLinear
+from qtool.nn.plan import Plan
+
+LINEARS = ("query", "key", "value", "output", "up", "down")
+NORMS = ("attention_norm", "ffn_norm")
+ACTIVATIONS = {"gelu": structs.QEncoder.GELU, "relu": structs.QEncoder.RELU}
+
+Parts = Mapping[str, nn.Module]
+"""A post-norm block: modules by role, of LINEARS and NORMS."""
+
+
+def fits(blocks: Sequence[Parts], heads: int, activation: str) -> bool:
+    """Whether the kernels run such blocks: int8 linears of one scale a row, float32 throughout."""
+    hidden = int(blocks[0]["query"].in_features)  # type: ignore[arg-type]
+    return (
+        activation in ACTIVATIONS
+        and hidden % heads == 0
+        and all(_fits_linear(block[role], role, hidden) for block in blocks for role in LINEARS)
+        and all(_fits_norm(block[role]) for block in blocks for role in NORMS)
+        and len({(block["up"].out_features, block["query"].act_scale is None) for block in blocks}) == 1
+    )
+
+
+def _fits_linear(linear: Any, role: str, hidden: int) -> bool:
+    if not isinstance(linear, QLinear) or linear.output_dtype != torch.float32 or linear.weight.dtype != torch.int8:
+        return False
+    columns = linear.weights.scale_shape((linear.out_features, linear.in_features))[1]
+    sizes = (linear.in_features if role != "down" else hidden, linear.out_features if role != "up" else hidden)
+    return columns == 1 and sizes == (hidden, hidden)
+
+
+def _fits_norm(norm: Any) -> bool:
+    return isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and norm.weight.dtype == torch.float32
+
+
+class FloatPlan(Plan):
+    """Blocks that `fits` found fit. `roots` are the modules that hold them."""
+
+    def __init__(self, roots: Sequence[nn.Module], blocks: Sequence[Parts], heads: int, activation: str) -> None:
+        super().__init__(roots)
+        layers = [structs.QBlock(**{role: self._part(module) for role, module in block.items()}) for block in blocks]
+        self._blocks = (structs.QBlock * len(layers))(*layers)
+        hidden = blocks[0]["query"].in_features
+        self.encoder = structs.QEncoder(self._blocks, len(layers), hidden, heads, ACTIVATIONS[activation])
+
+    def run(self, hidden: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        """See `Native.float_encoder`."""
+        return Native.float_encoder(self.encoder, hidden, real)
+
+    def _part(self, module: Any) -> Any:
+        if isinstance(module, QLinear):
+            operand: Operand = module._prepared()
+            bias = None if module.bias is None else module.bias.detach().float()
+            self._kept.append(bias)
+            return q_linear(operand, module.weight_scale, bias, module.act_scale, self._kept)
+        weight, bias = self._address(module.weight), self._address(module.bias)
+        return structs.Norm(weight, bias, module.eps, module.normalized_shape[0])

@@ -1,0 +1,79 @@
+"""Many modules as one native call: their tensors as structs that the kernels read."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from qtool import kernels
+from qtool.kernels.structs import address
+
+
+_ONE_BY_ONE: ContextVar[bool] = ContextVar("modules one by one", default=False)
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """While active, modules are called one by one. Float results then do not depend on which kernels join them."""
+    token = _ONE_BY_ONE.set(True)
+    try:
+        yield
+    finally:
+        _ONE_BY_ONE.reset(token)
+
+
+class Plan:
+    """Structs that point into tensors of `roots`, which stay where they are as long as the plan `holds`."""
+
+    def __init__(self, roots: Sequence[nn.Module]) -> None:
+        self._kept: list[Any] = []
+        modules = [module for root in roots for module in root.modules()]
+        self._tensors = [
+            (table, name, tensor, _version(tensor))
+            for module in modules
+            for table in (module._buffers, module._parameters)
+            for name, tensor in table.items()
+        ]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def holds(self) -> bool:
+        """Whether the tensors are those that the plan points to, unchanged."""
+        return all(
+            table.get(name) is tensor and _version(tensor) == version for table, name, tensor, version in self._tensors
+        )
+
+    def watched(self) -> bool:
+        """Whether somebody wants to see what happens inside: then modules must be called one by one."""
+        return any(self._hooks)
+
+    def _address(self, tensor: torch.Tensor | None) -> int | None:
+        """Where the numbers of a tensor start, which is kept in memory."""
+        tensor = None if tensor is None else tensor.detach().contiguous()
+        self._kept.append(tensor)
+        return address(tensor)
+
+
+P = TypeVar("P", bound=Plan)
+
+
+def kept_plan(owner: nn.Module, roots: Sequence[nn.Module | None], make: Callable[[], P]) -> P | None:
+    """The plan for `roots` that `owner` keeps, made again when a tensor changed.
+
+    None without the native backend or inside `one_by_one`, while units of the model are still to be loaded, and where somebody watches.
+    """
+    if kernels.backend().name != "native" or _ONE_BY_ONE.get():
+        return None
+    known: P | None = owner.__dict__.get("_plan")
+    if known is None or not known.holds():
+        tensors = [tensor for root in roots if root is not None for tensor in (*root.buffers(), *root.parameters())]
+        if any(tensor.is_meta for tensor in tensors):
+            return None
+        known = owner.__dict__["_plan"] = make()
+    return None if known.watched() else known
+
+
+def _version(tensor: torch.Tensor | None) -> int:
+    return -1 if tensor is None or tensor.is_inference() else tensor._version

@@ -32,7 +32,8 @@ def fuse(model: Any) -> None:
     holder = base.get_submodule(family.blocks.rpartition(".")[0])
     if not isinstance(holder, FusedEncoder):
         holder.qtool_config = config
-        holder.__class__ = _fused_class(type(holder))
+        cls: Any = type(holder)
+        holder.__class__ = _fused_class(cls)
 
 
 class FusedEncoder:
@@ -44,7 +45,7 @@ class FusedEncoder:
         return _rebuild, (cls.__mro__[2],), state
 
 
-def _rebuild(cls: type) -> Any:
+def _rebuild(cls: Any) -> Any:
     return object.__new__(_fused_class(cls))
 
 

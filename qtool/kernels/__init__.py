@@ -6,7 +6,7 @@ integers bit for bit. `QTOOL_BACKEND` chooses one by name; without it the first 
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -23,14 +23,14 @@ class Backend(Protocol):
     name: str
 
     # Integer arithmetic; each means what the function of its name in `reference` does.
-    saturate: Callable[..., torch.Tensor]
-    rescale: Callable[..., torch.Tensor]
-    quantize_rows: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    integer_linear: Callable[..., torch.Tensor]
-    integer_norm: Callable[..., torch.Tensor]
-    integer_attention: Callable[..., torch.Tensor]
-    integer_gelu: Callable[..., torch.Tensor]
-    integer_tanh: Callable[..., torch.Tensor]
+    def saturate(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+    def rescale(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+    def quantize_rows(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def integer_linear(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+    def integer_norm(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+    def integer_attention(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+    def integer_gelu(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+    def integer_tanh(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 
     def prepare(self, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int = 1) -> Any:
         """The operand that `int8_linear` wants, from stored codes (tiled, or one row a slice) of logical `shape`.

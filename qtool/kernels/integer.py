@@ -103,7 +103,7 @@ class Native(Reference):
     def integer_linear(
         codes: torch.Tensor,
         amax: torch.Tensor | None,
-        weight: Operand,
+        weight: Any,
         row_sums: torch.Tensor | None,
         align: torch.Tensor,
         bias: torch.Tensor,

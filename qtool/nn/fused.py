@@ -63,5 +63,5 @@ class FloatPlan(Plan):
             bias = None if module.bias is None else module.bias.detach().float()
             self._kept.append(bias)
             return q_linear(operand, module.weight_scale, bias, module.act_scale, self._kept)
-        weight, bias = self._address(module.weight), self._address(module.bias)
-        return structs.Norm(weight, bias, module.eps, module.normalized_shape[0])
+        addresses = self._address(module.weight), self._address(module.bias)
+        return structs.Norm(*addresses, module.eps, module.normalized_shape[0])

@@ -11,7 +11,6 @@ from torch import nn
 from qtool import kernels
 from qtool.kernels.structs import address
 
-
 _ONE_BY_ONE: ContextVar[bool] = ContextVar("modules one by one", default=False)
 
 
@@ -62,7 +61,8 @@ P = TypeVar("P", bound=Plan)
 def kept_plan(owner: nn.Module, roots: Sequence[nn.Module | None], make: Callable[[], P]) -> P | None:
     """The plan for `roots` that `owner` keeps, made again when a tensor changed.
 
-    None without the native backend or inside `one_by_one`, while units of the model are still to be loaded, and where somebody watches.
+    None without the native backend or inside `one_by_one`, while units of the model are still to be loaded, and where
+    somebody watches.
     """
     if kernels.backend().name != "native" or _ONE_BY_ONE.get():
         return None

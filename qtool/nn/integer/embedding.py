@@ -11,7 +11,6 @@ from qtool.nn.integer.module import Bound, IntComposite, IntModule
 from qtool.numerics import QTensor, QuantSpec
 from qtool.numerics.qtensor import stored_dtype, stored_shape
 
-
 TABLES = ("word", "position", "token_type")
 """Roles of the tables whose rows are added."""
 

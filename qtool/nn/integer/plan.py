@@ -1,7 +1,7 @@
 """An integer encoder as one native call: its modules' buffers as the structs that the kernels read."""
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 
 from qtool.kernels import reference, structs
 from qtool.kernels.integer import Native, Operand
-from qtool.nn.integer.activation import IntGelu, IntRelu, IntTable
+from qtool.nn.integer.activation import IntRelu, IntTable
 from qtool.nn.integer.block import IntBlock
 from qtool.nn.integer.embedding import TABLES, IntEmbeddings
 from qtool.nn.integer.linear import IntLinear
@@ -41,7 +41,7 @@ class IntPlan(Plan):
         return Native.integer_encoder(self.encoder, ids, real, self.width)
 
     def _part(self, module: nn.Module) -> Any:
-        makers = {
+        makers: dict[str, Callable[[Any], Any]] = {
             "IntLinear": self._linear, "IntNorm": self._norm, "IntAttention": self._attention,
             "IntTable": self._activation, "IntGelu": self._activation, "IntRelu": self._activation,
         }  # fmt: skip

@@ -38,8 +38,8 @@ def bench(
     """Measure `models`, float ones on all `engines` (None: the default ones that are installed), artifacts on qtool.
 
     An engine that fails is part of the result. `load` is the load average before anything of ours ran [as it is now].
-    Raises UsageError for unknown shapes or engines, InputError for models
-    or data that cannot be used, UnavailableError where a package of an engine that was named is missing.
+    Raises UsageError for unknown shapes or engines, InputError for models or data that cannot be used, UnavailableError
+    where a package of an engine that was named is missing.
     """
     import torch
 

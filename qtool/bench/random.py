@@ -27,6 +27,7 @@ def make(config_folder: Path, folder: Path, seed: int) -> Path:
     config.dtype = torch.float32
     torch.manual_seed(seed)
     out = folder / f"random-{config_folder.resolve().name}"
+    transformers.logging.disable_progress_bar()
     kind(config).eval().save_pretrained(out)
     _name_class(out, config.architectures[0])
     for name in TOKENIZER_FILES:

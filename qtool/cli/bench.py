@@ -1,5 +1,6 @@
 """`qtool bench`."""
 
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +56,9 @@ def bench(context: click.Context, /, models: tuple[str, ...], **params: Any) -> 
     with screen_of(context) as screen, tempfile.TemporaryDirectory(prefix="qtool-bench-") as scratch:
         try:
             report = _measured(screen, models, params, Path(scratch))
-        except KeyboardInterrupt:
-            raise InterruptedRun("interrupted; a benchmark keeps nothing, start it again", 2) from None
+        except (KeyboardInterrupt, InterruptedRun) as error:
+            code = error.exit_code if isinstance(error, InterruptedRun) else 128 + signal.SIGINT
+            raise InterruptedRun("interrupted; a benchmark keeps nothing, start it again", code - 128) from None
         screen.close()
         console.emit_json(report.to_json(), params["json_file"])
         if params["json_file"] != "-":

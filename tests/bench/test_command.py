@@ -1,0 +1,135 @@
+"""`qtool bench`: its errors, and real engines on a tiny model."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtool.bench import engines
+
+Command = Callable[..., Any]
+QUICK = ("--rounds", 2, "--seconds", 0, "--threads", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "which models"),
+        (("MODEL", "--shapes", "8by8"), "is no shape"),
+        (("MODEL", "--engines", "tensorflow"), "unknown engine 'tensorflow'"),
+        (("MODEL", "--data", "DATA"), "--data is for the texts of a task"),
+        (("MODEL", "--method", "ibert"), "--method and --set are for --random-init"),
+        (("MODEL", "MODEL"), "a model is named twice"),
+        (("MODEL", "--task", "sst"), "unknown task 'sst'"),
+    ],
+)
+def test_usage_errors(tiny: Any, desk: Path, qtool_command: Command, arguments: Any, message: str) -> None:
+    named = {"MODEL": tiny.model, "DATA": tiny.data}
+    ended = qtool_command("bench", *(named.get(word, word) for word in arguments))
+    assert ended.code == 2 and message in ended.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere/at/all",), "no model"),
+        (("MODEL", "--shapes", "1x400"), "positions"),
+        (("MODEL", "--shapes", "1x8", "--json", "nowhere/file.json"), "--json cannot write"),
+        (("--random-init", "."), "has no config.json"),
+    ],
+)
+def test_input_errors(tiny: Any, desk: Path, qtool_command: Command, arguments: Any, message: str) -> None:
+    ended = qtool_command("bench", *(tiny.model if word == "MODEL" else word for word in arguments))
+    assert ended.code == 3 and message in ended.errors[0]
+
+
+def test_an_engine_that_is_not_installed(
+    tiny: Any, desk: Path, qtool_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    ended = qtool_command("bench", tiny.model, "--shapes", "1x8", "--engines", "torch,onnxruntime")
+    assert ended.code == 4
+    assert ended.errors == ["engine onnxruntime needs onnxruntime, onnx, onnxscript: pip install 'qtool[bench]'"]
+
+
+@pytest.mark.slow
+def test_float_and_artifact_side_by_side(tiny: Any, desk: Path, qtool_command: Command) -> None:
+    assert qtool_command("quantize", tiny.model, "--method", "zeroquant", "-o", "out", "-q").code == 0
+    ended = qtool_command(
+        "bench", tiny.model, "out", "--shapes", "1x8", "--task", "sst2", "--data", tiny.data, "--engines", "torch",
+        "--json", "-", *QUICK,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    body = json.loads(ended.out)
+    assert [(entry["model"], entry["engine"]) for entry in body["entries"]] == [
+        ("tiny-sst2", "torch"),
+        ("out", "qtool"),
+    ]
+    assert body["entries"][1]["methods"] == ["zeroquant"]
+    fixed, ragged = ((shape["shape"], shape["sequences"]) for shape in body["shapes"])
+    texts = (tiny.data / "validation.jsonl").read_text().splitlines()
+    assert fixed == ("1x8", 1) and ragged == ("sst2:32", len(texts))
+    for entry, folder in zip(body["entries"], (tiny.model, desk / "out"), strict=True):
+        assert entry["size_bytes"] == os.path.getsize(folder / "model.safetensors")
+        assert entry["threads"] == 1 and entry["peak_rss_bytes"] > entry["imports_rss_bytes"] > 50e6
+        assert all(timing["p95_ms"] >= timing["p50_ms"] > 0 for timing in entry["timings"])
+    assert 0 < body["entries"][1]["agreement"]["relative"] < 0.5
+
+
+@pytest.mark.slow
+def test_an_artifact_alone_is_compared_with_its_recorded_source(tiny: Any, desk: Path, qtool_command: Command) -> None:
+    assert qtool_command("quantize", tiny.model, "--method", "zeroquant", "-o", "out", "-q").code == 0
+    ended = qtool_command("bench", "out", "--shapes", "1x8", "--json", "-", *QUICK)
+    assert ended.code == 0, ended.err
+    (entry,) = json.loads(ended.out)["entries"]
+    assert entry["engine"] == "qtool" and 0 < entry["agreement"]["relative"] < 0.5
+
+
+@pytest.mark.slow
+def test_a_damaged_artifact_is_an_error_and_the_others_are_shown(tiny: Any, desk: Path, qtool_command: Command) -> None:
+    assert qtool_command("quantize", tiny.model, "--method", "zeroquant", "-o", "out", "-q").code == 0
+    config = json.loads(Path("out/config.json").read_text())
+    config["quantization_config"]["tensors"].popitem()
+    Path("out/config.json").write_text(json.dumps(config))
+    ended = qtool_command("bench", tiny.model, "out", "--shapes", "1x8", "--engines", "torch", *QUICK)
+    assert ended.code == 3 and "out on qtool" in ended.errors[0]
+    assert "1.00x" in ended.out and "Failed" in ended.out
+
+
+@pytest.mark.slow
+def test_a_config_alone_is_enough(
+    zoo: Any, desk: Path, qtool_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shape"
+    folder.mkdir()
+    shutil.copyfile(zoo.make("whole", words=None) / "config.json", folder / "config.json")
+    (scratch := tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    ended = qtool_command(
+        "bench", "--random-init", folder, "--method", "zeroquant", "--method", "ibert", "--shapes", "2x8",
+        "--engines", "torch", "--json", "-", "-q", *QUICK,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    found = [(entry["model"], entry["methods"]) for entry in json.loads(ended.out)["entries"]]
+    name = "random-shape"
+    assert found == [(name, []), (f"{name}-zeroquant", ["zeroquant"]), (f"{name}-ibert", ["ibert"])]
+    assert list(desk.iterdir()) == list(scratch.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [name for name in engines.ENGINES if name not in ("torch", "torch-compile")])
+def test_every_engine_computes_the_model(tiny: Any, desk: Path, qtool_command: Command, engine: str) -> None:
+    lacking = [package for package in engines.ENGINES[engine].packages if find_spec(package) is None]
+    if lacking:
+        pytest.skip(f"{', '.join(lacking)} not installed (extra 'bench')")
+    ended = qtool_command("bench", tiny.model, "--shapes", "1x8,3x20", "--engines", engine, "--json", "-", *QUICK)
+    assert ended.code == 0, ended.err
+    (entry,) = json.loads(ended.out)["entries"]
+    assert entry["agreement"]["relative"] < (1e-4 if engine.endswith("fp32") else 0.5)
+    assert entry["agreement"]["top1"] > 80

@@ -57,42 +57,41 @@ class FloatEncoder {
   };
 
   static int stride(const QLinear& linear) { return ceil_div(linear.inputs, kQuad) * kQuad; }
+  Target<float> target(float* matrix, int begin) const { return {row(matrix, begin), encoder_.hidden}; }
   float* row(float* matrix, int r) const { return matrix + std::int64_t{r} * encoder_.hidden; }
 
   void start_block(const Crew& crew, Worker& scratch, const QBlock& block, int begin, int count) {
     quantize(crew, block.query, row(hidden_, begin), encoder_.hidden, scratch.codes, scratch.scales, count);
     crew.wait();
-    const auto keep = [&](float* matrix) {
-      return [this, matrix, begin](auto isa, int r, int c, auto y) { decltype(isa)::store_float(row(matrix, begin + r) + c, y); };
-    };
-    product(crew, block.query, scratch.codes, scratch.scales, count, keep(query_));
-    product(crew, block.key, scratch.codes, scratch.scales, count, keep(key_));
-    product(crew, block.value, scratch.codes, scratch.scales, count, keep(value_));
+    const auto keep = [](auto isa, float* cell, auto y) { decltype(isa)::store_float(cell, y); };
+    product(crew, block.query, scratch.codes, scratch.scales, count, target(query_, begin), keep);
+    product(crew, block.key, scratch.codes, scratch.scales, count, target(key_, begin), keep);
+    product(crew, block.value, scratch.codes, scratch.scales, count, target(value_, begin), keep);
   }
 
   void finish_block(const Crew& crew, Worker& scratch, const QBlock& block, int begin, int count) {
-    const auto residual = [&](auto isa, int r, int c, auto y) {
+    const auto residual = [](auto isa, float* cell, auto y) {
       using V = decltype(isa);
-      float* cell = row(hidden_, begin + r) + c;
       V::store_float(cell, V::add_float(y, V::load_float(cell)));
     };
     quantize(crew, block.output, row(context_, begin), encoder_.hidden, scratch.codes, scratch.scales, count);
     crew.wait();
-    product(crew, block.output, scratch.codes, scratch.scales, count, residual);
+    product(crew, block.output, scratch.codes, scratch.scales, count, target(hidden_, begin), residual);
     crew.wait();
     normalize(crew, block.attention_norm, begin, count);
     quantize(crew, block.up, row(hidden_, begin), encoder_.hidden, scratch.codes, scratch.scales, count);
     crew.wait();
     const int width = block.up.outputs;
     const bool relu = encoder_.activation == kFloatRelu;
-    product(crew, block.up, scratch.codes, scratch.scales, count, [&](auto isa, int r, int c, auto y) {
-      using V = decltype(isa);
-      V::store_float(scratch.inner + std::int64_t{r} * width + c, relu ? V::max_float(y, V::set_float(0.0f)) : gelu<V>(y));
-    });
+    product(crew, block.up, scratch.codes, scratch.scales, count, Target<float>{scratch.inner, width},
+            [relu](auto isa, float* cell, auto y) {
+              using V = decltype(isa);
+              V::store_float(cell, relu ? V::max_float(y, V::set_float(0.0f)) : gelu<V>(y));
+            });
     crew.wait();
     quantize(crew, block.down, scratch.inner, width, scratch.inner_codes, scratch.scales, count);
     crew.wait();
-    product(crew, block.down, scratch.inner_codes, scratch.scales, count, residual);
+    product(crew, block.down, scratch.inner_codes, scratch.scales, count, target(hidden_, begin), residual);
     crew.wait();
     normalize(crew, block.ffn_norm, begin, count);
   }
@@ -109,12 +108,13 @@ class FloatEncoder {
 
   template <class Store>
   static void product(const Crew& crew, const QLinear& linear, const std::uint8_t* codes, const float* scales, int count,
-                      const Store& store) {
+                      const Target<float>& target, const Store& store) {
     const int steps = ceil_div(linear.inputs, kQuad), panels = ceil_div(linear.outputs, kTile), groups = ceil_div(panels, Isa::kPanels);
     multiply<Isa>(codes, stride(linear), count, static_cast<const std::int8_t*>(linear.weight), std::ptrdiff_t{steps} * 64, steps,
-                  crew.begin(groups) * Isa::kPanels, std::min(crew.end(groups) * Isa::kPanels, panels),
-                  [&](int r, int column, const std::int32_t* sums, int columns) {
-                    finish_sums<Isa>(linear, scales[r], 0, column, sums, columns, [&](auto isa, int c, auto y) { store(isa, r, c, y); });
+                  crew.begin(groups) * Isa::kPanels, std::min(crew.end(groups) * Isa::kPanels, panels), target,
+                  [&](int first, int rows, int column, const std::int32_t* sums, int width) {
+                    finish_sums<Isa>(linear, scales + first, rows, 0, column, sums, width,
+                                     [&](auto isa, int r, int c, auto y) { store(isa, target.at(first + r, c), y); });
                   });
   }
 
@@ -126,6 +126,9 @@ class FloatEncoder {
       head.pack(key_ + cell, value_ + cell, encoder_.hidden, keys);
       for (int r = from; r < to; r += Isa::kFloatRows) {
         const std::int64_t at = cell + std::int64_t{r} * encoder_.hidden;
+        const int more = std::min(Isa::kFloatRows, to - r - Isa::kFloatRows);
+        if (more > 0) target(query_, begin + r + Isa::kFloatRows).fetch(0, more, number * size, size);
+        target(context_, begin + r).fetch(0, std::min(Isa::kFloatRows, to - r), number * size, size);
         head.attend(query_ + at, encoder_.hidden, std::min(Isa::kFloatRows, to - r), context_ + at);
       }
     });

@@ -73,17 +73,18 @@ struct FloatTable {
                            std::int8_t* unpacked) {
     const int all = ceil_div(linear.inputs, kQuad), stride = all * kQuad;
     const int begin = block * (all / linear.column_blocks), steps = linear.column_blocks == 1 ? all : all / linear.column_blocks;
-    const auto done = [&](int r, int column, const std::int32_t* sums, int columns) {
-      float* row = out + std::int64_t{r} * linear.outputs;
-      finish_sums<Isa>(linear, parts.scales[r], block, column, sums, columns, [&](auto isa, int c, auto y) {
+    const auto done = [&](int first_row, int count, int column, const std::int32_t* sums, int width) {
+      float* matrix = out + std::int64_t{first_row} * linear.outputs;
+      finish_sums<Isa>(linear, parts.scales + first_row, count, block, column, sums, width, [&](auto isa, int r, int c, auto y) {
         using V = decltype(isa);
-        V::store_float(row + c, block == 0 ? y : V::add_float(V::load_float(row + c), y));
+        float* cell = matrix + std::int64_t{r} * linear.outputs + c;
+        V::store_float(cell, block == 0 ? y : V::add_float(V::load_float(cell), y));
       });
     };
     const std::uint8_t* codes = parts.codes + begin * kQuad;
     if (!linear.nibbles) {
       multiply<Isa>(codes, stride, rows, static_cast<const std::int8_t*>(linear.weight) + begin * 64, std::ptrdiff_t{all} * 64, steps,
-                    first, last, done);
+                    first, last, Target<float>{out, linear.outputs}, done);
       return;
     }
     multiply_nibbles(linear, codes, stride, rows, begin, steps, first, last, unpacked, done);
@@ -110,7 +111,7 @@ struct FloatTable {
         if (from == 0) continue;
         for (int i = 0; i < count * panels * kTile; ++i) sums[i] += part[i];
       }
-      for (int i = 0; i < count; ++i) done(r + i, first * kTile, sums + i * panels * kTile, panels * kTile);
+      done(r, count, first * kTile, sums, panels * kTile);
     }
   }
 

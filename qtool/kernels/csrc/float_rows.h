@@ -74,29 +74,30 @@ float quantize_row(const QLinear& linear, const float* x, int offset, std::uint8
     const auto ratio = V::div_float(V::load_float(x + j), V::set_float(scale));
     auto code = V::to_int(V::floor_float(V::add_float(ratio, V::set_float(0.5f))));
     if (is_static) code = V::max(V::min(code, V::set(127)), V::set(-127));
-    V::store8(codes + j, V::add(code, V::set(offset)));
+    V::put(codes + j, V::add(code, V::set(offset)));
   });
   for (int j = n; j < ceil_div(n, kQuad) * kQuad; ++j) codes[j] = 0;
   return scale + nothing;
 }
 
-// Calls `done(isa, column, y)` with sums * scale of the row * scale of the output, of the first column block, from
-// `column` on, and with the bias unless there are more blocks.
+// Calls `done(isa, i, column, y)` with sums * scale of the row * scale of the output for row i of sums [count][width] of a
+// column block, from `column` on, and with the bias unless there are more blocks.
 template <class Isa, class Done>
-void finish_sums(const QLinear& linear, float act_scale, int block, int column, const std::int32_t* sums, int count, const Done& done) {
-  const int blocks = linear.column_blocks, valid = std::min(count, linear.outputs - column);
-  sweep_float<Isa>(valid, [&](auto isa, int i) {
+void finish_sums(const QLinear& linear, const float* act_scales, int count, int block, int column, const std::int32_t* sums, int width,
+                 const Done& done) {
+  const bool biased = linear.bias != nullptr && linear.column_blocks == 1;
+  sweep_float<Isa>(std::min(width, linear.outputs - column), [&](auto isa, int i) {
     using V = decltype(isa);
     const int c = column + i;
-    auto total = V::load(sums + i);
-    if (Isa::kOffset != 0) {
-      const auto row_sums = V::load(linear.row_sums + std::ptrdiff_t{block} * linear.outputs + c);
-      total = V::sub(total, V::mul(row_sums, V::set(Isa::kOffset)));
+    const std::ptrdiff_t cell = std::ptrdiff_t{block} * linear.outputs + c;
+    const auto correction = V::mul(V::load(linear.row_sums + cell), V::set(Isa::kOffset));
+    const auto scale = V::load_float(linear.scale + cell);
+    for (int r = 0; r < count; ++r) {
+      const auto total = V::sub(V::load(sums + r * width + i), correction);
+      auto y = V::mul_float(V::mul_float(V::to_float(total), V::set_float(act_scales[r])), scale);
+      if (biased) y = V::add_float(y, V::load_float(linear.bias + c));
+      done(isa, r, c, y);
     }
-    auto y = V::mul_float(V::to_float(total), V::set_float(act_scale));
-    y = V::mul_float(y, V::load_float(linear.scale + std::ptrdiff_t{block} * linear.outputs + c));
-    if (linear.bias != nullptr && blocks == 1) y = V::add_float(y, V::load_float(linear.bias + c));
-    done(isa, c, y);
   });
 }
 

@@ -24,7 +24,7 @@ struct IntNorm {
 
 enum ActivationKind : std::int32_t { kTable = 0, kPolynomial = 1, kRelu = 2 };
 
-// IntTable, IntGelu, IntRelu. `constants` are the polynomial's.
+// IntTable, IntGelu, IntRelu. `table` has an entry more than there are inputs; `constants` are the polynomial's.
 struct IntActivation {
   const std::int16_t* table;
   std::int64_t constants[4];
@@ -74,7 +74,7 @@ struct IntBatch {
 };
 
 // The same operations for every instruction set. Memory is the caller's: as much as the function of that name says, from
-// a cache line's start; what `linear` needs is rows times inputs rounded up to four.
+// a cache line's start.
 struct IntegerKernels {
   // What a stored code of an activation is larger than the code.
   int code_offset;
@@ -82,6 +82,7 @@ struct IntegerKernels {
   void (*encoder)(const IntEncoder&, const IntBatch&, std::int32_t* out, int threads, void* memory);
   void (*quantize_rows)(const std::int32_t* x, int rows, int width, bool is_unsigned, std::int8_t* codes, std::int64_t* amax,
                         int threads);
+  std::int64_t (*linear_bytes)(const IntLinear&, int rows);
   void (*linear)(const IntLinear&, const std::int8_t* codes, const std::int64_t* amax, int rows, std::int32_t* out, int threads,
                  void* memory);
   void (*norm)(const IntNorm&, const std::int32_t* x, int rows, std::int32_t* out, int threads);

@@ -66,8 +66,10 @@ struct Head {
     }
   }
 
-  // Context of `count` query rows of this head, at most kRows. `head` is its number; rows are `stride` apart.
-  void attend(int head, const std::int32_t* query, std::ptrdiff_t stride, int count, std::int32_t* out) {
+  // Context of `count` query rows of this head, at most kRows. `head` is its number; rows are `stride` apart. T is int16
+  // where both have 16 bits, or int32.
+  template <class T>
+  void attend(int head, const T* query, std::ptrdiff_t stride, int count, T* out) {
     const IntAttention& at = *attention_;
     const int quads = ceil_div(size_, kQuad), width = quads * kQuad, channel = head * size_;
     const std::int32_t score_limit = limit_of(kScoreBits), limit = limit_of(at.out_bits);
@@ -76,14 +78,15 @@ struct Head {
       for (int c = size_; c < width; ++c) query_[r * width + c] = 0;
       amax[r] = quantize_row<Isa>(query + r * stride, size_, false, Isa::kOffset, query_ + r * width);
     }
-    const auto m = at.score_multiplier[head], s = at.score_shift[head];
-    multiply<Isa>(query_, width, count, keys_, quads * 64, quads, 0, padded_ / kTile,
-                  [&](int r, int column, const std::int32_t* sums, int columns) {
+    const auto m = Isa::set(at.score_multiplier[head]), s = Isa::set(at.score_shift[head]);
+    multiply<Isa>(query_, width, count, keys_, quads * 64, quads, 0, padded_ / kTile, Near{},
+                  [&](int, int rows, int column, const std::int32_t* sums, int columns) {
                     for (int i = 0; i < columns; i += Isa::kLanes) {
-                      const auto total = Isa::add(Isa::load(sums + i), Isa::load(corrections_ + column + i));
-                      const auto aligned = Isa::scale_round(total, amax[r], at.align);
-                      Isa::store(scores_ + r * padded_ + column + i,
-                                 Isa::rescale(aligned, Isa::set(m), Isa::set(s), score_limit));
+                      const typename Isa::Requantizer requantize(Isa::load(corrections_ + column + i), Isa::set(0), m, s, score_limit);
+                      for (int r = 0; r < rows; ++r) {
+                        Isa::put(scores_ + r * padded_ + column + i,
+                                   requantize.scaled(Isa::load(sums + r * columns + i), amax[r], at.align));
+                      }
                     }
                   });
     const int digits = ceil_div(at.bits, 7);
@@ -94,20 +97,22 @@ struct Head {
     const int panels = ceil_div(size_, kTile);
     for (int d = digits - 1; d >= 0; --d) {
       multiply<Isa>(digits_ + std::ptrdiff_t{d} * kRows * padded_, padded_, count, values_, std::ptrdiff_t{padded_} * kTile,
-                    padded_ / kQuad, 0, panels, [&](int r, int column, const std::int32_t* sums, int columns) {
-                      std::int32_t* context = context_ + r * panels * kTile + column;
-                      for (int i = 0; i < columns; i += Isa::kLanes) {
-                        auto total = Isa::load(sums + i);
-                        if (d + 1 < digits) total = Isa::add(total, Isa::shift_left(Isa::load(context + i), 7));
-                        Isa::store(context + i, total);
+                    padded_ / kQuad, 0, panels, Near{}, [&](int, int rows, int column, const std::int32_t* sums, int columns) {
+                      for (int r = 0; r < rows; ++r) {
+                        std::int32_t* context = context_ + r * panels * kTile + column;
+                        for (int i = 0; i < columns; i += Isa::kLanes) {
+                          auto total = Isa::load(sums + r * columns + i);
+                          if (d + 1 < digits) total = Isa::add(total, Isa::shift_left(Isa::load(context + i), 7));
+                          Isa::put(context + i, total);
+                        }
                       }
                     });
     }
     for (int r = 0; r < count; ++r) {
       sweep<Isa, Portable>(size_, [&](auto isa, int c) {
         using V = decltype(isa);
-        V::store(out + r * stride + c, V::rescale(V::load(context_ + r * panels * kTile + c), V::load(at.multiplier + channel + c),
-                                                  V::load(at.shift + channel + c), limit));
+        V::put(out + r * stride + c, V::rescale(V::load(context_ + r * panels * kTile + c), V::load(at.multiplier + channel + c),
+                                                V::load(at.shift + channel + c), limit));
       });
     }
   }

@@ -19,8 +19,8 @@ class Encoder {
     Cutter cutter(memory);
     const std::int64_t cells = std::int64_t{rows} * encoder.hidden;
     hidden_ = cutter.take<std::int32_t>(cells);
-    query_ = cutter.take<std::int32_t>(cells);
-    context_ = cutter.take<std::int32_t>(cells);
+    query_ = cutter.take<std::int16_t>(cells);
+    context_ = cutter.take<std::int16_t>(cells);
     key_ = cutter.take<std::int8_t>(cells);
     value_ = cutter.take<std::int8_t>(cells);
     workers_.reserve(threads);
@@ -63,7 +63,14 @@ class Encoder {
   static int narrow_stride(const IntEncoder& e) { return ceil_div(std::max(e.hidden, e.norm.size), kQuad) * kQuad; }
   static int inner_stride(const IntEncoder& e) { return ceil_div(e.blocks[0].down.inputs, kQuad) * kQuad; }
   static int widest(const IntEncoder& e) { return std::max({e.hidden, e.norm.size, e.blocks[0].down.inputs}); }
-  std::int32_t* row(std::int32_t* matrix, int r) const { return matrix + std::int64_t{r} * encoder_.hidden; }
+  template <class T>
+  T* row(T* matrix, int r) const {
+    return matrix + std::int64_t{r} * encoder_.hidden;
+  }
+  template <class T>
+  Target<T> target(T* matrix, int begin) const {
+    return {row(matrix, begin), encoder_.hidden};
+  }
 
   // Everything from the attention before `layer` (or from the ids) to its own.
   void rows(const Crew& crew, Worker& scratch, std::int32_t* wide, int layer, int begin, int end) {
@@ -77,28 +84,21 @@ class Encoder {
     if (next == nullptr) return;
     quantize(crew, next->query, hidden_, scratch, wide, begin, count);
     crew.wait();
-    product(crew, next->query, scratch, count, [&](auto isa, int r, int c, auto y) {
-      decltype(isa)::store(row(query_, begin + r) + c, y);
-    });
-    const auto bytes = [&](std::int8_t* matrix) {
-      return [this, matrix, begin](auto isa, int r, int c, auto y) {
-        decltype(isa)::store8(reinterpret_cast<std::uint8_t*>(matrix) + std::int64_t{begin + r} * encoder_.hidden + c, y);
-      };
-    };
-    product(crew, next->key, scratch, count, bytes(key_));
-    product(crew, next->value, scratch, count, bytes(value_));
+    const auto keep = [](auto isa, auto* cell, auto y) { decltype(isa)::put(cell, y); };
+    product(crew, next->query, scratch, count, target(query_, begin), keep);
+    product(crew, next->key, scratch, count, target(key_, begin), keep);
+    product(crew, next->value, scratch, count, target(value_, begin), keep);
   }
 
   // Output projection, feed-forward layers and both norms.
   void finish_block(const Crew& crew, Worker& scratch, std::int32_t* wide, const IntBlock& block, int begin, int count, bool last) {
-    const auto residual = [&](auto isa, int r, int c, auto y) {
+    const auto residual = [](auto isa, std::int32_t* cell, auto y) {
       using V = decltype(isa);
-      std::int32_t* cell = row(hidden_, begin + r) + c;
-      V::store(cell, V::add(V::load(cell), y));
+      V::put(cell, V::add(V::load(cell), y));
     };
     quantize(crew, block.output, context_, scratch, wide, begin, count);
     crew.wait();
-    product(crew, block.output, scratch, count, residual);
+    product(crew, block.output, scratch, count, target(hidden_, begin), residual);
     crew.wait();
     for (int r = crew.begin(count); r < crew.end(count); ++r) {
       std::int32_t* x = row(hidden_, begin + r);
@@ -106,8 +106,9 @@ class Encoder {
       scratch.amax[r] = quantize_input<Isa>(block.up, x, Isa::kOffset, scratch.codes + std::int64_t{r} * stride(block.up), wide);
     }
     crew.wait();
-    product(crew, block.up, scratch, count, [&](auto isa, int r, int c, auto y) {
-      activate<decltype(isa)>(block.act, y, scratch.inner + std::int64_t{r} * block.up.outputs + c);
+    const Target<std::int16_t> inner{scratch.inner, block.up.outputs};
+    product(crew, block.up, scratch, count, inner, [act = block.act](auto isa, std::int16_t* cell, auto y) {
+      activate<decltype(isa)>(act, y, cell);
     });
     crew.wait();
     for (int r = crew.begin(count); r < crew.end(count); ++r) {
@@ -115,7 +116,7 @@ class Encoder {
                                             scratch.inner_codes + std::int64_t{r} * stride(block.down), wide);
     }
     crew.wait();
-    multiply_codes(crew, block.down, scratch.inner_codes, scratch.amax, count, residual);
+    multiply_codes(crew, block.down, scratch.inner_codes, scratch.amax, count, target(hidden_, begin), residual);
     crew.wait();
     for (int r = crew.begin(count); r < crew.end(count); ++r) {
       std::int32_t* x = row(hidden_, begin + r);
@@ -148,9 +149,8 @@ class Encoder {
     }
     if (!projects) return;
     crew.wait();
-    product(crew, encoder_.projection, scratch, count, [&](auto isa, int r, int c, auto y) {
-      decltype(isa)::store(row(hidden_, begin + r) + c, y);
-    });
+    product(crew, encoder_.projection, scratch, count, target(hidden_, begin),
+            [](auto isa, std::int32_t* cell, auto y) { decltype(isa)::put(cell, y); });
     crew.wait();
   }
 
@@ -159,32 +159,35 @@ class Encoder {
     const std::int32_t m = table.multiplier[id], s = table.shift[id];
     sweep<Isa, Portable>(width, [&](auto isa, int c) {
       using V = decltype(isa);
-      V::store(sum + c, V::add(V::load(sum + c), V::rescale(V::load(codes + c), V::set(m), V::set(s), kInt32Limit)));
+      V::put(sum + c, V::add(V::load(sum + c), V::rescale(V::load(codes + c), V::set(m), V::set(s), kInt32Limit)));
     });
   }
 
   static int stride(const IntLinear& linear) { return ceil_div(linear.inputs, kQuad) * kQuad; }
 
-  void quantize(const Crew& crew, const IntLinear& linear, std::int32_t* matrix, Worker& scratch, std::int32_t* wide, int begin, int count) {
+  template <class T>
+  void quantize(const Crew& crew, const IntLinear& linear, T* matrix, Worker& scratch, std::int32_t* wide, int begin, int count) {
     for (int r = crew.begin(count); r < crew.end(count); ++r) {
       scratch.amax[r] = quantize_input<Isa>(linear, row(matrix, begin + r), Isa::kOffset,
                                             scratch.codes + std::int64_t{r} * stride(linear), wide);
     }
   }
 
-  template <class Store>
-  void product(const Crew& crew, const IntLinear& linear, const Worker& scratch, int count, const Store& store) {
-    multiply_codes(crew, linear, scratch.codes, scratch.amax, count, store);
+  template <class T, class Store>
+  void product(const Crew& crew, const IntLinear& linear, const Worker& scratch, int count, const Target<T>& target,
+               const Store& store) {
+    multiply_codes(crew, linear, scratch.codes, scratch.amax, count, target, store);
   }
 
-  template <class Store>
+  template <class T, class Store>
   void multiply_codes(const Crew& crew, const IntLinear& linear, const std::uint8_t* codes, const std::int32_t* amax, int count,
-                      const Store& store) {
+                      const Target<T>& target, const Store& store) {
     const int steps = ceil_div(linear.inputs, kQuad), groups = ceil_div(ceil_div(linear.outputs, kTile), Isa::kPanels);
     multiply<Isa>(codes, steps * kQuad, count, linear.weight, std::ptrdiff_t{steps} * 64, steps, crew.begin(groups) * Isa::kPanels,
-                  std::min(crew.end(groups) * Isa::kPanels, ceil_div(linear.outputs, kTile)),
-                  [&](int r, int column, const std::int32_t* sums, int columns) {
-                    finish_sums<Isa>(linear, amax[r], column, sums, columns, [&](auto isa, int c, auto y) { store(isa, r, c, y); });
+                  std::min(crew.end(groups) * Isa::kPanels, ceil_div(linear.outputs, kTile)), target,
+                  [&](int first, int rows, int column, const std::int32_t* sums, int width) {
+                    finish_sums<Isa>(linear, amax + first, rows, column, sums, width,
+                                     [&](auto isa, int r, int c, auto y) { store(isa, target.at(first + r, c), y); });
                   });
   }
 
@@ -197,6 +200,9 @@ class Encoder {
       head.pack(key_ + cell, value_ + cell, encoder_.hidden, keys, [](int i) { return i; });
       for (int r = from; r < to; r += Isa::kRows) {
         const std::int64_t at = cell + std::int64_t{r} * encoder_.hidden;
+        const int more = std::min(Isa::kRows, to - r - Isa::kRows);
+        if (more > 0) target(query_, begin + r + Isa::kRows).fetch(0, more, number * attention.size, attention.size);
+        target(context_, begin + r).fetch(0, std::min(Isa::kRows, to - r), number * attention.size, attention.size);
         head.attend(number, query_ + at, encoder_.hidden, std::min(Isa::kRows, to - r), context_ + at);
       }
     });
@@ -205,7 +211,8 @@ class Encoder {
   const IntEncoder& encoder_;
   const IntBatch& batch_;
   Schedule schedule_;
-  std::int32_t *hidden_, *query_, *context_, *out_ = nullptr;
+  std::int32_t *hidden_, *out_ = nullptr;
+  std::int16_t *query_, *context_;  // both have 16 bits
   std::int8_t *key_, *value_;
   std::int64_t used_ = 0;
   std::vector<Worker> workers_;

@@ -32,26 +32,33 @@ struct Kernels {
     together(threads, job);
   }
 
-  // `memory` holds the codes of all rows as the product reads them.
+  static std::int64_t linear_bytes(const IntLinear& linear, int rows) {
+    Cutter cutter(nullptr);
+    cutter.take<std::uint8_t>(std::int64_t{rows} * ceil_div(linear.inputs, kQuad) * kQuad);
+    cutter.take<std::int32_t>(rows);
+    return cutter.used();
+  }
+
   static void linear(const IntLinear& linear, const std::int8_t* codes, const std::int64_t* amax, int rows, std::int32_t* out,
                      int threads, void* memory) {
     const int n = linear.inputs, steps = ceil_div(n, kQuad), stride = steps * kQuad;
     const int panels = ceil_div(linear.outputs, kTile), groups = ceil_div(panels, Isa::kPanels);
-    auto* moved = static_cast<std::uint8_t*>(memory);
-    Barrier barrier(threads);
+    Cutter cutter(memory);
+    auto* moved = cutter.take<std::uint8_t>(std::int64_t{rows} * stride);
+    auto* scales = cutter.take<std::int32_t>(rows);
     auto job = [&](const Crew& crew) {
       for (int r = crew.begin(rows); r < crew.end(rows); ++r) {
         std::uint8_t* row = moved + std::int64_t{r} * stride;
         for (int i = 0; i < n; ++i) row[i] = static_cast<std::uint8_t>(codes[std::int64_t{r} * n + i] + Isa::kOffset);
         for (int i = n; i < stride; ++i) row[i] = 0;
+        scales[r] = amax == nullptr ? 1 : static_cast<std::int32_t>(amax[r]);
       }
       crew.wait();
       multiply<Isa>(moved, stride, rows, linear.weight, std::ptrdiff_t{steps} * 64, steps, crew.begin(groups) * Isa::kPanels,
-                    std::min(crew.end(groups) * Isa::kPanels, panels),
-                    [&](int r, int column, const std::int32_t* sums, int columns) {
-                      const auto scale = amax == nullptr ? 1 : static_cast<std::int32_t>(amax[r]);
-                      finish_sums<Isa>(linear, scale, column, sums, columns, [&](auto isa, int c, auto y) {
-                        decltype(isa)::store(out + std::int64_t{r} * linear.outputs + c, y);
+                    std::min(crew.end(groups) * Isa::kPanels, panels), Target<std::int32_t>{out, linear.outputs},
+                    [&](int first, int count, int column, const std::int32_t* sums, int width) {
+                      finish_sums<Isa>(linear, scales + first, count, column, sums, width, [&](auto isa, int r, int c, auto y) {
+                        decltype(isa)::put(out + std::int64_t{first + r} * linear.outputs + c, y);
                       });
                     });
     };
@@ -97,16 +104,18 @@ struct Kernels {
 
   static void product(const std::uint8_t* a, const std::int8_t* w, int rows, int inputs, int outputs, std::int32_t* out) {
     const int steps = ceil_div(inputs, kQuad);
-    multiply<Isa>(a, inputs, rows, w, std::ptrdiff_t{steps} * 64, steps, 0, outputs / kTile,
-                  [&](int r, int column, const std::int32_t* sums, int columns) {
-                    for (int i = 0; i < columns; i += Isa::kLanes) {
-                      Isa::store(out + std::int64_t{r} * outputs + column + i, Isa::load(sums + i));
+    multiply<Isa>(a, inputs, rows, w, std::ptrdiff_t{steps} * 64, steps, 0, outputs / kTile, Target<std::int32_t>{out, outputs},
+                  [&](int first, int count, int column, const std::int32_t* sums, int width) {
+                    for (int r = 0; r < count; ++r) {
+                      for (int i = 0; i < width; i += Isa::kLanes) {
+                        Isa::put(out + std::int64_t{first + r} * outputs + column + i, Isa::load(sums + r * width + i));
+                      }
                     }
                   });
   }
 
   static constexpr IntegerKernels table() {
-    return {Isa::kOffset, &encoder_bytes, &encoder, &quantize_rows, &linear, &norm, &attention_bytes, &attention, &product};
+    return {Isa::kOffset, &encoder_bytes, &encoder, &quantize_rows, &linear_bytes, &linear, &norm, &attention_bytes, &attention, &product};
   }
 };
 

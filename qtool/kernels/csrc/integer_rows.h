@@ -71,7 +71,7 @@ std::int32_t quantize_row(const T* x, int count, bool is_unsigned, int offset, s
   const std::int32_t moved = offset - (is_unsigned ? kMax : 0);
   sweep<Isa, Portable>(count, [&](auto isa, int i) {
     using V = decltype(isa);
-    V::store8(codes + i, V::add(V::scale_round(V::load(x + i), factor, places), V::set(moved)));
+    V::put(codes + i, V::add(V::scale_round(V::load(x + i), factor, places), V::set(moved)));
   });
   return amax;
 }
@@ -87,7 +87,7 @@ std::int32_t quantize_input(const IntLinear& linear, const T* x, int offset, std
     sweep<Isa, Portable>(n, [&](auto isa, int i) {
       using V = decltype(isa);
       const auto moved = V::sub(V::set(0), V::load(linear.in_offset + i));
-      V::store(scratch + i,
+      V::put(scratch + i,
                V::rescale_add(V::load(x + i), V::load(linear.in_multiplier + i), V::load(linear.in_shift + i), moved, limit));
     });
     if (linear.dynamic) return quantize_row<Isa>(scratch, n, linear.is_unsigned, offset, codes);
@@ -96,29 +96,35 @@ std::int32_t quantize_input(const IntLinear& linear, const T* x, int offset, std
   } else {
     sweep<Isa, Portable>(n, [&](auto isa, int i) {
       using V = decltype(isa);
-      V::store(scratch + i, V::load(x + i));
+      V::put(scratch + i, V::load(x + i));
     });
   }
   sweep<Isa, Portable>(n, [&](auto isa, int i) {
     using V = decltype(isa);
-    V::store8(codes + i, V::add(V::load(scratch + i), V::set(offset)));
+    V::put(codes + i, V::add(V::load(scratch + i), V::set(offset)));
   });
   return 1;
 }
 
-// Calls `done(isa, column, y)` with the outputs of a row of sums from `column` on (2.2, 3.6).
+// Calls `done(isa, i, column, y)` with the outputs of row i of sums [count][width] from `column` on (2.2, 3.6); `amax` is
+// that of each row.
 template <class Isa, class Done>
-void finish_sums(const IntLinear& linear, std::int32_t amax, int column, const std::int32_t* sums, int count, const Done& done) {
-  const int valid = std::min(count, linear.outputs - column);
-  const std::int32_t limit = limit_of(linear.out_bits);
-  sweep<Isa, Portable>(valid, [&](auto isa, int i) {
+void finish_sums(const IntLinear& linear, const std::int32_t* amax, int count, int column, const std::int32_t* sums, int width,
+                 const Done& done) {
+  const IntLinear to = linear;  // a copy that what is stored cannot change
+  const std::int32_t limit = limit_of(to.out_bits);
+  const int align = to.align;
+  sweep<Isa, Portable>(std::min(width, to.outputs - column), [&](auto isa, int i) {
     using V = decltype(isa);
     const int c = column + i;
-    auto total = V::load(sums + i);
-    if (linear.correction != nullptr) total = V::add(total, V::load(linear.correction + c));
-    if (linear.dynamic) total = V::scale_round(total, amax, linear.align);
-    total = V::add(total, V::load(linear.bias + c));
-    done(isa, c, V::rescale(total, V::load(linear.multiplier + c), V::load(linear.shift + c), limit));
+    const auto correction = to.correction == nullptr ? V::set(0) : V::load(to.correction + c);
+    const typename V::Requantizer requantize(correction, V::load(to.bias + c), V::load(to.multiplier + c), V::load(to.shift + c),
+                                             limit);
+    if (to.dynamic) {
+      for (int r = 0; r < count; ++r) done(isa, r, c, requantize.scaled(V::load(sums + r * width + i), amax[r], align));
+    } else {
+      for (int r = 0; r < count; ++r) done(isa, r, c, requantize.plain(V::load(sums + r * width + i)));
+    }
   });
 }
 
@@ -148,7 +154,7 @@ void norm_row(const IntNorm& norm, const std::int32_t* x, std::int32_t* out) {
   constexpr int kPlaces = kReciprocalBits - kNormBits;
   const auto scaled = [&](auto isa, int c, auto normal) {
     using V = decltype(isa);
-    V::store(out + c, V::rescale_add(normal, V::load(norm.weight + c), V::load(norm.shift + c), V::load(norm.bias + c), limit));
+    V::put(out + c, V::rescale_add(normal, V::load(norm.weight + c), V::load(norm.shift + c), V::load(norm.bias + c), limit));
   };
   if (inverse <= kInt32Limit) {
     const auto factor = static_cast<std::int32_t>(inverse);
@@ -179,20 +185,19 @@ inline std::int32_t polynomial_gelu(const IntActivation& act, std::int64_t x) {
   return Portable::clamp64(y, limit_of(16));
 }
 
-// Calls of `store(value)` for some outputs of the layer before the activation.
+// Stores what the block's activation makes of some outputs of the layer before it.
 template <class V>
-void activate(const IntActivation& act, typename V::Int y, std::int16_t* out) {
+QTOOL_INLINE void activate(const IntActivation& act, typename V::Int y, std::int16_t* out) {
   if (act.kind == kRelu) {
-    V::store16(out, V::max(y, V::set(0)));
+    V::put(out, V::max(y, V::set(0)));
+    return;
+  }
+  if (act.kind == kTable) {
+    V::put(out, V::look_up(act.table, V::add(y, V::set(1 << (act.in_bits - 1)))));
     return;
   }
   std::int32_t values[V::kLanes];
-  if (act.kind == kTable) {
-    V::store(values, V::add(y, V::set(1 << (act.in_bits - 1))));
-    for (int i = 0; i < V::kLanes; ++i) out[i] = act.table[values[i]];
-    return;
-  }
-  V::store(values, y);
+  V::put(static_cast<std::int32_t*>(values), y);
   for (int i = 0; i < V::kLanes; ++i) out[i] = static_cast<std::int16_t>(polynomial_gelu(act, values[i]));
 }
 
@@ -213,7 +218,7 @@ void softmax_row(const IntAttention& attention, std::int32_t* scores, int count,
     const auto root = Isa::sub(Isa::set(attention.exp_b), Isa::mask(distance, Isa::set((1 << grid) - 1)));
     const auto mantissa = Isa::add(Isa::mul(root, root), Isa::set(attention.exp_c));
     const auto weight = Isa::shift_right_below(mantissa, Isa::shift_right(distance, grid), kExpOctaves);
-    Isa::store(scores + i, weight);
+    Isa::put(scores + i, weight);
     wide = Isa::add_wide(wide, weight);
   }
   const std::int64_t sum = Isa::reduce_wide(wide);
@@ -225,7 +230,7 @@ void softmax_row(const IntAttention& attention, std::int32_t* scores, int count,
   for (int i = 0; i < count; i += Isa::kLanes) {
     const auto probability = Isa::min(Isa::scale_unsigned(Isa::load(scores + i), reciprocal, places), Isa::set(most));
     for (int d = 0; d < digits; ++d) {
-      Isa::store8(out + d * stride + i, Isa::mask(Isa::shift_right(probability, 7 * d), Isa::set(127)));
+      Isa::put(out + d * stride + i, Isa::mask(Isa::shift_right(probability, 7 * d), Isa::set(127)));
     }
   }
 }

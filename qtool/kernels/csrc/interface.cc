@@ -141,7 +141,7 @@ QTOOL_EXPORT std::int32_t qtool_quantize_rows(std::int32_t isa, const std::int32
 
 QTOOL_EXPORT std::int32_t qtool_integer_linear(std::int32_t isa, const IntLinear* linear, const std::int8_t* codes,
                                                const std::int64_t* amax, std::int32_t rows, std::int32_t* out, std::int32_t threads) {
-  const Memory memory(std::int64_t{rows} * (linear->inputs + 3));
+  const Memory memory(integer(isa).linear_bytes(*linear, rows));
   if (memory.get() == nullptr) return kNoMemory;
   integer(isa).linear(*linear, codes, amax, rows, out, threads, memory.get());
   return kFine;

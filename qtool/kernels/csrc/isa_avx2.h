@@ -28,16 +28,21 @@ struct Avx2 {
   static Int load(const std::int8_t* p) {
     return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   }
-  static void store(std::int32_t* p, Int x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
-  static void store16(std::int16_t* p, Int x) {
+  static void put(std::int32_t* p, Int x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+  static void put(std::int16_t* p, Int x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
   }
-  static void store8(std::uint8_t* p, Int x) {
+  static void put(std::uint8_t* p, Int x) {
     const Int low_bytes = _mm256_set1_epi32(0x0c080400);  // the first byte of each lane to the front of its half
     const Int picked = _mm256_shuffle_epi8(x, low_bytes);
     const Int joined = _mm256_permutevar8x32_epi32(picked, _mm256_setr_epi32(0, 4, 0, 0, 0, 0, 0, 0));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(joined));
+  }
+  static void put(std::int8_t* p, Int x) { put(reinterpret_cast<std::uint8_t*>(p), x); }
+  static Int look_up(const std::int16_t* table, Int index) {
+    const Int found = _mm256_i32gather_epi32(reinterpret_cast<const int*>(table), index, 2);
+    return _mm256_srai_epi32(_mm256_slli_epi32(found, 16), 16);  // the low halves
   }
   static Int set(std::int32_t x) { return _mm256_set1_epi32(x); }
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
@@ -79,6 +84,21 @@ struct Avx2 {
     return join(_mm256_srl_epi64(_mm256_add_epi64(_mm256_mul_epu32(x, factor), half), count),
                 _mm256_srl_epi64(_mm256_add_epi64(_mm256_mul_epu32(odd(x), factor), half), count));
   }
+
+  class Requantizer {
+   public:
+    Requantizer(Int correction, Int bias, Int m, Int s, std::int32_t limit)
+        : correction_(correction), bias_(bias), m_(m), s_(s), limit_(limit) {}
+
+    Int scaled(Int sums, std::int32_t amax, int align) const { return plain_of(scale_round(add(sums, correction_), amax, align)); }
+    Int plain(Int sums) const { return plain_of(add(sums, correction_)); }
+
+   private:
+    Int plain_of(Int x) const { return rescale(add(x, bias_), m_, s_, limit_); }
+
+    Int correction_, bias_, m_, s_;
+    std::int32_t limit_;
+  };
 
   static Wide zero_wide() { return _mm256_setzero_si256(); }
   static Wide add_wide(Wide sum, Int x) { return _mm256_add_epi64(sum, _mm256_add_epi64(even_wide(x), odd_wide(x))); }
@@ -122,8 +142,8 @@ struct Avx2 {
     (void)panel;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      store(out + r * 16, sums[r][0]);
-      store(out + r * 16 + 8, sums[r][1]);
+      put(out + r * 16, sums[r][0]);
+      put(out + r * 16 + 8, sums[r][1]);
     }
   }
 

@@ -28,13 +28,15 @@ struct Avx512Vnni {
   static Int load(const std::int8_t* p) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static void store(std::int32_t* p, Int x) { _mm512_storeu_si512(p, x); }
-  static void store16(std::int16_t* p, Int x) {
+  static void put(std::int32_t* p, Int x) { _mm512_storeu_si512(p, x); }
+  static void put(std::int16_t* p, Int x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
   }
-  static void store8(std::uint8_t* p, Int x) {
+  static void put(std::uint8_t* p, Int x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
   }
+  static void put(std::int8_t* p, Int x) { put(reinterpret_cast<std::uint8_t*>(p), x); }
+  static Int look_up(const std::int16_t* table, Int index) { return _mm512_i32gather_epi32(index, table, 2); }  // the low halves
   static Int set(std::int32_t x) { return _mm512_set1_epi32(x); }
   static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Int sub(Int a, Int b) { return _mm512_sub_epi32(a, b); }
@@ -77,6 +79,49 @@ struct Avx512Vnni {
     return join(_mm512_srl_epi64(_mm512_add_epi64(_mm512_mul_epu32(x, factor), half), count),
                 _mm512_srl_epi64(_mm512_add_epi64(_mm512_mul_epu32(odd(x), factor), half), count));
   }
+
+  class Requantizer {
+   public:
+    Requantizer(Int correction, Int bias, Int m, Int s, std::int32_t limit)
+        : correction_(correction), even_(bias, m, _mm512_and_si512(s, even_lanes())), odd_(odd(bias), odd(m), odd(s)),
+          top_(set(limit)), limit_(limit), narrow_(_mm512_cmplt_epi32_mask(s, set(31)) == 0) {}
+
+    Int scaled(Int sums, std::int32_t amax, int align) const {
+      const Int x = add(sums, correction_), factor = set(amax);
+      const Int half = _mm512_set1_epi64((std::int64_t{1} << align) >> 1);
+      const __m128i places = _mm_cvtsi32_si128(align);
+      return finish(_mm512_sra_epi64(_mm512_add_epi64(_mm512_mul_epi32(x, factor), half), places),
+                    _mm512_sra_epi64(_mm512_add_epi64(_mm512_mul_epi32(odd(x), factor), half), places));
+    }
+    Int plain(Int sums) const {
+      const Int x = add(sums, correction_);
+      return finish(x, odd(x));
+    }
+
+   private:
+    // Every other channel, its numbers in the low halves of 64-bit lanes.
+    struct Half {
+      Half(Int bias_, Int m_, Int s_)
+          : bias(bias_), m(m_), s(s_), half(_mm512_sllv_epi64(_mm512_set1_epi64(1), _mm512_sub_epi64(s_, _mm512_set1_epi64(1)))) {}
+      Int rescale(Int x) const {
+        return _mm512_srav_epi64(_mm512_add_epi64(_mm512_mul_epi32(_mm512_add_epi32(x, bias), m), half), s);
+      }
+      Int bias, m, s, half;
+    };
+
+    Int finish(Int even, Int odd) const {
+      even = even_.rescale(even), odd = odd_.rescale(odd);
+      // Where every ratio is below one, what comes out fits int32 before it is clamped.
+      if (narrow_) return max(min(join(even, odd), top_), sub(set(0), top_));
+      return join(clamp64(even, limit_), clamp64(odd, limit_));
+    }
+
+    Int correction_;
+    Half even_, odd_;
+    Int top_;
+    std::int32_t limit_;
+    bool narrow_;
+  };
 
   static Wide zero_wide() { return _mm512_setzero_si512(); }
   static Wide add_wide(Wide sum, Int x) {

@@ -10,6 +10,13 @@
 #include <cstdint>
 #include <cstring>
 
+// For what a call would cost more than what it does.
+#if defined(_MSC_VER)
+#define QTOOL_INLINE __forceinline
+#else
+#define QTOOL_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace qtool {
 namespace {  // compiled for each instruction set apart: no copy may serve another
 
@@ -26,9 +33,12 @@ struct Portable {
   static Int load(const std::int32_t* p) { return *p; }
   static Int load(const std::int16_t* p) { return *p; }
   static Int load(const std::int8_t* p) { return *p; }
-  static void store(std::int32_t* p, Int x) { *p = x; }
-  static void store16(std::int16_t* p, Int x) { *p = static_cast<std::int16_t>(x); }
-  static void store8(std::uint8_t* p, Int x) { *p = static_cast<std::uint8_t>(x); }
+  static void put(std::int32_t* p, Int x) { *p = x; }
+  static void put(std::int16_t* p, Int x) { *p = static_cast<std::int16_t>(x); }
+  static void put(std::uint8_t* p, Int x) { *p = static_cast<std::uint8_t>(x); }
+  static void put(std::int8_t* p, Int x) { put(reinterpret_cast<std::uint8_t*>(p), x); }
+  // table[index], from a table with one entry more than there are indices.
+  static Int look_up(const std::int16_t* table, Int index) { return table[index]; }
   static Int set(std::int32_t x) { return x; }
   static Int add(Int a, Int b) { return static_cast<Int>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b)); }
   static Int sub(Int a, Int b) { return static_cast<Int>(static_cast<std::uint32_t>(a) - static_cast<std::uint32_t>(b)); }
@@ -63,6 +73,24 @@ struct Portable {
     const std::uint64_t product = std::uint64_t{static_cast<std::uint32_t>(x)} * y;
     return static_cast<Int>((product + (std::uint64_t{1} << (places - 1))) >> places);
   }
+
+  // From sums of products to the grid of an output (docs/math.md, 2.2 and 3.6), for rows that share their channels.
+  class Requantizer {
+   public:
+    Requantizer(Int correction, Int bias, Int m, Int s, std::int32_t limit)
+        : correction_(correction), bias_(bias), m_(m), s_(s), limit_(limit) {}
+
+    // sat((((sums + correction) * amax + half) >> align) + bias) rescaled); the number in the middle fits int32.
+    Int scaled(Int sums, std::int32_t amax, int align) const { return plain_of(scale_round(add(sums, correction_), amax, align)); }
+    // The same without amax.
+    Int plain(Int sums) const { return plain_of(add(sums, correction_)); }
+
+   private:
+    Int plain_of(Int x) const { return rescale(add(x, bias_), m_, s_, limit_); }
+
+    Int correction_, bias_, m_, s_;
+    std::int32_t limit_;
+  };
 
   static Wide zero_wide() { return 0; }
   static Wide add_wide(Wide sum, Int x) { return sum + x; }

@@ -16,6 +16,8 @@ constexpr int kQuad = 4;    // inputs a step
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+constexpr std::ptrdiff_t kAhead = 64 << 10;
+
 template <class Isa>
 struct Tiles {
   using Function = void (*)(const std::uint8_t*, std::ptrdiff_t, const std::int8_t*, std::ptrdiff_t, std::ptrdiff_t, std::int32_t*);
@@ -33,18 +35,46 @@ struct Tiles {
   }
 };
 
+// Where results of a product go: rows of T, `stride` elements apart.
+template <class T>
+struct Target {
+  T* first;
+  std::ptrdiff_t stride;
+
+  T* at(int r, int c) const { return first + r * stride + c; }
+  // Asks for the cache lines of a block of results before they are needed.
+  void fetch(int r, int rows, int c, int width) const {
+    for (int i = 0; i < rows; ++i) {
+      const auto* cell = reinterpret_cast<const char*>(at(r + i, c));
+      for (std::ptrdiff_t byte = 0; byte < static_cast<std::ptrdiff_t>(width * sizeof(T)); byte += 64) __builtin_prefetch(cell + byte, 1, 3);
+    }
+  }
+};
+
+// A place that needs no asking for.
+struct Near {
+  void fetch(int, int, int, int) const {}
+};
+
 // Products of `rows` rows of `a`, `stride` bytes apart, with panels [begin, end) of `w`; a panel has `steps` tiles and
-// starts `panel` bytes behind the one before. `done(row, column, sums, count)` gets `count` int32 sums, a multiple of 16.
-template <class Isa, class Done>
+// starts `panel` bytes behind the one before. `done(row, count, column, sums, width)` gets int32 sums [count][width] of some
+// rows and outputs; `width` is a multiple of 16. What `target` says of them is fetched beforehand.
+template <class Isa, class Where, class Done>
 void multiply(const std::uint8_t* a, std::ptrdiff_t stride, int rows, const std::int8_t* w, std::ptrdiff_t panel, int steps, int begin,
-              int end, const Done& done) {
+              int end, const Where& target, const Done& done) {
   alignas(64) std::int32_t sums[Isa::kRows * Isa::kPanels * kTile];
   for (int p = begin; p < end; p += Isa::kPanels) {
     const int panels = std::min(Isa::kPanels, end - p);
+    // Short panels are over before the hardware has seen a stream: the next ones are asked for early, a part a block.
+    const std::ptrdiff_t ahead = panels * panel <= kAhead && p + 2 * Isa::kPanels <= end ? panels * panel : 0;
+    const std::ptrdiff_t share = ceil_div(static_cast<int>(ahead), ceil_div(rows, Isa::kRows));
     for (int r = 0; r < rows; r += Isa::kRows) {
       const int block = std::min(Isa::kRows, rows - r);
+      const std::int8_t* next = w + (p + panels) * panel + r / Isa::kRows * share;
+      for (std::ptrdiff_t i = 0; i < share; i += 64) __builtin_prefetch(next + i, 0, 2);
+      target.fetch(r, block, p * kTile, panels * kTile);
       Tiles<Isa>::of(block, panels)(a + r * stride, stride, w + p * panel, panel, steps, sums);
-      for (int i = 0; i < block; ++i) done(r + i, p * kTile, sums + i * panels * kTile, panels * kTile);
+      done(r, block, p * kTile, sums, panels * kTile);
     }
   }
 }

@@ -16,8 +16,9 @@
 namespace qtool {
 namespace {
 
-constexpr int kBlockRows = 64;   // whose intermediate results fit a core's second-level cache
-constexpr int kAloneRows = 24;   // fewer rows a thread than that, and the threads share the matrices instead
+// Weights come from the third-level cache or from memory, once a block of rows: the more rows, the less it shows.
+constexpr int kBlockRows = 128;
+constexpr int kAloneRows = 128;  // fewer rows a thread than that, and the threads share the matrices instead
 constexpr int kQueryRows = 64;   // of one head, where heads are too few for the threads
 
 // Cuts memory into arrays, each on cache lines of its own. Without memory it only counts.

@@ -80,7 +80,8 @@ class IntPlan(Plan):
     def _activation(self, act: Any) -> structs.IntActivation:
         if isinstance(act, IntTable):
             return structs.IntActivation(
-                table=self._address(act.table), kind=structs.IntActivation.TABLE, in_bits=act.in_bits
+                # The kernels load two entries at a time and use the first.
+                table=self._address(torch.nn.functional.pad(act.table, (0, 1))), kind=structs.IntActivation.TABLE, in_bits=act.in_bits
             )
         if isinstance(act, IntRelu):
             return structs.IntActivation(kind=structs.IntActivation.RELU)

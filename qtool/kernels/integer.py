@@ -37,9 +37,12 @@ class Operand:
         return self.row_sums[0] * factor if factor else None
 
 
-def threads() -> int:
-    """As many as torch uses."""
-    return torch.get_num_threads()
+_ALONE = 1 << 20  # multiply-adds, or as long on rows, that are done before another thread is awake
+
+
+def threads(work: int) -> int:
+    """As many as torch uses; one for what is too little to share."""
+    return torch.get_num_threads() if work > _ALONE else 1
 
 
 class Native(Reference):
@@ -68,7 +71,14 @@ class Native(Reference):
         kept: list[torch.Tensor] = []
         struct = q_linear(operand, weight_scale, bias, act_scale, kept)
         result = torch.empty((len(x), operand.shape[0]), dtype=torch.float32)
-        native.call("qtool_float_linear", ctypes.byref(struct), address(x), len(x), address(result), threads())
+        native.call(
+            "qtool_float_linear",
+            ctypes.byref(struct),
+            address(x),
+            len(x),
+            address(result),
+            threads(x.numel() * operand.shape[0]),
+        )
         return result
 
     @staticmethod
@@ -83,7 +93,14 @@ class Native(Reference):
             where = real.flatten().nonzero().squeeze(1)
             rows = hidden.reshape(-1, width).index_select(0, where)
         if len(rows):
-            native.call("qtool_float_encoder", ctypes.byref(encoder), address(rows), address(starts), batch, threads())
+            native.call(
+                "qtool_float_encoder",
+                ctypes.byref(encoder),
+                address(rows),
+                address(starts),
+                batch,
+                threads(width * width * len(rows)),
+            )
         if where is not None:
             rows = torch.zeros((batch * tokens, width)).index_copy_(0, where, rows)
         return rows.view(batch, tokens, width)
@@ -96,7 +113,16 @@ class Native(Reference):
         rows = x.numel() // max(width, 1)
         codes = torch.empty(x.shape, dtype=torch.int8)
         amax = torch.empty((*x.shape[:-1], 1), dtype=torch.int64)
-        native.call("qtool_quantize_rows", address(x), rows, width, unsigned, address(codes), address(amax), threads())
+        native.call(
+            "qtool_quantize_rows",
+            address(x),
+            rows,
+            width,
+            unsigned,
+            address(codes),
+            address(amax),
+            threads(8 * x.numel()),
+        )
         return codes, amax
 
     @staticmethod
@@ -127,7 +153,7 @@ class Native(Reference):
         rows = codes.numel() // inputs
         native.call(
             "qtool_integer_linear", ctypes.byref(struct), address(codes), address(amax), rows, address(result),
-            threads(),
+            threads(rows * inputs * outputs),
         )  # fmt: skip
         return result
 
@@ -144,7 +170,9 @@ class Native(Reference):
             address(to_output[0]), address(to_output[1]), address(bias), int(eps), x.shape[-1], bits
         )
         rows = x.numel() // x.shape[-1]
-        native.call("qtool_integer_norm", ctypes.byref(struct), address(x), rows, address(result), threads())
+        native.call(
+            "qtool_integer_norm", ctypes.byref(struct), address(x), rows, address(result), threads(8 * x.numel())
+        )
         return result
 
     @staticmethod
@@ -177,7 +205,7 @@ class Native(Reference):
         result = torch.empty((batch, tokens, heads * size), dtype=torch.int32)
         native.call(
             "qtool_integer_attention", ctypes.byref(struct), address(query), address(key), address(value),
-            address(keys), address(starts), batch, tokens, address(result), threads(),
+            address(keys), address(starts), batch, tokens, address(result), threads(tokens * query.numel()),
         )  # fmt: skip
         return result
 
@@ -200,7 +228,13 @@ class Native(Reference):
             (ctypes.c_void_p * 3)(*(address(x) for x in gathered)), address(starts), len(real), len(rows)
         )
         if len(rows):
-            native.call("qtool_integer_encoder", ctypes.byref(encoder), ctypes.byref(batch), address(rows), threads())
+            native.call(
+                "qtool_integer_encoder",
+                ctypes.byref(encoder),
+                ctypes.byref(batch),
+                address(rows),
+                threads(width * width * len(rows)),
+            )
         if where is not None:
             rows = torch.zeros((real.numel(), width), dtype=torch.int32).index_copy_(0, where, rows)
         return rows.view(*real.shape, width)

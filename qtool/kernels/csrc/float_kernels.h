@@ -22,7 +22,6 @@ struct FloatTable {
     const Parts parts = cut(linear, rows, threads, cutter);
     const int stride = ceil_div(linear.inputs, kQuad) * kQuad, panels = ceil_div(linear.outputs, kTile);
     const int groups = ceil_div(panels, Isa::kPanels);
-    Barrier barrier(threads);
     auto job = [&](const Crew& crew) {
       for (int r = crew.begin(rows); r < crew.end(rows); ++r) {
         parts.scales[r] = quantize_row<Isa>(linear, x + std::int64_t{r} * linear.inputs, Isa::kOffset, parts.codes + std::int64_t{r} * stride);

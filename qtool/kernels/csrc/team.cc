@@ -8,7 +8,9 @@
 #endif
 
 #if !defined(_WIN32)
+#include <dlfcn.h>
 #include <pthread.h>
+#include <unistd.h>
 #endif
 
 namespace qtool {
@@ -26,7 +28,7 @@ class Pool {
  public:
   void run(int threads, void (*job)(void*, const Crew&), void* context) {
     const std::lock_guard<std::mutex> turn(turn_);
-    Barrier barrier(threads);
+    Barrier barrier;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       job_ = job, context_ = context, size_ = threads, barrier_ = &barrier;
@@ -91,11 +93,64 @@ Pool& pool() {
   return *found;
 }
 
+// OpenMP's threads, where a runtime with GNU's interface is loaded: torch's. Its workers are then ours as well, so that
+// the two never compete for a core, and they are still awake when a call follows an operation of torch.
+class OpenMp {
+ public:
+  static const OpenMp& get() {
+    static const OpenMp found;
+    return found;
+  }
+  // GNU's runtime hangs in a child of fork whose parent used it.
+  bool usable() const {
+#if defined(_WIN32)
+    return false;
+#else
+    return parallel_ != nullptr && thread_ != nullptr && size_ != nullptr && getpid() == pid_;
+#endif
+  }
+  void run(int threads, void (*job)(void*, const Crew&), void* context) const {
+    Barrier barrier;
+    Call call{this, job, context, &barrier};
+    parallel_(&enter, &call, static_cast<unsigned>(threads), 0);
+  }
+
+ private:
+  struct Call {
+    const OpenMp* runtime;
+    void (*job)(void*, const Crew&);
+    void* context;
+    Barrier* barrier;
+  };
+
+  OpenMp() {
+#if !defined(_WIN32)
+    parallel_ = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    thread_ = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    size_ = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+    pid_ = getpid();
+#endif
+  }
+  // The runtime may give fewer threads than were asked for.
+  static void enter(void* data) {
+    const Call& call = *static_cast<Call*>(data);
+    call.job(call.context, Crew{call.runtime->thread_(), call.runtime->size_(), call.barrier});
+  }
+
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  using Number = int (*)();
+  Parallel parallel_ = nullptr;
+  Number thread_ = nullptr, size_ = nullptr;
+#if !defined(_WIN32)
+  pid_t pid_ = 0;
+#endif
+};
+
 }  // namespace
 
-void Barrier::wait() {
+void Barrier::wait(int size) {
   const std::uint32_t round = round_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
     arrived_.store(0, std::memory_order_relaxed);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -115,6 +170,8 @@ void Barrier::wait() {
 void run_together(int threads, void (*job)(void*, const Crew&), void* context) {
   if (threads <= 1) {
     job(context, Crew{});
+  } else if (OpenMp::get().usable()) {
+    OpenMp::get().run(threads, job, context);
   } else {
     pool().run(threads, job, context);
   }

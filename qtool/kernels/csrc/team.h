@@ -9,15 +9,12 @@
 
 namespace qtool {
 
-// Lets `size` threads wait for each other: first briefly awake, then asleep, so that an oversubscribed CPU is not wasted.
+// Lets threads wait for each other: first briefly awake, then asleep, so that an oversubscribed CPU is not wasted.
 class Barrier {
  public:
-  explicit Barrier(int size) : size_(size) {}
-
-  void wait();
+  void wait(int size);
 
  private:
-  const int size_;
   std::atomic<int> arrived_{0};
   std::atomic<std::uint32_t> round_{0};
   std::mutex mutex_;
@@ -30,15 +27,16 @@ struct Crew {
   Barrier* barrier = nullptr;
 
   void wait() const {
-    if (size > 1) barrier->wait();
+    if (size > 1) barrier->wait(size);
   }
   // This thread's share of `count` things.
   int begin(int count) const { return static_cast<int>(std::int64_t{count} * index / size); }
   int end(int count) const { return static_cast<int>(std::int64_t{count} * (index + 1) / size); }
 };
 
-// Runs `job(context, crew)` on `threads` threads, the caller being one, and returns when all are done. Calls from several
-// threads take turns. The workers sleep between calls, and after fork the child makes workers of its own.
+// Runs `job(context, crew)` on up to `threads` threads, the caller being one, and returns when all are done: on torch's
+// OpenMP threads where torch is loaded, else on workers that sleep between calls (and of which a child of fork makes its
+// own), where calls from several threads take turns.
 void run_together(int threads, void (*job)(void* context, const Crew& crew), void* context);
 
 template <class Job>

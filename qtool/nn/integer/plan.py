@@ -81,7 +81,9 @@ class IntPlan(Plan):
         if isinstance(act, IntTable):
             return structs.IntActivation(
                 # The kernels load two entries at a time and use the first.
-                table=self._address(torch.nn.functional.pad(act.table, (0, 1))), kind=structs.IntActivation.TABLE, in_bits=act.in_bits
+                table=self._address(torch.nn.functional.pad(act.table, (0, 1))),
+                kind=structs.IntActivation.TABLE,
+                in_bits=act.in_bits,
             )
         if isinstance(act, IntRelu):
             return structs.IntActivation(kind=structs.IntActivation.RELU)

@@ -38,6 +38,9 @@ class Backend(Protocol):
         uint8 codes are tiles of nibbles. `column_blocks` is how many scales a row of the weight has.
         """
 
+    def row_sums(self, operand: Any) -> torch.Tensor:
+        """int32 `[out]`: the sum of each row of the codes that `prepare` was given."""
+
     def int8_linear(
         self,
         x: torch.Tensor,

@@ -26,10 +26,11 @@ class Operand:
     @classmethod
     def of(cls, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int) -> "Operand":
         """From stored codes in either layout; tiles are taken as they are."""
-        rows = reference.whole_codes(codes, shape)
-        tiles = codes if codes.dim() == 4 and codes.is_contiguous() else tile(rows)
-        sums = rows.view(shape[0], column_blocks, -1).sum(2, dtype=torch.int32)
-        return cls(tiles, sums.t().contiguous(), shape)
+        tiles = codes if codes.dim() == 4 and codes.is_contiguous() else tile(reference.whole_codes(codes, shape))
+        sums = torch.empty((column_blocks, shape[0]), dtype=torch.int32)
+        nibbles = tiles.dtype == torch.uint8
+        native.call("qtool_row_sums", address(tiles), nibbles, *shape, column_blocks, address(sums))
+        return cls(tiles, sums, shape)
 
     def correction(self, unsigned: bool) -> torch.Tensor | None:
         """What is added to the sums of every output for codes that are stored larger than they are."""
@@ -55,6 +56,11 @@ class Native(Reference):
         if shape[1] // column_blocks % TILE_COLUMNS and column_blocks > 1:
             return super().prepare(codes, shape)
         return Operand.of(codes, shape, column_blocks)
+
+    def row_sums(self, operand: Any) -> torch.Tensor:
+        """int32 `[out]`."""
+        sums: torch.Tensor = operand.row_sums[0]
+        return sums
 
     def int8_linear(
         self,

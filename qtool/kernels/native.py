@@ -141,6 +141,7 @@ def _checked(loaded: ctypes.CDLL, path: Path) -> _Attempt:
     loaded.qtool_code_offset.argtypes = (i32,)
     signatures = {
         "integer_encoder": (i32, p, p, p, i32),
+        "row_sums": (i32, p, i32, i32, i32, i32, p),
         "quantize_rows": (i32, p, i32, i32, i32, p, p, i32),
         "integer_linear": (i32, p, p, p, i32, p, i32),
         "integer_norm": (i32, p, p, i32, p, i32),

@@ -389,6 +389,11 @@ class Reference:
         """A row-major operand from codes of logical `shape` `(out, in)` in either layout."""
         return operand(whole_codes(codes, shape))
 
+    def row_sums(self, operand: Operand) -> torch.Tensor:
+        """int32 `[out]`."""
+        sums = [digit.sum(1, dtype=torch.int32) for digit in operand.digits]
+        return sums[0] if operand.product != "split" else 2 * sums[0] + sums[1]
+
     def int8_linear(
         self,
         x: torch.Tensor,

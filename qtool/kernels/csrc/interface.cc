@@ -124,6 +124,33 @@ QTOOL_EXPORT std::uint32_t qtool_isas() {
 
 QTOOL_EXPORT std::int32_t qtool_code_offset(std::int32_t isa) { return integer(isa).code_offset; }
 
+// Sums of the codes of each output over each of `blocks` blocks of inputs, int32 [blocks][outputs], from tiles of int8 or of
+// two codes a byte. A block is a multiple of 4 inputs, or all of them.
+QTOOL_EXPORT std::int32_t qtool_row_sums(std::int32_t, const void* tiles, std::int32_t nibbles, std::int32_t outputs,
+                                         std::int32_t inputs, std::int32_t blocks, std::int32_t* sums) {
+  constexpr int kTileRows = 16, kTileColumns = 4;
+  const int steps = (inputs + kTileColumns - 1) / kTileColumns, each = blocks == 1 ? steps : steps / blocks;
+  const auto* bytes = static_cast<const std::uint8_t*>(tiles);
+  for (int c = 0; c < outputs; ++c) {
+    for (int block = 0; block < blocks; ++block) {
+      std::int32_t sum = 0;
+      for (int k = block * each; k < (block + 1) * each; ++k) {
+        const std::int64_t tile = (std::int64_t{c / kTileRows} * steps + k) * kTileRows + c % kTileRows;
+        for (int i = 0; i < kTileColumns; ++i) {
+          if (nibbles != 0) {
+            const int byte = bytes[tile * 2 + i / 2];
+            sum += ((i % 2 == 0 ? byte & 15 : byte >> 4) ^ 8) - 8;
+          } else {
+            sum += static_cast<std::int8_t>(bytes[tile * 4 + i]);
+          }
+        }
+      }
+      sums[std::int64_t{block} * outputs + c] = sum;
+    }
+  }
+  return kFine;
+}
+
 QTOOL_EXPORT std::int32_t qtool_integer_encoder(std::int32_t isa, const IntEncoder* encoder, const IntBatch* batch, std::int32_t* out,
                                                 std::int32_t threads) {
   if (!ids_fit(*encoder, *batch)) return kBadId;

@@ -164,8 +164,8 @@ class IntLinear(CodesModule, IntModule):
 
     def _prepare(self, codes: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
         shape = (self.out_features, self.in_features)
-        sums = rows_of(codes, shape).sum(1, dtype=torch.int32) if self.unsigned else None
-        return kernels.backend().prepare(codes, shape), sums
+        operand = kernels.backend().prepare(codes, shape)
+        return operand, kernels.backend().row_sums(operand) if self.unsigned else None
 
     def bounds(self) -> list[Bound]:
         """The int32 accumulator; the aligned row product with the bias; what the final multiplier is given."""

@@ -43,7 +43,8 @@ def diagnose() -> dict[str, str]:
 
 def _backend() -> str:
     try:
-        return backend().name
+        name = backend().name
+        return f"{name} ({native.isa()}, of {', '.join(native.isas())})" if name == "native" else name
     except UnavailableError as error:
         return str(error)
 

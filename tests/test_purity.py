@@ -1,7 +1,6 @@
 """The proof that a model is integer-only: it holds for every head, and falls at the first float, wherever it is."""
 
 import json
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ import pytest
 import torch
 
 import qtool
-from qtool import golden, purity
-from qtool.errors import InputError, UnavailableError
+from qtool import golden, kernels
+from qtool.errors import InputError
 from qtool.inspection import inspect
-from qtool.kernels import reference
+from qtool.kernels import native, reference
+from qtool.kernels.integer import Native
 from qtool.nn import IntModule
 from qtool.nn.integer.activation import IntTable, IntTanh
 from qtool.nn.integer.block import IntAttention, IntBlock
@@ -215,10 +215,15 @@ def test_models_with_float_tensors_are_not_integer_only(made: Made, label: str) 
         prove(folder)
 
 
-def test_another_backend_cannot_be_looked_into(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(purity, "backend", lambda: types.SimpleNamespace(name="native"))
-    with pytest.raises(UnavailableError, match="set QTOOL_BACKEND=reference"):
-        prove(made(BERT))
+def test_another_backend_must_give_the_same_integers(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.available():
+        pytest.skip(str(native.reason()))
+    with kernels.using("native"):
+        assert f"the native kernels ({native.isa()}) give the same integers" in prove(made(BERT))
+        encoder = Native.integer_encoder
+        monkeypatch.setattr(Native, "integer_encoder", staticmethod(lambda *given: encoder(*given).roll(1, -1)))
+        with pytest.raises(InputError, match=r"the native backend's .* differs from the reference's"):
+            prove(made(BERT))
 
 
 # The guard itself

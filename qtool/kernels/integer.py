@@ -15,13 +15,23 @@ from qtool.kernels.structs import address
 from qtool.numerics.qtensor import TILE_COLUMNS, tile
 
 
-@dataclass(frozen=True)
+@dataclass
 class Operand:
     """A weight as the kernels read it: int8 tiles (uint8 of two codes each), and int32 sums `[column blocks, out]`."""
 
     tiles: torch.Tensor
     row_sums: torch.Tensor
     shape: tuple[int, int]
+    _scale: tuple[torch.Tensor, int | None, torch.Tensor] | None = None
+
+    def scale(self, weight_scale: torch.Tensor) -> torch.Tensor:
+        """Scales of blocks `[row blocks, column blocks]` as `[column blocks, out]`; the last ones are kept."""
+        version = None if weight_scale.is_inference() else weight_scale._version
+        known = self._scale
+        if known is None or known[0] is not weight_scale or known[1] != version or version is None:
+            wide = weight_scale.repeat_interleave(self.shape[0] // len(weight_scale), dim=0)
+            known = self._scale = weight_scale, version, wide.t().contiguous()
+        return known[2]
 
     @classmethod
     def of(cls, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int) -> "Operand":
@@ -255,8 +265,7 @@ def q_linear(
 ) -> structs.QLinear:
     """The struct of a linear layer; tensors made for it are appended to `kept`, which must outlive it."""
     outputs, inputs = operand.shape
-    scale = weight_scale.repeat_interleave(outputs // len(weight_scale), dim=0).t().contiguous()
-    tensors = [operand.tiles, operand.row_sums, scale, *(t.contiguous() for t in (bias, act_scale) if t is not None)]
+    tensors = [operand.tiles, operand.row_sums, operand.scale(weight_scale), *(t.contiguous() for t in (bias, act_scale) if t is not None)]
     kept += tensors
     return structs.QLinear(
         *(address(tensor) for tensor in tensors[:3]), address(bias), address(act_scale), inputs, outputs,

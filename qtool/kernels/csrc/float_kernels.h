@@ -102,7 +102,8 @@ struct FloatTable {
         const int some = std::min(kMostSteps, steps - from);
         if (r == 0 || steps > kMostSteps) {
           for (int p = 0; p < panels; ++p) {
-            unpack(weight + (std::ptrdiff_t{first + p} * all + begin + from) * 32, some * 64, unpacked + p * kMostSteps * 64);
+            const std::uint8_t* tiles = weight + (std::ptrdiff_t{first + p} * all + begin + from) * 32;
+            for (int t = 0; t < some; ++t) Isa::unpack(tiles + t * 32, unpacked + (p * kMostSteps + t) * 64);
           }
         }
         std::int32_t* target = from == 0 ? sums : part;
@@ -111,15 +112,6 @@ struct FloatTable {
         for (int i = 0; i < count * panels * kTile; ++i) sums[i] += part[i];
       }
       done(r, count, first * kTile, sums, panels * kTile);
-    }
-  }
-
-  // Codes in -8 ... 7, low nibble first, as int8.
-  static void unpack(const std::uint8_t* nibbles, int count, std::int8_t* codes) {
-    for (int i = 0; i < count / 2; ++i) {
-      const int low = nibbles[i] & 15, high = nibbles[i] >> 4;
-      codes[2 * i] = static_cast<std::int8_t>((low ^ 8) - 8);
-      codes[2 * i + 1] = static_cast<std::int8_t>((high ^ 8) - 8);
     }
   }
 

@@ -90,7 +90,9 @@ struct IntegerKernels {
   void (*attention)(const IntAttention&, const std::int32_t* query, const std::int8_t* key, const std::int8_t* value,
                     const std::int32_t* keys, const std::int32_t* starts, int batch, int tokens, std::int32_t* out, int threads,
                     void* memory);
-  // The product alone, for measurements; inputs are a multiple of 4, outputs of 16.
+  // For measurements: `iterations` times `spin_products` multiply-adds in registers, and the product alone; inputs are a multiple of 4, outputs of 16.
+  std::int32_t (*spin)(std::int64_t iterations);
+  int spin_products;
   void (*product)(const std::uint8_t* a, const std::int8_t* w, int rows, int inputs, int outputs, std::int32_t* out);
 };
 

@@ -115,7 +115,7 @@ struct Kernels {
   }
 
   static constexpr IntegerKernels table() {
-    return {Isa::kOffset, &encoder_bytes, &encoder, &quantize_rows, &linear_bytes, &linear, &norm, &attention_bytes, &attention, &product};
+    return {Isa::kOffset, &encoder_bytes, &encoder, &quantize_rows, &linear_bytes, &linear, &norm, &attention_bytes, &attention, &Isa::spin, Isa::kSpin, &product};
   }
 };
 

@@ -1,5 +1,6 @@
 // The flat C interface of the native library: plain integers, pointers and structs, loaded by native.py with ctypes.
 
+#include <chrono>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -204,4 +205,21 @@ QTOOL_EXPORT std::int32_t qtool_float_encoder(std::int32_t isa, const QEncoder* 
   if (memory.get() == nullptr) return kNoMemory;
   floating(isa).encoder(*encoder, x, starts, sequences, threads, memory.get());
   return kFine;
+}
+
+// Nanoseconds of `iterations` rounds of multiply-adds in registers; `products` gets how many those were.
+QTOOL_EXPORT std::int64_t qtool_time_peak(std::int32_t isa, std::int64_t iterations, std::int64_t* products) {
+  *products = iterations * integer(isa).spin_products;
+  const auto start = std::chrono::steady_clock::now();
+  volatile std::int32_t sum = integer(isa).spin(iterations);
+  (void)sum;
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
+}
+
+// Nanoseconds of `repeats` products of `a`, uint8 [rows][inputs], by tiled weights, on this thread.
+QTOOL_EXPORT std::int64_t qtool_time_product(std::int32_t isa, const std::uint8_t* a, const std::int8_t* w, std::int32_t rows,
+                                             std::int32_t inputs, std::int32_t outputs, std::int32_t* out, std::int32_t repeats) {
+  const auto start = std::chrono::steady_clock::now();
+  for (std::int32_t i = 0; i < repeats; ++i) integer(isa).product(a, w, rows, inputs, outputs, out);
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
 }

@@ -117,6 +117,33 @@ struct Avx2 {
     return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
   }
 
+  static void unpack(const std::uint8_t* nibbles, std::int8_t* codes) {
+    const Int eights = set(0x08080808);
+    for (int half = 0; half < 2; ++half) {
+      const Int pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(nibbles + 16 * half)));
+      const Int spread = _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), set(0x0f0f0f0f));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * half), _mm256_sub_epi8(_mm256_xor_si256(spread, eights), eights));
+    }
+  }
+
+  static constexpr int kSpin = 8 * 32;
+  static std::int32_t spin(std::int64_t iterations) {
+    Int a = set(0x01010101), b = set(0x02020202), sums[8];
+    const Int ones = _mm256_set1_epi16(1);
+    for (int j = 0; j < 8; ++j) sums[j] = set(j);
+    for (std::int64_t i = 0; i < iterations; ++i) {
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+        __asm__ volatile("" : "+x"(a));  // another operand, for all that the compiler knows
+        sums[j] = add(sums[j], _mm256_madd_epi16(_mm256_maddubs_epi16(a, _mm256_sign_epi8(b, a)), ones));
+      }
+    }
+    alignas(32) std::int32_t lanes[8];
+    for (int j = 1; j < 8; ++j) sums[0] = add(sums[0], sums[j]);
+    put(static_cast<std::int32_t*>(lanes), sums[0]);
+    return lanes[0];
+  }
+
   template <int R, int P>
   static void tile(const std::uint8_t* a, std::ptrdiff_t stride, const std::int8_t* w, std::ptrdiff_t panel, std::ptrdiff_t steps,
                    std::int32_t* out) {

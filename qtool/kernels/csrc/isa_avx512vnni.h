@@ -135,6 +135,29 @@ struct Avx512Vnni {
   static std::int64_t reduce_wide(Wide x) { return _mm512_reduce_add_epi64(x); }
   static std::int32_t reduce_max(Int x) { return _mm512_reduce_max_epi32(x); }
 
+  // 64 codes of 4 bits, low nibble first, as int8.
+  static void unpack(const std::uint8_t* nibbles, std::int8_t* codes) {
+    const Int pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles)));
+    const Int spread = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi16(pairs, 4)), set(0x0f0f0f0f));
+    _mm512_storeu_si512(codes, _mm512_sub_epi8(_mm512_xor_si512(spread, set(0x08080808)), set(0x08080808)));
+  }
+
+  // A loop of nothing but multiply-adds, for measurements: this many of `kSpin` int8 products each.
+  static constexpr int kSpin = 12 * 64;
+  static std::int32_t spin(std::int64_t iterations) {
+    Int a = set(0x01010101), b = set(0x02020202), sums[12];
+    for (int j = 0; j < 12; ++j) sums[j] = set(j);
+    for (std::int64_t i = 0; i < iterations; ++i) {
+#pragma GCC unroll 12
+      for (int j = 0; j < 12; ++j) {
+        __asm__ volatile("" : "+v"(a));  // another operand, for all that the compiler knows
+        sums[j] = _mm512_dpbusd_epi32(sums[j], a, b);
+      }
+    }
+    for (int j = 1; j < 12; ++j) sums[0] = add(sums[0], sums[j]);
+    return _mm512_reduce_add_epi32(sums[0]);
+  }
+
   template <int R, int P>
   static void tile(const std::uint8_t* a, std::ptrdiff_t stride, const std::int8_t* w, std::ptrdiff_t panel, std::ptrdiff_t steps,
                    std::int32_t* out) {

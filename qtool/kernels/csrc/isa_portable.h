@@ -98,6 +98,29 @@ struct Portable {
   static std::int64_t reduce_wide(Wide x) { return x; }
   static std::int32_t reduce_max(Int x) { return x; }
 
+  // 64 codes of 4 bits, low nibble first, as int8.
+  static void unpack(const std::uint8_t* nibbles, std::int8_t* codes) {
+    for (int i = 0; i < 32; ++i) {
+      codes[2 * i] = static_cast<std::int8_t>(((nibbles[i] & 15) ^ 8) - 8);
+      codes[2 * i + 1] = static_cast<std::int8_t>(((nibbles[i] >> 4) ^ 8) - 8);
+    }
+  }
+
+  // A loop of nothing but multiply-adds, for measurements: this many times `kSpin` int8 products.
+  static constexpr int kSpin = 64;
+  static std::int32_t spin(std::int64_t iterations) {
+    std::uint8_t a[4] = {1, 2, 3, 4};
+    std::int8_t w[64] = {};
+    std::int32_t out[16];
+    std::int32_t sum = 0;
+    for (std::int64_t i = 0; i < iterations; ++i) {
+      a[0] = static_cast<std::uint8_t>(i & 1);
+      tile<1, 1>(a, 4, w, 64, 1, out);
+      sum += out[i & 15];
+    }
+    return sum;
+  }
+
   // out[r][16 p + c] = sum over k of a[r][k] * w[p][k / 4][c][k % 4]; `a` holds codes plus kOffset.
   template <int R, int P>
   static void tile(const std::uint8_t* a, std::ptrdiff_t stride, const std::int8_t* w, std::ptrdiff_t panel, std::ptrdiff_t steps,

@@ -41,8 +41,7 @@ class FusedEncoder:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls: Any = type(self)
-        state = {key: value for key, value in self.__dict__.items() if key != "_plan"}
-        return _rebuild, (cls.__mro__[2],), state
+        return _rebuild, (cls.__mro__[2],), self.__dict__
 
 
 def _rebuild(cls: Any) -> Any:

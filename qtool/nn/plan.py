@@ -38,6 +38,10 @@ class Plan:
         ]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles of a module have other tensors: they start without a plan."""
+        return type(None), ()
+
     def holds(self) -> bool:
         """Whether the tensors are those that the plan points to, unchanged."""
         for table, name, tensor, version in self._tensors:  # hundreds, before every forward

@@ -62,6 +62,7 @@ struct Near {
 template <class Isa, class Where, class Done>
 void multiply(const std::uint8_t* a, std::ptrdiff_t stride, int rows, const std::int8_t* w, std::ptrdiff_t panel, int steps, int begin,
               int end, const Where& target, const Done& done) {
+  if (rows == 0) return;
   alignas(64) std::int32_t sums[Isa::kRows * Isa::kPanels * kTile];
   for (int p = begin; p < end; p += Isa::kPanels) {
     const int panels = std::min(Isa::kPanels, end - p);

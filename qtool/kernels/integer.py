@@ -265,10 +265,10 @@ def q_linear(
 ) -> structs.QLinear:
     """The struct of a linear layer; tensors made for it are appended to `kept`, which must outlive it."""
     outputs, inputs = operand.shape
-    tensors = [operand.tiles, operand.row_sums, operand.scale(weight_scale), *(t.contiguous() for t in (bias, act_scale) if t is not None)]
-    kept += tensors
+    tensors = (operand.tiles, operand.row_sums, operand.scale(weight_scale), bias, act_scale)
+    kept += [tensor for tensor in tensors if tensor is not None]
     return structs.QLinear(
-        *(address(tensor) for tensor in tensors[:3]), address(bias), address(act_scale), inputs, outputs,
+        *(address(tensor) for tensor in tensors), inputs, outputs,
         weight_scale.shape[1], operand.tiles.dtype == torch.uint8,
     )  # fmt: skip
 

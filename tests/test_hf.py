@@ -100,6 +100,12 @@ def outputs(model: Any, dtype: torch.dtype = torch.float32, inputs: Any = None) 
     return found
 
 
+def real(output: torch.Tensor) -> torch.Tensor:
+    """Of the outputs for `batch()` those at real tokens: what stands at padding is nobody's business."""
+    mask = batch()["attention_mask"].bool()
+    return output[mask] if output.shape[:2] == mask.shape else output
+
+
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
     """Equal names, types and bits."""
     return list(found) == list(wanted) and all(
@@ -191,8 +197,8 @@ def test_a_float_table_stays_tied_to_its_head(
     model = AutoModelForMaskedLM.from_pretrained(folder)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert not any("decoder.weight" in name for name in load_file(folder / WEIGHTS))
-    floats = outputs(AutoModelForMaskedLM.from_pretrained(source_of(folder)))["logits"]
-    assert (outputs(model)["logits"] - floats).norm() < 0.2 * floats.norm()
+    floats = real(outputs(AutoModelForMaskedLM.from_pretrained(source_of(folder)))["logits"])
+    assert (real(outputs(model)["logits"]) - floats).norm() < 0.2 * floats.norm()
     model.save_pretrained(tmp_path / "saved")
     again = AutoModelForMaskedLM.from_pretrained(tmp_path / "saved")
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
@@ -717,7 +723,7 @@ def test_loading_in_half_precision(quantized: Quantized, tmp_path: Path, archite
     assert same(codes_and_scales(model), codes_and_scales(full)) and codes_and_scales(model)
     found = outputs(model, dtype)
     for name, value in outputs(full).items():
-        assert (found[name].float() - value).norm() < 0.2 * value.norm()
+        assert (real(found[name]).float() - real(value)).norm() < 0.2 * real(value).norm()
     model.to("cpu")
     assert same(outputs(model, dtype), found)
     model.save_pretrained(tmp_path / "saved")

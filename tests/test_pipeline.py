@@ -22,6 +22,7 @@ import qtool
 from qtool import artifact, checkpoint, pipeline
 from qtool.api import calibration_batches, open_job, quantize_events, resolve_recipe
 from qtool.errors import RESUMABLE, InputError, QtoolError
+from qtool.nn.plan import one_by_one
 from qtool.rundir import RunDirectory, beside
 
 Command = Callable[..., Any]
@@ -333,7 +334,7 @@ def test_the_recorded_golden_batch_is_what_plain_transformers_computes(tiny: Any
     completed(quantize_events(str(tiny.model), recipe_of(tiny), Path("out")))
     golden = json.loads(Path("out/qtool.json").read_text())["golden"]
     model = transformers.AutoModelForSequenceClassification.from_pretrained("out").eval()
-    with torch.no_grad():
+    with torch.no_grad(), one_by_one():
         logits = model(**{name: torch.tensor(value) for name, value in golden["inputs"].items()}).logits
     assert golden["outputs"]["logits"]["shape"] == list(logits.shape)
     assert golden["outputs"]["logits"]["first"] == logits.flatten()[:8].tolist()

@@ -17,7 +17,7 @@ from hypothesis.extra.numpy import arrays
 
 from qtool import kernels
 from qtool.errors import UnavailableError
-from qtool.kernels import reference
+from qtool.kernels import native, reference
 from qtool.kernels.reference import (
     Product,
     Reference,
@@ -304,16 +304,42 @@ def test_row_table_linear(monkeypatch: pytest.MonkeyPatch, bits: int, bias: bool
 
 
 def test_the_backend_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in kernels.BACKENDS:
+    choose = kernels._default.__wrapped__
+    here = [name for name in kernels.BACKENDS if name != "native" or native.available()]
+    for name in here:
         monkeypatch.setenv("QTOOL_BACKEND", name)
-        assert kernels.backend.__wrapped__().name == name
+        assert choose().name == name
+        with kernels.using(name):
+            assert kernels.backend().name == name
     monkeypatch.delenv("QTOOL_BACKEND")
-    assert kernels.backend.__wrapped__().name == kernels.BACKENDS[0]
+    assert choose().name == here[0]
     monkeypatch.setenv("QTOOL_BACKEND", "")  # as good as unset
-    assert kernels.backend.__wrapped__().name == kernels.BACKENDS[0]
+    assert choose().name == here[0]
     monkeypatch.setenv("QTOOL_BACKEND", "referense")
     with pytest.raises(UnavailableError, match="unknown backend"):
-        kernels.backend.__wrapped__()
+        choose()
+
+
+def test_without_the_library_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(native, "reason", lambda: "no compiler")
+    monkeypatch.delenv("QTOOL_BACKEND", raising=False)
+    assert kernels._default.__wrapped__().name == "reference"
+    with pytest.raises(UnavailableError, match="native backend is not available: no compiler"):
+        kernels._make.__wrapped__("native")
+
+
+def test_the_instruction_set_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "isas", lambda: ("portable", "avx2"))
+    for wanted, chosen in (("", "avx2"), ("portable", "portable")):
+        monkeypatch.setenv("QTOOL_CPU_ISA", wanted)
+        assert native.isa.__wrapped__() == chosen
+    monkeypatch.setenv("QTOOL_CPU_ISA", "avx3")
+    with pytest.raises(UnavailableError, match="unknown instruction set 'avx3'"):
+        native.isa.__wrapped__()
+    monkeypatch.setenv("QTOOL_CPU_ISA", "avx512vnni")
+    with pytest.raises(UnavailableError, match="this CPU or build has portable, avx2"):
+        native.isa.__wrapped__()
 
 
 def test_an_unknown_backend_stops_the_process() -> None:

@@ -1,0 +1,396 @@
+"""Whole native encoders under every schedule of their threads, and after what people do to models between two calls."""
+
+import copy
+import functools
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import qtool
+from qtool import kernels
+from qtool.kernels import integer, native
+from qtool.nn.integer.module import integer_outputs
+from qtool.nn.plan import one_by_one
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "")
+BERT = "BertForSequenceClassification"
+FAMILIES = [BERT, "RobertaForMaskedLM", "DistilBertForSequenceClassification", "ElectraForTokenClassification"]
+ALONE = 128  # rows a thread from which on it takes blocks of its own: kAloneRows in csrc/schedule.h
+SHAPES = {
+    "one token": (1, 1),
+    "one long text": (1, 190),  # more than kQueryRows, and fewer heads than threads
+    "together": (5, 20),
+    "alone with few threads": (20, 20),
+    "alone": (45, 21),
+}
+Load = Callable[..., Any]
+Batch = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def load(shelf: Any) -> Load:
+    """A fresh copy of a tiny quantized model; options of the config and entries of the recipe."""
+
+    @functools.cache
+    def folder(architecture: str, method: str, entries: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Path:
+        name = f"schedules-{len(list(shelf.folder.iterdir()))}"
+        labels = ("a", "b", "c") if "Classification" in architecture else ()
+        config = {"max_position_embeddings": 200, **dict(options)}
+        source = shelf.make(name, architecture, labels=labels, change=shelf.noise(0.1), **config)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(shelf.folder)
+            patch.setattr("qtool.pipeline._check_in_fresh_process", lambda *run: None)  # it takes seconds
+            recipe = ["calibration.source=random", "calibration.num_samples=4", *entries]
+            result: Path = qtool.quantize(
+                str(source), method=method, output=shelf.folder / f"{name}-out", set=recipe
+            ).path
+        return result
+
+    def make(architecture: str = BERT, method: str = "ibert", *entries: str, **options: Any) -> Any:
+        path = folder(architecture, method, entries, tuple(options.items()))
+        name = json.loads((path / "config.json").read_text())["architectures"][0]
+        return getattr(transformers, name).from_pretrained(path).eval()
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def natively(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On the native backend, and with as many threads as torch has even for the little that tiny models do."""
+    monkeypatch.setattr(integer, "_ALONE", -1)
+    with kernels.using("native"), torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param not in native.isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    monkeypatch.setattr(native, "isa", lambda: request.param)
+    return str(request.param)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Functions of the library as they are called, with their threads."""
+    seen: list[tuple[str, int]] = []
+    call = native.call
+    monkeypatch.setattr(native, "call", lambda name, *given: (seen.append((name, given[-1])), call(name, *given))[1])
+    return seen
+
+
+def batch(model: Any, rows: int, tokens: int, padding: str = "holes") -> Batch:
+    draw = torch.Generator().manual_seed(rows * tokens)
+    ids = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=draw)
+    lengths = torch.randint(1, tokens + 1, (rows, 1), generator=draw)
+    at = torch.arange(tokens)
+    masks = {
+        "none": torch.ones_like(ids),
+        "right": (at < lengths).long(),
+        "left": (at >= tokens - lengths).long(),
+        "holes": (torch.rand((rows, tokens), generator=draw) > 0.1).long(),
+        "all": torch.zeros_like(ids),
+    }
+    mask = masks[padding]
+    return {"input_ids": torch.where(mask > 0, ids, model.config.pad_token_id), "attention_mask": mask}
+
+
+def integers(model: Any, inputs: Batch) -> list[torch.Tensor]:
+    with integer_outputs():
+        output, hidden = model(**inputs), model.base_model(**inputs).last_hidden_state
+    return [output.logits, hidden]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def hidden_states(model: Any, inputs: Batch) -> torch.Tensor:
+    """Of the blocks alone, where the mask allows everything or is a padding mask."""
+    found: torch.Tensor = model.base_model(**inputs).last_hidden_state
+    return found
+
+
+# Threads
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_integers_under_every_schedule(
+    load: Load, architecture: str, shape: str, isa: str, calls: list[tuple[str, int]]
+) -> None:
+    model = load(architecture)
+    inputs = batch(model, *SHAPES[shape])
+    with kernels.using("reference"):
+        wanted = integers(model, inputs)
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        calls.clear()
+        assert same(integers(model, inputs), wanted), threads
+        assert calls.count(("qtool_integer_encoder", threads)) == 2
+    with one_by_one():
+        calls.clear()
+        assert same(integers(model, inputs), wanted)
+        assert {name for name, _ in calls} >= {"qtool_integer_linear", "qtool_integer_norm", "qtool_integer_attention"}
+
+
+def test_the_shapes_are_on_both_sides() -> None:
+    tokens = [rows * length for rows, length in SHAPES.values()]
+    for threads in (2, 3, 5):
+        assert min(tokens) < ALONE * threads < 0.8 * max(tokens), "holes take a tenth"
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_float_rows_do_not_depend_on_threads(load: Load, architecture: str, shape: str, isa: str) -> None:
+    model = load(architecture, "zeroquant")
+    inputs = batch(model, *SHAPES[shape])
+    torch.set_num_threads(1)
+    embedded = model.base_model.embeddings(inputs["input_ids"])
+    if hasattr(model.base_model, "embeddings_project"):
+        embedded = model.base_model.embeddings_project(embedded)
+    mask = inputs["attention_mask"].bool()[:, None, None, :].expand(-1, 1, mask_rows(inputs), -1)
+    holder = getattr(model.base_model, "encoder", None) or model.base_model.transformer
+    wanted = holder(embedded, mask).last_hidden_state
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(holder(embedded, mask).last_hidden_state, wanted), threads
+    assert not wanted[~inputs["attention_mask"].bool()].any()
+    for row in range(0, len(embedded), 7):
+        real = inputs["attention_mask"][row].bool()
+        if real.any():
+            alone = holder(embedded[row : row + 1, real]).last_hidden_state[0]
+            assert torch.equal(alone, wanted[row, real]), "neither company nor padding matters"
+
+
+def mask_rows(inputs: Batch) -> int:
+    return inputs["input_ids"].shape[1]
+
+
+# Padding and options
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "holes", "all"])
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_integers_under_every_padding(load: Load, architecture: str, padding: str, isa: str) -> None:
+    model = load(architecture)
+    inputs = batch(model, 6, 11, padding)
+    joined = integers(model, inputs)
+    with one_by_one():
+        assert same(joined, integers(model, inputs))
+    with kernels.using("reference"):
+        assert same(joined, integers(model, inputs))
+    assert not joined[1][inputs["attention_mask"] == 0].any()
+
+
+@pytest.mark.parametrize("options", [{"hidden_act": "relu"}, {"num_attention_heads": 1}, {"num_attention_heads": 8}])
+@pytest.mark.parametrize(
+    "entries", [(), ("methods.ibert.gelu=polynomial",), ("activations=int8:tensor:sym",)], ids=["", "poly", "static"]
+)
+def test_options_on_every_instruction_set(
+    load: Load, entries: tuple[str, ...], options: dict[str, Any], isa: str, calls: list[tuple[str, int]]
+) -> None:
+    model = load(BERT, "ibert", *entries, **options)
+    inputs = batch(model, 9, 17)
+    joined = integers(model, inputs)
+    assert "qtool_integer_encoder" in dict(calls)
+    with kernels.using("reference"):
+        assert same(joined, integers(model, inputs))
+
+
+def test_hidden_states_end_with_what_the_joined_blocks_give(load: Load, calls: list[tuple[str, int]]) -> None:
+    model = load()
+    inputs = batch(model, 5, 9)
+    last = hidden_states(model, inputs)
+    calls.clear()
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(states[-1], last) and len(states) == 3
+    assert "qtool_integer_encoder" not in dict(calls)
+
+
+@pytest.mark.parametrize("where", ["real", "padding"])
+@pytest.mark.parametrize("table", ["input_ids", "token_type_ids", "position_ids"])
+def test_ids_that_no_table_has(load: Load, table: str, where: str) -> None:
+    """What stands at padding is nobody's business."""
+    model = load()
+    inputs = batch(model, 3, 6, "none")
+    inputs["attention_mask"][1, 4:] = 0
+    wanted = integers(model, inputs)
+    for wrong in (-1, 1000, 1 << 40):
+        ids = {"token_type_ids": torch.zeros(3, 6), "position_ids": torch.arange(6).expand(3, 6)} | inputs
+        given = {**inputs, table: ids[table].long().clone()}
+        given[table][1, 2 if where == "real" else 5] = wrong
+        if where == "real":
+            with pytest.raises(IndexError, match="not one of the rows"):
+                integers(model, given)
+        else:
+            assert same(integers(model, given), wanted)
+
+
+# Floats
+
+
+@pytest.mark.parametrize("padding", ["none", "right", "left", "holes", "all"])
+@pytest.mark.parametrize("options", [{}, {"hidden_act": "relu"}, {"num_attention_heads": 8}], ids=["", "relu", "heads"])
+def test_floats_are_close_to_the_modules(load: Load, options: dict[str, Any], padding: str, isa: str) -> None:
+    """Sums of floats in another order move a value by a few units of 2^-24; that moves a code whose value is this close
+    to a tie, by one of 127 steps, and the row with it. So most rows agree to rounding, and none is far off.
+    """
+    model = load(BERT, "zeroquant", **options)
+    inputs = batch(model, 9, 17, padding)
+    joined = hidden_states(model, inputs)
+    with one_by_one():
+        wanted = hidden_states(model, inputs)
+    real = inputs["attention_mask"].bool()
+    assert not joined[~real].any()
+    off = (joined - wanted)[real].norm(dim=-1) / wanted[real].norm(dim=-1)
+    print(
+        "OFF",
+        isa,
+        options,
+        padding,
+        [f"{x:.1e}" for x in off.quantile(torch.tensor([0.1, 0.5, 0.9, 1.0]))] if len(off) else "",
+    )
+    assert (off < 0.1).all()
+
+
+@pytest.mark.parametrize(
+    ("entries", "options"),
+    [
+        (("weights=int8:group:8:sym",), {}),
+        (("weights=int4:channel:sym",), {}),
+        ((), {"hidden_act": "gelu_new"}),
+    ],
+    ids=["groups", "nibbles", "another gelu"],
+)
+def test_what_does_not_fit_runs_by_modules(
+    load: Load, entries: tuple[str, ...], options: dict[str, Any], calls: list[tuple[str, int]]
+) -> None:
+    model = load(BERT, "zeroquant", *entries, **options)
+    inputs = batch(model, 4, 8)
+    found = [hidden_states(model, inputs) for _ in range(2)]
+    assert "qtool_float_encoder" not in dict(calls) and "qtool_float_linear" in dict(calls)
+    with one_by_one():
+        assert torch.equal(found[0], hidden_states(model, inputs))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_token_damages_its_text_only(load: Load, value: float, isa: str) -> None:
+    model = load(BERT, "zeroquant")
+    x = model.base_model.embeddings(batch(model, 3, 7, "none")["input_ids"])
+    clean = model.base_model.encoder(x).last_hidden_state
+    for token in range(7):
+        damaged = x.clone()
+        damaged[1, token, 5] = value
+        found = model.base_model.encoder(damaged).last_hidden_state
+        assert not found[1].isfinite().any() and torch.equal(found[[0, 2]], clean[[0, 2]])
+
+
+# Between two calls
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {}
+
+
+def change(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    CHANGES[function.__name__.replace("_", " ")] = function
+    return function
+
+
+@change
+def a_layer_less(model: Any) -> None:
+    model.bert.encoder.layer = model.bert.encoder.layer[:1]
+
+
+@change
+def layers_in_another_order(model: Any) -> None:
+    model.bert.encoder.layer = nn.ModuleList(reversed(list(model.bert.encoder.layer)))
+
+
+@change
+def a_layer_deleted_in_place(model: Any) -> None:
+    del model.bert.encoder.layer[0]
+
+
+@change
+def a_linear_replaced(model: Any) -> None:
+    first, second = model.bert.encoder.layer
+    first.output.dense = copy.deepcopy(second.output.dense)
+
+
+@change
+def a_norm_replaced(model: Any) -> None:
+    first, second = model.bert.encoder.layer
+    first.output.LayerNorm = copy.deepcopy(second.output.LayerNorm)
+
+
+@change
+def a_state_dict_loaded(model: Any) -> None:
+    state = model.state_dict()
+    first, second = "bert.encoder.layer.0.", "bert.encoder.layer.1."
+    swapped = {
+        name: state[name.replace(first, second) if first in name else name.replace(second, first)] for name in state
+    }
+    model.load_state_dict({name: tensor.clone() for name, tensor in swapped.items()})
+
+
+@pytest.mark.parametrize("kind", list(CHANGES))
+@pytest.mark.parametrize("method", ["ibert", "zeroquant"])
+def test_changes_between_two_calls_are_noticed(load: Load, method: str, kind: str) -> None:
+    model, inputs = load(BERT, method), batch(load(BERT, method), 3, 9)
+    before = hidden_states(model, inputs)
+    CHANGES[kind](model)
+    found, afresh = hidden_states(model, inputs), load(BERT, method)
+    CHANGES[kind](afresh)
+    assert torch.equal(found, hidden_states(afresh, inputs))
+    assert not torch.equal(found, before)
+
+
+@pytest.mark.parametrize("method", ["ibert", "zeroquant"])
+@pytest.mark.parametrize("way", ["hook", "pre-hook", "forward", "global hook"])
+def test_everybody_who_watches_a_module_sees_it(load: Load, method: str, way: str) -> None:
+    model, inputs, seen = load(BERT, method), batch(load(BERT, method), 3, 9), []
+    hidden_states(model, inputs)
+    dense = model.bert.encoder.layer[1].intermediate.dense
+    if way == "hook":
+        dense.register_forward_hook(lambda module, given, output: seen.append(module))
+    elif way == "pre-hook":
+        dense.register_forward_pre_hook(lambda module, given: seen.append(module))
+    elif way == "forward":
+        original = dense.forward
+        dense.forward = lambda *given: (seen.append(dense), original(*given))[1]
+    else:
+        hook = nn.modules.module.register_module_forward_hook(lambda module, given, output: seen.append(module))
+    try:
+        found = hidden_states(model, inputs)
+    finally:
+        if way == "global hook":
+            hook.remove()
+    assert any(module is dense for module in seen)
+    with one_by_one():
+        assert torch.equal(found, hidden_states(model, inputs))
+
+
+@pytest.mark.parametrize("method", ["ibert", "zeroquant"])
+def test_copies_go_their_own_way(load: Load, method: str) -> None:
+    """A copy or pickle made after a forward does not read the original's tensors, nor the other way round."""
+    model = load(BERT, method)
+    inputs = batch(model, 3, 9)
+    wanted = hidden_states(model, inputs)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(hidden_states(other, inputs), wanted)
+        other.bert.encoder.layer[0].output.LayerNorm.bias += 1 << 20
+        assert not torch.equal(hidden_states(other, inputs), wanted)
+        assert torch.equal(hidden_states(model, inputs), wanted)
+    other = copy.deepcopy(model)
+    model.bert.encoder.layer[0].output.LayerNorm.bias += 1 << 20
+    del model
+    assert torch.equal(hidden_states(other, inputs), wanted)

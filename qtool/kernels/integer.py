@@ -69,7 +69,7 @@ class Native(Reference):
 
     def row_sums(self, operand: Any) -> torch.Tensor:
         """int32 `[out]`."""
-        sums: torch.Tensor = operand.row_sums[0]
+        sums: torch.Tensor = operand.row_sums.sum(0, dtype=torch.int32)
         return sums
 
     def int8_linear(
@@ -101,6 +101,7 @@ class Native(Reference):
     def float_encoder(encoder: structs.QEncoder, hidden: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         """All blocks of an encoder: float32 `[batch, tokens, hidden]` → the same, 0 where `real` is not."""
         batch, tokens, width = hidden.shape
+        hidden = hidden.detach()  # integer codes have no gradient
         if real is None or bool(real.all()):
             where, starts = None, torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32)
             rows = hidden.reshape(-1, width).clone()

@@ -237,20 +237,15 @@ def test_ties_subnormals_and_the_largest_floats(inputs: int) -> None:
         assert codes_fit.any() and same_product(x[codes_fit], stored, None, torch.tensor([act])), act
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a quotient of 2^31 or more becomes an int before it is clipped, and turns negative"
-)
 @pytest.mark.parametrize("value", [2.0**31, 1e20])
 def test_static_codes_saturate_however_large_the_quotient(value: float) -> None:
     assert same_product(torch.full((1, 24), value), stored_weight(33, 24), None, torch.tensor([1.0]))
 
 
-@pytest.mark.xfail(strict=True, reason="a static scale below the smallest normal float is replaced by that")
 def test_a_subnormal_static_scale() -> None:
     assert same_product(torch.full((1, 24), 1e-41), stored_weight(33, 24), None, torch.tensor([1e-42]))
 
 
-@pytest.mark.xfail(strict=True, reason="only the first column block's codes are added up")
 def test_row_sums_of_a_weight_with_column_blocks() -> None:
     """The sum of each row, says `Backend.row_sums`, however many scales a row has."""
     stored = stored_weight(20, 60, "int8:group:12:sym")

@@ -86,7 +86,7 @@ class FloatEncoder {
     product(crew, block.up, scratch.codes, scratch.scales, count, Target<float>{scratch.inner, width},
             [relu](auto isa, float* cell, auto y) {
               using V = decltype(isa);
-              V::store_float(cell, relu ? V::max_float(y, V::set_float(0.0f)) : gelu<V>(y));
+              V::store_float(cell, relu ? V::max_float(V::set_float(0.0f), y) : gelu<V>(y));
             });
     crew.wait();
     quantize(crew, block.down, scratch.inner, width, scratch.inner_codes, scratch.scales, count);

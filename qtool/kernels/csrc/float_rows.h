@@ -68,13 +68,13 @@ float quantize_row(const QLinear& linear, const float* x, int offset, std::uint8
   }
   const bool is_static = linear.act_scale != nullptr;
   float scale = is_static ? *linear.act_scale : largest / 127.0f;
-  if (scale < kTiny) scale = kTiny;
+  if (!is_static && scale < kTiny) scale = kTiny;
   sweep_float<Isa>(n, [&](auto isa, int j) {
     using V = decltype(isa);
     const auto ratio = V::div_float(V::load_float(x + j), V::set_float(scale));
-    auto code = V::to_int(V::floor_float(V::add_float(ratio, V::set_float(0.5f))));
-    if (is_static) code = V::max(V::min(code, V::set(127)), V::set(-127));
-    V::put(codes + j, V::add(code, V::set(offset)));
+    auto level = V::floor_float(V::add_float(ratio, V::set_float(0.5f)));
+    if (is_static) level = V::max_float(V::min_float(level, V::set_float(127.0f)), V::set_float(-127.0f));
+    V::put(codes + j, V::add(V::to_int(level), V::set(offset)));
   });
   for (int j = n; j < ceil_div(n, kQuad) * kQuad; ++j) codes[j] = 0;
   return scale + nothing;

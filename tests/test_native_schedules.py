@@ -241,7 +241,7 @@ def test_ids_that_no_table_has(load: Load, table: str, where: str) -> None:
 @pytest.mark.parametrize("options", [{}, {"hidden_act": "relu"}, {"num_attention_heads": 8}], ids=["", "relu", "heads"])
 def test_floats_are_close_to_the_modules(load: Load, options: dict[str, Any], padding: str, isa: str) -> None:
     """A sum of floats in another order is off by a few times 2^-24: 3e-7 of a row were measured after two blocks. Where
-    that moves a value over a tie, its code is off by one of 127 steps and the row by about 1e-2. Few rows are so unlucky.
+    that moves a value over a tie, its code is off by one of 127 steps and the row by about 1e-2, which is rare.
     """
     model = load(BERT, "zeroquant", **options)
     inputs = batch(model, 9, 17, padding)

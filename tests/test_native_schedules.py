@@ -287,7 +287,7 @@ def test_a_damaged_token_damages_its_text_only(load: Load, value: float, isa: st
         assert not found[1].isfinite().any() and torch.equal(found[[0, 2]], clean[[0, 2]])
 
 
-def test_relu_keeps_a_nan(load: Load) -> None:
+def test_relu_keeps_a_nan(load: Load, isa: str) -> None:
     model = load(BERT, "zeroquant", hidden_act="relu")
     inputs = batch(model, 3, 7, "none")
     model.bert.encoder.layer[1].intermediate.dense.bias[0] = float("nan")

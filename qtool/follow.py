@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from qtool.anatomy import Anatomy, Unit
+from qtool.kernels import using
 from qtool.kernels.reference import SaturationMeter, counting_saturation
 from qtool.methods.base import decibels
 from qtool.nn import IntModule
@@ -60,7 +61,11 @@ class Follower:
         The lowered unit is loaded.
         """
         meter = SaturationMeter()
-        with self.exact.loaded(unit), counting_saturation(meter), self._naming(unit, meter):
+        with ExitStack() as stack:
+            stack.enter_context(self.exact.loaded(unit))
+            stack.enter_context(using("reference"))  # the one that counts
+            stack.enter_context(counting_saturation(meter))
+            stack.enter_context(self._naming(unit, meter))
             sites = {site: grid for site, grid in grids.items() if unit.owns(site)}
             losses = self._compare(unit, sites, advance=True, meter=meter)
         figures: dict[str, dict[str, float]] = {

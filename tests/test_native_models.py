@@ -15,7 +15,7 @@ import transformers
 import qtool
 from qtool import kernels
 from qtool.fused import FusedEncoder
-from qtool.kernels import native
+from qtool.kernels import integer, native
 from qtool.nn.integer.module import integer_outputs
 from qtool.nn.plan import one_by_one
 
@@ -129,7 +129,8 @@ def test_recipes(load: Load, entries: tuple[str, ...], calls: list[str]) -> None
         assert same(joined, integers(model, inputs))
 
 
-def test_threads_and_company_do_not_matter(load: Load) -> None:
+def test_threads_and_company_do_not_matter(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integer, "_ALONE", -1)  # small models are shared out too
     model, before = load(MODELS[0]), torch.get_num_threads()
     inputs = batch(model, MANY // 10, 13)
     try:

@@ -1,6 +1,6 @@
 """The native backend: the reference's integers from compiled kernels.
 
-Small and rare operations are the reference's own. Inside `counting_saturation` all are: only the reference counts.
+Small and rare operations are the reference's own.
 """
 
 import ctypes
@@ -154,9 +154,6 @@ class Native(Reference):
         bits: int,
     ) -> torch.Tensor:
         """See `reference.integer_linear`."""
-        if reference.counts_saturation():
-            plain = reference.operand(reference.whole_codes(weight.tiles, weight.shape))
-            return reference.integer_linear(codes, amax, plain, row_sums, align, bias, to_output, bits)
         codes = codes.contiguous()
         amax = None if amax is None else amax.contiguous()
         outputs, inputs = weight.shape
@@ -179,8 +176,6 @@ class Native(Reference):
         x: torch.Tensor, eps: torch.Tensor, to_output: Rescale, bias: torch.Tensor, bits: int
     ) -> torch.Tensor:
         """See `reference.integer_norm`."""
-        if reference.counts_saturation():
-            return reference.integer_norm(x, eps, to_output, bias, bits)
         x = x.contiguous()
         result = torch.empty_like(x)
         struct = structs.IntNorm(
@@ -207,10 +202,6 @@ class Native(Reference):
         context_bits: int,
     ) -> torch.Tensor:
         """See `reference.integer_attention`."""
-        if reference.counts_saturation():
-            return reference.integer_attention(
-                query, key, value, real, align, to_scores, to_context, grid=grid, bits=bits, context_bits=context_bits
-            )
         batch, tokens, heads, size = query.shape
         exp_b, exp_c = reference.exp_constants(grid)
         struct = structs.IntAttention(

@@ -172,14 +172,9 @@ class SaturationMeter:
 _METER: ContextVar[SaturationMeter | None] = ContextVar("saturation meter", default=None)
 
 
-def counts_saturation() -> bool:
-    """Whether clipped values are being counted."""
-    return _METER.get() is not None
-
-
 @contextmanager
 def counting_saturation(meter: SaturationMeter) -> Iterator[None]:
-    """While active, `saturate` reports to `meter`."""
+    """While active, `saturate` reports to `meter`. Other backends count nothing: see `kernels.using`."""
     token = _METER.set(meter)
     try:
         yield

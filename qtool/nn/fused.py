@@ -48,10 +48,16 @@ class FloatPlan(Plan):
 
     def __init__(self, roots: Sequence[nn.Module], blocks: Sequence[Parts], heads: int, activation: str) -> None:
         super().__init__(roots)
+        norms = [block[role] for block in blocks for role in NORMS]
+        self._eps = [(norm, norm.eps) for norm in norms]
         layers = [structs.QBlock(**{role: self._part(module) for role, module in block.items()}) for block in blocks]
         self._blocks = (structs.QBlock * len(layers))(*layers)
         hidden = blocks[0]["query"].in_features
         self.encoder = structs.QEncoder(self._blocks, len(layers), hidden, heads, ACTIVATIONS[activation])
+
+    def holds(self, roots: Sequence[nn.Module]) -> bool:
+        """See `Plan.holds`; `eps` is no tensor."""
+        return all(norm.eps == eps for norm, eps in self._eps) and super().holds(roots)
 
     def run(self, hidden: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         """See `Native.float_encoder`."""

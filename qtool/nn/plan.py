@@ -29,7 +29,9 @@ class Plan:
 
     def __init__(self, roots: Sequence[nn.Module]) -> None:
         self._kept: list[Any] = []
-        modules = [module for root in roots for module in root.modules()]
+        self._roots = list(roots)
+        self._modules = modules = [module for root in roots for module in root.modules()]
+        self._children = [(module._modules, list(module._modules.values())) for module in modules]
         self._tensors: list[tuple[Any, str, Any, int | None]] = [
             (table, name, tensor, _version(tensor))
             for module in modules
@@ -42,8 +44,13 @@ class Plan:
         """Copies and pickles of a module have other tensors: they start without a plan."""
         return type(None), ()
 
-    def holds(self) -> bool:
-        """Whether the tensors are those that the plan points to, unchanged."""
+    def holds(self, roots: Sequence[nn.Module]) -> bool:
+        """Whether `roots` have the modules and the tensors that the plan points to, unchanged.
+
+        What is written past torch's version counters, through `.data` or in inference mode, is not noticed.
+        """
+        if list(roots) != self._roots or any(list(table.values()) != known for table, known in self._children):
+            return False
         for table, name, tensor, version in self._tensors:  # hundreds, before every forward
             if table.get(name) is not tensor or (version is not None and tensor._version != version):
                 return False
@@ -51,7 +58,8 @@ class Plan:
 
     def watched(self) -> bool:
         """Whether somebody wants to see what happens inside: then modules must be called one by one."""
-        return any(self._hooks)
+        replaced = any("forward" in module.__dict__ for module in self._modules)
+        return replaced or any(self._hooks) or nn.modules.module._has_any_global_hook()
 
     def _address(self, tensor: torch.Tensor | None) -> int | None:
         """Where the numbers of a tensor start, which is kept in memory."""
@@ -63,8 +71,8 @@ class Plan:
 P = TypeVar("P", bound=Plan)
 
 
-def kept_plan(owner: nn.Module, roots: Sequence[nn.Module | None], make: Callable[[], P]) -> P | None:
-    """The plan for `roots` that `owner` keeps, made again when a tensor changed.
+def kept_plan(owner: nn.Module, roots: Sequence[nn.Module], make: Callable[[], P]) -> P | None:
+    """The plan for `roots` that `owner` keeps, made again when a module or tensor changed.
 
     None without the native backend or inside `one_by_one`, while units of the model are still to be loaded, and where
     somebody watches.
@@ -72,9 +80,8 @@ def kept_plan(owner: nn.Module, roots: Sequence[nn.Module | None], make: Callabl
     if kernels.backend().name != "native" or _ONE_BY_ONE.get():
         return None
     known: P | None = owner.__dict__.get("_plan")
-    if known is None or not known.holds():
-        tensors = [tensor for root in roots if root is not None for tensor in (*root.buffers(), *root.parameters())]
-        if any(tensor.is_meta for tensor in tensors):
+    if known is None or not known.holds(roots):
+        if any(tensor.is_meta for root in roots for tensor in (*root.buffers(), *root.parameters())):
             return None
         known = owner.__dict__["_plan"] = make()
     return None if known.watched() else known

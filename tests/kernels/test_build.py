@@ -33,12 +33,13 @@ def output(*command: object) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.fixture(scope="session")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture(scope="session", params=["Release"])
+def objects(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Object files by the name of their source."""
     needs("cmake", "c++")
     build = tmp_path_factory.mktemp("build")
-    said = output("cmake", "-S", ROOT, "-B", build) + output("cmake", "--build", build, "--parallel", "2")
+    said = output("cmake", "-S", ROOT, "-B", build, f"-DCMAKE_BUILD_TYPE={request.param}")
+    said += output("cmake", "--build", build, "--parallel", "2")
     assert "warning:" not in said
     found = {path.name.removesuffix(".cc.o"): path for path in build.rglob("*.cc.o")}
     assert {"integer_portable", "float_portable", "interface", "team"} <= set(found)
@@ -90,6 +91,7 @@ def test_vectors_are_used_where_they_may_be(objects: dict[str, Path]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("objects", ["Release", "Debug", "MinSizeRel"], indirect=True)
 def test_instruction_sets_share_no_code(objects: dict[str, Path]) -> None:
     """Of a function that several objects define the linker keeps one, which another CPU may not be able to run."""
     needs("nm")

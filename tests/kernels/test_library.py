@@ -246,7 +246,7 @@ def test_children_after_the_parent_used_threads(shared_work: None, generations: 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_children_of_a_process_that_computes_meanwhile(shared_work: None, threads: int) -> None:
     """The child has one thread of the parent's; what others held when it was made must not stop it."""
-    operations = [rows(0), norm(0)]  # without memory of their own, whose lock a child may find taken
+    operations = [kind(0) for kind in KINDS]
     wanted = [operation(reference.Reference) for operation in operations]
     busy, results = threading.Event(), []
 
@@ -266,13 +266,10 @@ def test_children_of_a_process_that_computes_meanwhile(shared_work: None, thread
     assert results and all(results)
 
 
-OPENMP = "csrc/team.cc notes the process at the first call with threads, which may be one of a child"
-
-
 @pytest.mark.slow
 @needs_library
 @needs_fork
-@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.xfail(strict=True, reason=OPENMP))])
+@pytest.mark.parametrize("first", [True, False])
 def test_children_after_torch_used_its_threads(first: bool) -> None:
     """torch's OpenMP threads end with the fork, whether or not the parent called a kernel before."""
     code = """

@@ -82,17 +82,6 @@ def test_integer_linear(inputs: int, kind: str) -> None:
             assert torch.equal(Native.integer_linear(codes, amax, stored_by_rows, given, *rest, bits), wanted)
 
 
-def test_saturation_is_counted_by_the_reference() -> None:
-    weight, codes = Draw(0).codes(9, 20), Draw(1).codes(4, 20)
-    amax, ratio = torch.full((4, 1), 1000), Draw(2).ratios(3, 5, 9)
-    mine = Native().prepare(tile(weight), (9, 20))
-    meter = reference.SaturationMeter()
-    with reference.counting_saturation(meter):
-        Native.integer_linear(codes, amax, mine, None, torch.tensor([9]), torch.zeros(9, dtype=torch.int32), ratio, 8)
-        meter.end_batch(torch.ones(1, 4, dtype=torch.bool))
-    assert meter.counts[""][0] > 0
-
-
 @pytest.mark.parametrize("size", [*WIDTHS, 1024])
 def test_integer_norm(size: int) -> None:
     draw = Draw(size)

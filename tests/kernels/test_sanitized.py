@@ -69,14 +69,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder / "main"
 
 
-RACE = "every thread stores `out_` in Encoder::run (csrc/integer_encoder.h)"
-
-
-@pytest.mark.parametrize(
-    "program",
-    ["address", pytest.param("thread", marks=pytest.mark.xfail(strict=True, reason=RACE))],
-    indirect=True,
-)
+@pytest.mark.parametrize("program", list(SANITIZERS), indirect=True)
 def test_every_kernel_on_every_instruction_set(program: Path) -> None:
     done = run(program)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

@@ -12,8 +12,8 @@ namespace {  // compiled for each instruction set apart: no copy may serve anoth
 template <class Isa>
 class Encoder {
  public:
-  Encoder(const IntEncoder& encoder, const IntBatch& batch, int threads, void* memory)
-      : encoder_(encoder), batch_(batch),
+  Encoder(const IntEncoder& encoder, const IntBatch& batch, std::int32_t* out, int threads, void* memory)
+      : encoder_(encoder), batch_(batch), out_(out),
         schedule_(batch.starts, batch.sequences, encoder.blocks[0].attention.heads, encoder.count, threads, Isa::kRows) {
     const int rows = batch.tokens;
     Cutter cutter(memory);
@@ -30,11 +30,10 @@ class Encoder {
 
   // How much memory the constructor cuts up.
   static std::int64_t bytes(const IntEncoder& encoder, const IntBatch& batch, int threads) {
-    return Encoder(encoder, batch, threads, nullptr).used_;
+    return Encoder(encoder, batch, nullptr, threads, nullptr).used_;
   }
 
-  void run(const Crew& crew, std::int32_t* out) {
-    out_ = out;
+  void run(const Crew& crew) {
     for (int layer = 0; layer <= encoder_.count; ++layer) {
       schedule_.by_rows(crew, layer, [&](const Crew& some, int owner, int begin, int end) {
         rows(some, workers_[owner], workers_[crew.index].row, layer, begin, end);
@@ -210,8 +209,9 @@ class Encoder {
 
   const IntEncoder& encoder_;
   const IntBatch& batch_;
+  std::int32_t* out_;
   Schedule schedule_;
-  std::int32_t *hidden_, *out_ = nullptr;
+  std::int32_t* hidden_;
   std::int16_t *query_, *context_;  // both have 16 bits
   std::int8_t *key_, *value_;
   std::int64_t used_ = 0;

@@ -16,8 +16,8 @@ struct Kernels {
   }
 
   static void encoder(const IntEncoder& encoder, const IntBatch& batch, std::int32_t* out, int threads, void* memory) {
-    Encoder<Isa> work(encoder, batch, threads, memory);
-    auto job = [&](const Crew& crew) { work.run(crew, out); };
+    Encoder<Isa> work(encoder, batch, out, threads, memory);
+    auto job = [&](const Crew& crew) { work.run(crew); };
     together(threads, job);
   }
 

@@ -1,9 +1,9 @@
 // The flat C interface of the native library: plain integers, pointers and structs, loaded by native.py with ctypes.
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
-#include <mutex>
 #include <new>
 #include <utility>
 
@@ -58,42 +58,37 @@ const FloatKernels& floating(int isa) {
   return kFloatPortable;
 }
 
-// Memory of one call. The last block that was given back is kept: fresh pages for every call would cost more than some
-// calls do.
+// Memory of one call. The largest block that was given back is kept: fresh pages for every call would cost more than some
+// calls do. There is no lock, which a child of fork might find taken.
 class Memory {
  public:
-  explicit Memory(std::int64_t bytes) : bytes_(bytes) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (kept_bytes_ >= bytes_) {
-        memory_ = std::exchange(kept_, nullptr);
-        bytes_ = std::exchange(kept_bytes_, 0);
-      }
-    }
-    if (memory_ == nullptr) memory_ = ::operator new(static_cast<std::size_t>(bytes_), std::align_val_t{64}, std::nothrow);
+  explicit Memory(std::int64_t bytes) : block_(kept_.exchange(nullptr)) {
+    if (block_ != nullptr && block_->bytes >= bytes) return;
+    free(block_);
+    void* fresh = ::operator new(sizeof(Block) + static_cast<std::size_t>(bytes), std::align_val_t{64}, std::nothrow);
+    block_ = fresh == nullptr ? nullptr : new (fresh) Block{bytes};
   }
   ~Memory() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      if (memory_ != nullptr && bytes_ > kept_bytes_) {
-        std::swap(memory_, kept_);
-        std::swap(bytes_, kept_bytes_);
-      }
-    }
-    ::operator delete(memory_, std::align_val_t{64});
+    if (block_ == nullptr) return;
+    Block* other = kept_.exchange(nullptr);
+    if (other != nullptr && other->bytes > block_->bytes) std::swap(other, block_);
+    free(other);
+    free(kept_.exchange(block_));  // given back by another thread in between
   }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  void* get() const { return memory_; }
+  void* get() const { return block_ == nullptr ? nullptr : block_ + 1; }
 
  private:
-  static inline std::mutex mutex_;
-  static inline void* kept_ = nullptr;
-  static inline std::int64_t kept_bytes_ = 0;
+  struct alignas(64) Block {
+    std::int64_t bytes;  // behind it
+  };
+  static void free(Block* block) { ::operator delete(block, std::align_val_t{64}); }
 
-  std::int64_t bytes_;
-  void* memory_ = nullptr;
+  static inline std::atomic<Block*> kept_{nullptr};
+
+  Block* block_;
 };
 
 bool ids_fit(const IntEncoder& encoder, const IntBatch& batch) {

@@ -47,7 +47,7 @@ class Schedule {
     const int pieces = threads * ceil_div(rows_, threads * kBlockRows);
     block_ = together_ ? rows_ : ceil_div(ceil_div(rows_, pieces), multiple) * multiple;
     for (int i = 0; i < sequences; ++i) longest_ = std::max(longest_, starts[i + 1] - starts[i]);
-    chunk_ = sequences * heads < 3 * threads ? std::min(longest_, kQueryRows) : longest_;
+    chunk_ = std::max(1, sequences * heads < 3 * threads ? std::min(longest_, kQueryRows) : longest_);
   }
 
   int longest() const { return longest_; }

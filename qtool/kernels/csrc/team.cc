@@ -10,7 +10,6 @@
 #if !defined(_WIN32)
 #include <dlfcn.h>
 #include <pthread.h>
-#include <unistd.h>
 #endif
 
 namespace qtool {
@@ -74,20 +73,22 @@ class Pool {
 };
 
 std::atomic<Pool*> current{nullptr};
+std::atomic<bool> forked{false};  // whether a parent had this library already
+
+// Only the forking thread lives on in the child: the parent's workers are gone, and what they held stays locked.
+#if !defined(_WIN32)
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+  forked.store(true);
+  current.store(nullptr);
+});
+#endif
 
 // Never destroyed: workers sleep in it until the process ends.
 Pool& pool() {
   Pool* found = current.load();
   if (found == nullptr) {
     auto* made = new Pool;
-    if (current.compare_exchange_strong(found, made)) {
-#if !defined(_WIN32)
-      // Only the forking thread lives on in the child; its pool, and whatever lock it held, belongs to the parent.
-      static const int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
-      (void)registered;
-#endif
-      return *made;
-    }
+    if (current.compare_exchange_strong(found, made)) return *made;
     delete made;
   }
   return *found;
@@ -101,14 +102,8 @@ class OpenMp {
     static const OpenMp found;
     return found;
   }
-  // GNU's runtime hangs in a child of fork whose parent used it.
-  bool usable() const {
-#if defined(_WIN32)
-    return false;
-#else
-    return parallel_ != nullptr && thread_ != nullptr && size_ != nullptr && getpid() == pid_;
-#endif
-  }
+  // GNU's runtime hangs in a child of fork whose parent used it, as torch may have.
+  bool usable() const { return parallel_ != nullptr && thread_ != nullptr && size_ != nullptr && !forked.load(); }
   void run(int threads, void (*job)(void*, const Crew&), void* context) const {
     Barrier barrier;
     Call call{this, job, context, &barrier};
@@ -128,7 +123,6 @@ class OpenMp {
     parallel_ = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     thread_ = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
     size_ = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
-    pid_ = getpid();
 #endif
   }
   // The runtime may give fewer threads than were asked for.
@@ -141,9 +135,6 @@ class OpenMp {
   using Number = int (*)();
   Parallel parallel_ = nullptr;
   Number thread_ = nullptr, size_ = nullptr;
-#if !defined(_WIN32)
-  pid_t pid_ = 0;
-#endif
 };
 
 }  // namespace

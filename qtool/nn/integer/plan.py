@@ -20,7 +20,7 @@ class IntPlan(Plan):
     """The embeddings and blocks of an integer encoder."""
 
     def __init__(self, embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> None:
-        super().__init__([module for module in (embeddings, projection, *blocks) if module is not None])
+        super().__init__(_roots(embeddings, projection, blocks))
         self.width = blocks[0].part("output").out_features
         tables = [
             self._rows(embeddings.part(role)) if role in embeddings.parts else structs.IntRows() for role in TABLES
@@ -95,6 +95,9 @@ class IntPlan(Plan):
 
 def planned(embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> IntPlan | None:
     """The plan of an encoder, kept beside its embeddings; None where modules have to be called one by one."""
-    if reference.counts_saturation():
-        return None
-    return kept_plan(embeddings, [embeddings, projection, *blocks], lambda: IntPlan(embeddings, projection, blocks))
+    roots = _roots(embeddings, projection, blocks)
+    return kept_plan(embeddings, roots, lambda: IntPlan(embeddings, projection, blocks))
+
+
+def _roots(embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> list[nn.Module]:
+    return [embeddings, *([] if projection is None else [projection]), *blocks]

@@ -10,6 +10,8 @@ namespace {
 template <class Isa>
 struct FloatTable {
   static constexpr int kMostSteps = 64;  // of nibbles that are unpacked at a time: they stay in the first-level cache
+  static constexpr int kBlocksAhead = 8;    // blocks of columns whose scales are asked for
+  static constexpr int kBytesAhead = 2048;  // nibbles that are asked for
 
   static std::int64_t linear_bytes(const QLinear& linear, int rows, int threads) {
     Cutter cutter(nullptr);
@@ -30,6 +32,7 @@ struct FloatTable {
       for (int g = crew.begin(groups); g < crew.end(groups); ++g) {
         const int first = g * Isa::kPanels, last = std::min(first + Isa::kPanels, panels);
         for (int block = 0; block < linear.column_blocks; ++block) {
+          fetch_scales(linear, block + kBlocksAhead, first, last);
           column_block(linear, parts, block, first, last, rows, out, parts.unpacked + crew.index * kUnpacked);
         }
         if (linear.bias != nullptr && linear.column_blocks > 1) add_bias(linear, first, last, rows, out);
@@ -65,6 +68,16 @@ struct FloatTable {
     parts.scales = cutter.take<float>(rows);
     parts.unpacked = cutter.take<std::int8_t>(linear.nibbles ? std::int64_t{threads} * kUnpacked : 0);
     return parts;
+  }
+
+  // Asks for the scales and sums of a block of columns. They lie a row of outputs apart, where no hardware expects them.
+  static QTOOL_INLINE void fetch_scales(const QLinear& linear, int block, int first, int last) {
+    if (block >= linear.column_blocks) return;
+    const std::ptrdiff_t cells = std::ptrdiff_t{block} * linear.outputs;
+    for (int c = first * kTile; c < std::min(last * kTile, linear.outputs); c += kTile) {
+      __builtin_prefetch(linear.scale + cells + c);
+      __builtin_prefetch(linear.row_sums + cells + c);
+    }
   }
 
   // Adds the product of one block of columns with panels [first, last) to `out` (or starts it).
@@ -103,7 +116,10 @@ struct FloatTable {
         if (r == 0 || steps > kMostSteps) {
           for (int p = 0; p < panels; ++p) {
             const std::uint8_t* tiles = weight + (std::ptrdiff_t{first + p} * all + begin + from) * 32;
-            for (int t = 0; t < some; ++t) Isa::unpack(tiles + t * 32, unpacked + (p * kMostSteps + t) * 64);
+            for (int t = 0; t < some; ++t) {
+              if (t % 2 == 0) __builtin_prefetch(tiles + t * 32 + kBytesAhead, 0, 0);
+              Isa::unpack(tiles + t * 32, unpacked + (p * kMostSteps + t) * 64);
+            }
           }
         }
         std::int32_t* target = from == 0 ? sums : part;

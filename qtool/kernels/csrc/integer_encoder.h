@@ -76,12 +76,11 @@ class Encoder {
     const int count = end - begin;
     const IntBlock* next = layer < encoder_.count ? &encoder_.blocks[layer] : nullptr;
     if (layer == 0) {
-      embed(crew, scratch, wide, begin, count);
+      embed(crew, scratch, wide, begin, count, next);
     } else {
-      finish_block(crew, scratch, wide, encoder_.blocks[layer - 1], begin, count, next == nullptr);
+      finish_block(crew, scratch, wide, encoder_.blocks[layer - 1], begin, count, next);
     }
     if (next == nullptr) return;
-    quantize(crew, next->query, hidden_, scratch, wide, begin, count);
     crew.wait();
     const auto keep = [](auto isa, auto* cell, auto y) { decltype(isa)::put(cell, y); };
     product(crew, next->query, scratch, count, target(query_, begin), keep);
@@ -90,7 +89,8 @@ class Encoder {
   }
 
   // Output projection, feed-forward layers and both norms.
-  void finish_block(const Crew& crew, Worker& scratch, std::int32_t* wide, const IntBlock& block, int begin, int count, bool last) {
+  void finish_block(const Crew& crew, Worker& scratch, std::int32_t* wide, const IntBlock& block, int begin, int count,
+                    const IntBlock* next) {
     const auto residual = [](auto isa, std::int32_t* cell, auto y) {
       using V = decltype(isa);
       V::put(cell, V::add(V::load(cell), y));
@@ -102,7 +102,7 @@ class Encoder {
     for (int r = crew.begin(count); r < crew.end(count); ++r) {
       std::int32_t* x = row(hidden_, begin + r);
       norm_row<Isa>(block.attention_norm, x, x);
-      scratch.amax[r] = quantize_input<Isa>(block.up, x, Isa::kOffset, scratch.codes + std::int64_t{r} * stride(block.up), wide);
+      quantize_row(block.up, x, scratch, r, wide);
     }
     crew.wait();
     const Target<std::int16_t> inner{scratch.inner, block.up.outputs};
@@ -119,12 +119,13 @@ class Encoder {
     crew.wait();
     for (int r = crew.begin(count); r < crew.end(count); ++r) {
       std::int32_t* x = row(hidden_, begin + r);
-      norm_row<Isa>(block.ffn_norm, x, last ? row(out_, begin + r) : x);
+      norm_row<Isa>(block.ffn_norm, x, next == nullptr ? row(out_, begin + r) : x);
+      if (next != nullptr) quantize_row(next->query, x, scratch, r, wide);
     }
   }
 
   // Sums of table rows, LayerNorm, and ELECTRA's projection.
-  void embed(const Crew& crew, Worker& scratch, std::int32_t* wide, int begin, int count) {
+  void embed(const Crew& crew, Worker& scratch, std::int32_t* wide, int begin, int count, const IntBlock* next) {
     const int width = encoder_.norm.size;
     const bool projects = encoder_.projection.weight != nullptr;
     for (int r = crew.begin(count); r < crew.end(count); ++r) {
@@ -142,8 +143,9 @@ class Encoder {
       std::int32_t* x = projects ? wide : row(hidden_, begin + r);
       norm_row<Isa>(encoder_.norm, wide, x);
       if (projects) {
-        scratch.amax[r] = quantize_input<Isa>(encoder_.projection, x, Isa::kOffset,
-                                              scratch.codes + std::int64_t{r} * stride(encoder_.projection), x);
+        quantize_row(encoder_.projection, x, scratch, r, x);
+      } else if (next != nullptr) {
+        quantize_row(next->query, x, scratch, r, wide);
       }
     }
     if (!projects) return;
@@ -151,6 +153,7 @@ class Encoder {
     product(crew, encoder_.projection, scratch, count, target(hidden_, begin),
             [](auto isa, std::int32_t* cell, auto y) { decltype(isa)::put(cell, y); });
     crew.wait();
+    if (next != nullptr) quantize(crew, next->query, hidden_, scratch, wide, begin, count);
   }
 
   template <class T>
@@ -166,10 +169,12 @@ class Encoder {
 
   template <class T>
   void quantize(const Crew& crew, const IntLinear& linear, T* matrix, Worker& scratch, std::int32_t* wide, int begin, int count) {
-    for (int r = crew.begin(count); r < crew.end(count); ++r) {
-      scratch.amax[r] = quantize_input<Isa>(linear, row(matrix, begin + r), Isa::kOffset,
-                                            scratch.codes + std::int64_t{r} * stride(linear), wide);
-    }
+    for (int r = crew.begin(count); r < crew.end(count); ++r) quantize_row(linear, row(matrix, begin + r), scratch, r, wide);
+  }
+
+  template <class T>
+  static void quantize_row(const IntLinear& linear, const T* x, Worker& scratch, int r, std::int32_t* wide) {
+    scratch.amax[r] = quantize_input<Isa>(linear, x, Isa::kOffset, scratch.codes + std::int64_t{r} * stride(linear), wide);
   }
 
   template <class T, class Store>

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "isa_portable.h"
+
 namespace qtool {
 namespace {  // compiled for each instruction set apart: no copy may serve another
 
@@ -85,20 +87,7 @@ struct Avx2 {
                 _mm256_srl_epi64(_mm256_add_epi64(_mm256_mul_epu32(odd(x), factor), half), count));
   }
 
-  class Requantizer {
-   public:
-    Requantizer(Int correction, Int bias, Int m, Int s, std::int32_t limit)
-        : correction_(correction), bias_(bias), m_(m), s_(s), limit_(limit) {}
-
-    Int scaled(Int sums, std::int32_t amax, int align) const { return plain_of(scale_round(add(sums, correction_), amax, align)); }
-    Int plain(Int sums) const { return plain_of(add(sums, correction_)); }
-
-   private:
-    Int plain_of(Int x) const { return rescale(add(x, bias_), m_, s_, limit_); }
-
-    Int correction_, bias_, m_, s_;
-    std::int32_t limit_;
-  };
+  using Requantizer = PlainRequantizer<Avx2>;
 
   static Wide zero_wide() { return _mm256_setzero_si256(); }
   static Wide add_wide(Wide sum, Int x) { return _mm256_add_epi64(sum, _mm256_add_epi64(even_wide(x), odd_wide(x))); }
@@ -187,7 +176,11 @@ struct Avx2 {
     const Int sign = _mm256_set1_epi64x(INT64_MIN);
     return _mm256_sub_epi64(_mm256_srlv_epi64(_mm256_xor_si256(x, sign), places), _mm256_srlv_epi64(sign, places));
   }
-  static Int halve(Int x, int places) { return places == 0 ? x : halve(x, _mm256_set1_epi64x(places - 1)); }
+  // x / 2^places of |x| <= 2^62, rounded half up; 0 <= places <= 62.
+  static Int halve(Int x, int places) {
+    const Int half = _mm256_set1_epi64x((std::int64_t{1} << places) >> 1);
+    return shift64(_mm256_add_epi64(x, half), _mm256_set1_epi64x(places));
+  }
   static Int halve(Int x, Int places_but_one) {
     return shift64(_mm256_add_epi64(shift64(x, places_but_one), _mm256_set1_epi64x(1)), _mm256_set1_epi64x(1));
   }

@@ -192,10 +192,10 @@ struct Avx512Vnni {
   static Int odd(Int x) { return _mm512_srli_epi64(x, 32); }
   static Int even_lanes() { return _mm512_set1_epi64(0xffffffff); }
   static Int join(Int even, Int odd) { return _mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA); }
+  // x / 2^places of |x| <= 2^62, rounded half up; 0 <= places <= 62.
   static Int halve(Int x, int places) {
-    if (places == 0) return x;
-    const Int shifted = _mm512_sra_epi64(x, _mm_cvtsi32_si128(places - 1));
-    return _mm512_srai_epi64(_mm512_add_epi64(shifted, _mm512_set1_epi64(1)), 1);
+    const Int half = _mm512_set1_epi64((std::int64_t{1} << places) >> 1);
+    return _mm512_sra_epi64(_mm512_add_epi64(x, half), _mm_cvtsi32_si128(places));
   }
   static Int halve(Int x, Int places_but_one) {
     return _mm512_srai_epi64(_mm512_add_epi64(_mm512_srav_epi64(x, places_but_one), _mm512_set1_epi64(1)), 1);

@@ -10,7 +10,8 @@
 #include <cstdint>
 #include <cstring>
 
-// For what a call would cost more than what it does.
+// For what a call would cost more than what it does, and for functions that only prefetch: GNU's compiler drops calls of
+// those as being without effect.
 #if defined(_MSC_VER)
 #define QTOOL_INLINE __forceinline
 #else
@@ -19,6 +20,29 @@
 
 namespace qtool {
 namespace {  // compiled for each instruction set apart: no copy may serve another
+
+// From sums of products to the grid of an output (docs/math.md, 2.2 and 3.6), for rows that share their channels.
+template <class Isa>
+class PlainRequantizer {
+ public:
+  using Int = typename Isa::Int;
+
+  PlainRequantizer(Int correction, Int bias, Int m, Int s, std::int32_t limit)
+      : correction_(correction), bias_(bias), m_(m), s_(s), limit_(limit) {}
+
+  // sat((((sums + correction) * amax + half) >> align) + bias) rescaled); the number in the middle fits int32.
+  Int scaled(Int sums, std::int32_t amax, int align) const {
+    return plain_of(Isa::scale_round(Isa::add(sums, correction_), amax, align));
+  }
+  // The same without amax.
+  Int plain(Int sums) const { return plain_of(Isa::add(sums, correction_)); }
+
+ private:
+  Int plain_of(Int x) const { return Isa::rescale(Isa::add(x, bias_), m_, s_, limit_); }
+
+  Int correction_, bias_, m_, s_;
+  std::int32_t limit_;
+};
 
 struct Portable {
   static constexpr int kLanes = 1;
@@ -74,23 +98,7 @@ struct Portable {
     return static_cast<Int>((product + (std::uint64_t{1} << (places - 1))) >> places);
   }
 
-  // From sums of products to the grid of an output (docs/math.md, 2.2 and 3.6), for rows that share their channels.
-  class Requantizer {
-   public:
-    Requantizer(Int correction, Int bias, Int m, Int s, std::int32_t limit)
-        : correction_(correction), bias_(bias), m_(m), s_(s), limit_(limit) {}
-
-    // sat((((sums + correction) * amax + half) >> align) + bias) rescaled); the number in the middle fits int32.
-    Int scaled(Int sums, std::int32_t amax, int align) const { return plain_of(scale_round(add(sums, correction_), amax, align)); }
-    // The same without amax.
-    Int plain(Int sums) const { return plain_of(add(sums, correction_)); }
-
-   private:
-    Int plain_of(Int x) const { return rescale(add(x, bias_), m_, s_, limit_); }
-
-    Int correction_, bias_, m_, s_;
-    std::int32_t limit_;
-  };
+  using Requantizer = PlainRequantizer<Portable>;
 
   static Wide zero_wide() { return 0; }
   static Wide add_wide(Wide sum, Int x) { return sum + x; }

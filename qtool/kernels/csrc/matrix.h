@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "isa_portable.h"
+
 namespace qtool {
 namespace {  // compiled for each instruction set apart: no copy may serve another
 
@@ -43,7 +45,7 @@ struct Target {
 
   T* at(int r, int c) const { return first + r * stride + c; }
   // Asks for the cache lines of a block of results before they are needed.
-  void fetch(int r, int rows, int c, int width) const {
+  QTOOL_INLINE void fetch(int r, int rows, int c, int width) const {
     for (int i = 0; i < rows; ++i) {
       const auto* cell = reinterpret_cast<const char*>(at(r + i, c));
       for (std::ptrdiff_t byte = 0; byte < static_cast<std::ptrdiff_t>(width * sizeof(T)); byte += 64) __builtin_prefetch(cell + byte, 1, 3);

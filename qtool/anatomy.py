@@ -78,6 +78,13 @@ class Anatomy:
             for part in unit.parts:
                 yield unit, part
 
+    def names(self) -> dict[str, list[str]]:
+        """Module path → the names of its parts."""
+        found: dict[str, list[str]] = {}
+        for _, part in self.parts():
+            found.setdefault(part.path, []).append(part.name)
+        return found
+
 
 @dataclass(frozen=True)
 class HeadModule:

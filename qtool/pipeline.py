@@ -85,7 +85,7 @@ class Job:
     def __post_init__(self) -> None:
         self.model, self.checkpoint = open_float(self.source)
         self.anatomy = anatomy_of(self.model)
-        self.methods = build(self.recipe)
+        self.methods = build(self.recipe.for_parts(self.anatomy.names()))
         plan = self.lowering.plan(self.anatomy, self.model)
         if not plan.modules:
             raise InputError("the recipe leaves every module in float; there is nothing to quantize")

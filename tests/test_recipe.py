@@ -356,6 +356,52 @@ def test_a_rule_that_matches_nothing_lists_near_misses() -> None:
     built({"rules": {"*.dense": "float"}}).check_rules(paths)
 
 
+PARTS = {
+    "h.0.attn": ["attention.query", "attention.key", "attention.value"],
+    "h.0.up": ["ffn.up"],
+    "h.0.down": ["ffn.down"],
+}
+
+
+def test_rules_by_part_are_written_out_for_a_model() -> None:
+    rules = {
+        "h.0.up": {"weights": "int8:tensor:sym", "activations": "int8:tensor:sym"},
+        "*": {"activations": "int8:token:sym"},
+        "part:ffn.*": {"weights": "int4:group:64:sym"},
+        "*.down": {"weights": "int6:channel:sym"},
+        "part:attention.*": "float",
+    }
+    found = built({"rules": rules}).for_parts(PARTS)
+    wanted = {
+        "h.0.up": ("int4:group:64:sym", False),
+        "h.0.down": ("int6:channel:sym", False),
+        "h.0.attn": ("None", True),
+    }
+    for path, (weights, keep) in wanted.items():
+        rule = found.rule_for(path)
+        assert (str(rule.weights), str(rule.activations), rule.keep_float) == (weights, "int8:token:sym", keep)
+    other = found.rule_for("classifier")
+    assert (other.weights, str(other.activations)) == (None, "int8:token:sym")
+    found.check_rules([*PARTS])
+
+
+def test_rules_without_parts_stay_as_they_are() -> None:
+    found = built({"rules": {"*.up": "float", "*": {"weights": "int8:tensor:sym"}}})
+    assert found.for_parts(PARTS) == found
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("part:ffn.upp", r"'part:ffn\.upp' matches no part of this model; it has attention\.query, .*, ffn\.down"),
+        ("part:attention.query", r"names attention\.query, but h\.0\.attn is attention\.query, .* in one matrix"),
+    ],
+)
+def test_parts_that_cannot_have_a_rule(rule: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        built({"rules": {rule: "float"}}).for_parts(PARTS)
+
+
 FULL = {
     "model": {"name": "folder", "revision": "main"},
     "calibration": {"source": "random", "num_samples": 3, "batch_size": 2, "max_length": 7},

@@ -39,7 +39,7 @@ METHODS: dict[str, Entry] = {
     ),
     "zeroquant": Entry(
         "qtool.methods.zeroquant:ZeroQuant",
-        "INT8 weights per channel, token-wise dynamic INT8 activations (W8A8); float LayerNorm, softmax and GELU",
+        "INT8 or INT4 weights, token-wise dynamic INT8 activations; float LayerNorm, softmax and GELU",
         "zeroquant-w8a8",
         "real: int8 × int8 → int32 products",
     ),

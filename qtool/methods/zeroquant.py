@@ -1,4 +1,4 @@
-"""ZeroQuant (Yao et al., NeurIPS 2022), W8A8: fine-grained INT8 weights and token-wise INT8 activations.
+"""ZeroQuant (Yao et al., NeurIPS 2022): fine-grained INT8 and INT4 weights and token-wise INT8 activations.
 
 Every Linear of every block (GPT-2's Conv1D too) runs as an int8 × int8 → int32 product (paper, section 4.1:
 `(S_token · S_channel) · Σ`).
@@ -129,8 +129,8 @@ def _static_scale(statistics: Statistics, path: str) -> torch.Tensor:
 
 def _check_linear(weights: QuantSpec, activations: QuantSpec, shape: Any, path: str) -> None:
     """Refuse specs that the int8 product cannot execute. Raises InputError naming the module."""
-    if weights.dynamic or not weights.symmetric or not 5 <= weights.num_bits <= 8:
-        raise InputError(f"{path}: weights {weights} cannot run; zeroquant takes static symmetric int5 to int8 weights")
+    if weights.dynamic or not weights.symmetric or weights.num_bits > 8:
+        raise InputError(f"{path}: weights {weights} cannot run; zeroquant takes static symmetric int2 to int8 weights")
     token_wise = activations.dynamic and activations.block == (1, None)
     tensor_wise = not activations.dynamic and activations.block == (None, None)
     if activations.num_bits != 8 or not activations.symmetric or not (token_wise or tensor_wise):

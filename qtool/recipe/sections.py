@@ -1,6 +1,6 @@
 """The sections of a recipe as data classes: which keys exist, what values they take, and what follows from them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -44,6 +44,9 @@ def _worded(spec: Any) -> dict[str, Any]:
     words = {key: value for key, value in spec.items() if key != "spec"}
     return merge_specs(spec["spec"], words) if "spec" in spec else words
 
+
+PART = "part:"
+"""How a rule begins that names parts of blocks, the same in every architecture, instead of modules."""
 
 Spec = Annotated[QuantSpec, BeforeValidator(_spec), PlainSerializer(str)]
 Percent = Annotated[float, Field(ge=0, le=100)]
@@ -91,10 +94,10 @@ class Calibration(Section):
 
 
 class Weights(SpecSection):
-    """How weight matrices of the blocks are stored."""
+    """How weight matrices of the blocks are stored, and how their scales and codes are chosen."""
 
     spec: Spec = QuantSpec.parse("int8:channel:sym")
-    rounding: Literal["nearest"] = "nearest"
+    rounding: Literal["nearest", "mse"] = "nearest"
 
 
 class Activations(SpecSection):
@@ -209,13 +212,24 @@ class Recipe(Section):
         changes = {"calibration": calibration, "model": model, "evaluate": evaluate, "output": None}
         return self.model_copy(update=changes)
 
+    def for_parts(self, parts: Mapping[str, Sequence[str]]) -> "Recipe":
+        """The recipe with rules that name parts (`part:ffn.*`) written out for the modules that these are in a model.
+
+        `parts` gives the names of each module's parts. Raises InputError for a rule that no part matches, and for one
+        that matches some parts of a module whose matrix others share.
+        """
+        named = {glob: _modules_of(glob, parts) for glob in self.rules if glob.startswith(PART)}
+        rules = {glob: rule for glob, rule in self.rules.items() if glob not in named}
+        for path in dict.fromkeys(path for paths in named.values() for path in paths):
+            rules.pop(path, None)  # what a module gets stands last, whole
+            rules[path] = _merged(
+                rule for glob, rule in self.rules.items() if path in named.get(glob, ()) or _matches(glob, path)
+            )
+        return self.model_copy(update={"rules": rules})
+
     def rule_for(self, path: str) -> Rule:
         """The overrides for a module path; of several matching globs the later one wins, key by key."""
-        values: dict[str, Any] = {}
-        for glob, rule in self.rules.items():
-            if _matches(glob, path):
-                values |= {key: getattr(rule, key) for key in rule.model_fields_set}
-        return Rule(**values)
+        return _merged(rule for glob, rule in self.rules.items() if _matches(glob, path))
 
     def check_rules(self, paths: Sequence[str]) -> None:
         """Raises InputError for a rule that matches none of `paths`, with near misses."""
@@ -223,6 +237,28 @@ class Recipe(Section):
             if not any(_matches(glob, path) for path in paths):
                 near = ", ".join(_nearest(glob.replace("*", ""), paths))
                 raise InputError(f"rule '{glob}' matches no module that can be quantized; near misses: {near}")
+
+
+def _merged(rules: Iterable[Rule]) -> Rule:
+    """One rule of several; later ones win, key by key."""
+    values: dict[str, Any] = {}
+    for rule in rules:
+        values |= {key: getattr(rule, key) for key in rule.model_fields_set}
+    return Rule(**values)
+
+
+def _modules_of(rule: str, parts: Mapping[str, Sequence[str]]) -> list[str]:
+    """Paths of the modules whose parts a rule names."""
+    glob, found = rule.removeprefix(PART), []
+    for path, names in parts.items():
+        matching = [name for name in names if _matches(glob, name)]
+        if matching and len(matching) < len(names):
+            raise InputError(f"rule '{rule}' names {matching[0]}, but {path} is {', '.join(names)} in one matrix")
+        found += [path] if matching else []
+    if not found:
+        known = ", ".join(dict.fromkeys(name for names in parts.values() for name in names))
+        raise InputError(f"rule '{rule}' matches no part of this model; it has {known}")
+    return found
 
 
 def _matches(glob: str, path: str) -> bool:

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 from qtool.numerics import QTensor
+from qtool.rounding.mse import mse
 from qtool.rounding.nearest import nearest
 
-ROUNDINGS: dict[str, Callable[..., QTensor]] = {"nearest": nearest}
+ROUNDINGS: dict[str, Callable[..., QTensor]] = {"nearest": nearest, "mse": mse}
 
-__all__ = ["ROUNDINGS", "nearest"]
+__all__ = ["ROUNDINGS", "mse", "nearest"]

@@ -91,6 +91,9 @@ def emulated(model: Path, stored: dict[str, torch.Tensor], texts: list[str]) -> 
 def expanded(stored: dict[str, torch.Tensor], path: str, shape: tuple[int, int]) -> torch.Tensor:
     """Codes times scales, element by element, of a tiled matrix or of a table."""
     codes, scales = stored[f"{path}.weight"].double(), stored[f"{path}.weight_scale"].double()
+    if stored[f"{path}.weight"].dtype == torch.uint8:
+        nibbles = torch.stack([codes % 16, codes.div(16).floor()], -1).flatten(-2)
+        codes = torch.where(nibbles > 7, nibbles - 16, nibbles)
     if codes.dim() == 4:
         codes = codes.permute(0, 2, 1, 3).reshape(codes.shape[0] * 16, -1)
     codes = codes.reshape(codes.shape[0], -1)[: shape[0], : shape[1]]
@@ -164,7 +167,16 @@ BLOCKS = {
     "int8:block:8x16:sym": lambda shape: (127, 8, 16),
     "int6:channel:sym": lambda shape: (31, 1, shape[1]),
     "int5:group:8:sym": lambda shape: (15, 1, 8),
+    "int4:group:8:sym": lambda shape: (7, 1, 8),
+    "int4:channel:sym": lambda shape: (7, 1, shape[1]),
+    "int3:group:4:sym": lambda shape: (3, 1, 4),
 }
+LIMITS = {"int8": 0.2, "int6": 0.4, "int5": 0.5, "int4": 1.0, "int3": 1.2}  # of a tiny random model's logits
+
+
+def two_a_byte(codes: Integers) -> Integers:
+    """The low nibble is the code of the even column, in two's complement."""
+    return (codes[..., 0::2] & 15) + 16 * (codes[..., 1::2] & 15)
 
 
 @pytest.mark.parametrize("spelling", BLOCKS)
@@ -176,9 +188,10 @@ def test_every_block_shape_is_stored_and_runs(
     for path in linear_paths("BertForSequenceClassification"):
         weight = floats[f"{path}.weight"]
         codes, scales = grid(weight, *BLOCKS[spelling](weight.shape))
-        np.testing.assert_array_equal(stored[f"{path}.weight"].numpy(), tiled(codes))
+        wanted = tiled(codes) if spelling > "int5" else two_a_byte(tiled(codes))
+        np.testing.assert_array_equal(stored[f"{path}.weight"].numpy(), wanted)
         np.testing.assert_array_equal(stored[f"{path}.weight_scale"].numpy(), scales)
-    check_logits(model, desk / "out", stored, zoo, limit={"int8": 0.2, "int6": 0.4, "int5": 0.5}[spelling[:4]])
+    check_logits(model, desk / "out", stored, zoo, limit=LIMITS[spelling[:4]])
 
 
 def figures(folder: Path) -> dict[str, float]:
@@ -235,6 +248,20 @@ def test_rules_are_applied_and_the_rest_is_untouched(model: Path, desk: Path, qt
     assert kept["bert.embeddings.position_embeddings"] == "asked for by a rule or an option"
 
 
+def test_int4_in_the_feed_forward_layers_alone(model: Path, desk: Path, qtool_command: Command, zoo: Any) -> None:
+    groups = ("-c", "zeroquant-w4a8", "--set", "rules={'part:ffn.*': {weights: 'int4:group:16:sym'}}")
+    stored = quantized(qtool_command, model, *groups)
+    for path in linear_paths("BertForSequenceClassification"):
+        narrow = "attention" not in path
+        assert stored[f"{path}.weight"].dtype == (torch.uint8 if narrow else torch.int8), path
+        assert stored[f"{path}.weight_scale"].shape[1] == (stored[f"{path}.weight"].shape[1] // 4 if narrow else 1)
+    check_logits(model, desk / "out", stored, zoo, limit=0.6)
+    quantized(qtool_command, model, *groups, "--set", "weights.rounding=nearest", out="nearest")
+    clipped, plain = figures(desk / "out"), figures(desk / "nearest")
+    for path in linear_paths("BertForSequenceClassification"):
+        assert clipped[path] > plain[path] if "attention" not in path else clipped[path] >= plain[path]
+
+
 def job(model: Path, *sets: str, config: str | None = None) -> Job:
     methods = () if config else ("zeroquant",)
     return open_job(str(model), resolve_recipe(config=config, methods=methods, sets=sets))
@@ -248,8 +275,14 @@ REFUSED = [
     ("weights=int8:group:64:sym", rf"{QUERY}: groups of 64 columns do not divide 32 columns"),
     ("weights=int8:rows:5:sym", rf"{QUERY}: groups of 5 rows do not divide 32 rows"),
     ("weights=int8:block:8x5:sym", rf"{QUERY}: groups of 5 columns"),
-    ("weights=int4:channel:sym", rf"{QUERY}: weights int4:channel:sym cannot run; zeroquant takes .* int5 to int8"),
+    ("weights=int9:channel:sym", rf"{QUERY}: weights int9:channel:sym cannot run; zeroquant takes .* int2 to int8"),
     ("weights=int16:channel:sym", rf"{QUERY}: weights int16:channel:sym cannot run"),
+    ("weights=int4:channel:asym", rf"{QUERY}: weights int4:channel:asym cannot run; zeroquant takes .* symmetric"),
+    ("weights.rounding=gptp", r"weights\.rounding"),
+    (
+        "rules={'part:ffn.middle': float}",
+        r"rule 'part:ffn\.middle' matches no part of this model; it has word, ",
+    ),
     ("weights=int8:channel:asym", rf"{QUERY}: weights int8:channel:asym cannot run; zeroquant takes .* symmetric"),
     ("weights=int8:token:sym", rf"{QUERY}: weights int8:token:sym cannot run; zeroquant takes static"),
     ("activations=int8:token:asym", rf"{QUERY}: activations int8:token:asym cannot run; use int8:token:sym or int8:t"),
@@ -264,7 +297,7 @@ REFUSED = [
     ("methods.zeroquant.word_embeddings=flaot", r"methods\.zeroquant\.word_embeddings"),
     ("methods.zeroquant.word_embedding=float", r"methods\.zeroquant\..*did you mean word_embeddings"),
     ("methods.zeroquant.lkd=true", r"methods\.zeroquant\..*unknown option 'lkd'; known: small_embeddings, word_emb"),
-    ("rules={'*.layer.1.attention.self.key': {weights: int4:channel:sym}}", r"layer\.1\.attention\.self\.key: wei"),
+    ("rules={'*.layer.1.attention.self.key': {weights: int9:channel:sym}}", r"layer\.1\.attention\.self\.key: wei"),
     ("rules={'*.qeury': float}", r"rule '\*\.qeury' matches no module that can be quantized; near misses: .*query"),
     ("rules={'classifier': float}", "rule 'classifier' matches no module that can be quantized"),
     ("methods=[zeroquant, zeroquant]", "exactly one method must lower the model, not zeroquant and zeroquant"),

@@ -151,8 +151,13 @@ def _finite(value: Any) -> Any:
 
 def check_json_target(target: str | None) -> None:
     """Refuse a place where `emit_json` could not write, before any work. Raises InputError."""
-    if target not in (None, "-") and (Path(target).is_dir() or not Path(target).parent.is_dir()):
+    if target in (None, "-"):
+        return
+    place = Path(target).resolve()
+    if place.is_dir() or not place.parent.is_dir():
         raise InputError(f"--json cannot write {target}: it is a folder, or its folder does not exist")
+    if place.exists() and not place.is_file():
+        raise InputError(f"--json cannot write {target}: it is no file; --json - writes to stdout")
 
 
 def emit_json(value: Any, target: str | None) -> None:
@@ -163,7 +168,7 @@ def emit_json(value: Any, target: str | None) -> None:
     elif target is not None:
         from qtool.artifact import write_text
 
-        write_text(Path(target), json_text(value) + "\n")
+        write_text(Path(target).resolve(), json_text(value) + "\n")
 
 
 def plan_json(job: "Job", expected: "Estimate") -> dict[str, Any]:

@@ -98,7 +98,9 @@ def _real_tokens(mask: Any, hidden: torch.Tensor) -> Any:
 
 
 def _plan(holder: Any) -> Any:
-    from qtool.nn.fused import FloatPlan, fits
+    from transformers.activations import ACT2FN
+
+    from qtool.nn.fused import FloatPlan, fits, plain
 
     config = holder.qtool_config
     family = FAMILIES[config.model_type]
@@ -114,7 +116,10 @@ def _plan(holder: Any) -> Any:
             }
             for block in blocks
         ]
-        return FloatPlan(blocks, parts, heads, activation) if fits(parts, heads, activation) else NoPlan(blocks)
+        fit = fits(parts, heads, activation) and all(
+            plain(block, part, heads, type(ACT2FN[activation])) for block, part in zip(blocks, parts, strict=True)
+        )
+        return FloatPlan(blocks, parts, heads, activation) if fit else NoPlan(blocks)
 
     plan = kept_plan(holder, blocks, make)
     return None if isinstance(plan, NoPlan) else plan

@@ -705,7 +705,7 @@ def test_interrupts_in_this_process(
 
     def terminate(*args: Any) -> None:
         try:
-            cli._on_sigterm(15, None)
+            cli._on_signal(15, None)
         except Exception:
             pytest.fail("a termination is no Exception")
 

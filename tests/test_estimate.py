@@ -24,7 +24,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "static": ("minilm-sst2", ("-c", "zeroquant-w8a8-static")),
     "much data": (
         "minilm-sst2",
-        ("-c", "zeroquant-w8a8-static", "--set", "calibration.source=random", "--num-samples", "3000"),
+        ("-c", "zeroquant-w8a8-static", "--set", "calibration.source=random", "--num-samples", "1500"),
     ),
     "decoder": ("tiny-gpt2-wikitext", ("-c", "zeroquant-w8a8")),
 }

@@ -14,6 +14,7 @@ import transformers
 
 import qtool
 from qtool import kernels
+from qtool.errors import InputError
 from qtool.fused import FusedEncoder
 from qtool.kernels import integer, native
 from qtool.nn.integer.module import integer_outputs
@@ -143,6 +144,14 @@ def test_threads_and_company_do_not_matter(load: Load, monkeypatch: pytest.Monke
         torch.set_num_threads(before)
     row = {name: value[3:4] for name, value in inputs.items()}
     assert torch.equal(integers(model, row)[0], alone[0][3:4])
+
+
+def test_a_table_for_fewer_bits_than_come_is_refused(load: Load) -> None:
+    model = load(MODELS[0])
+    block = next(module for module in model.modules() if type(module).__name__ == "IntBlock")
+    block.part("up").out_bits = block.part("act").in_bits + 1
+    with pytest.raises(InputError, match="damaged"):
+        model(**batch(model, 2, 5))
 
 
 def test_ids_that_are_no_rows(load: Load) -> None:

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import gc
 import json
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from qtool import kernels
 from qtool.kernels import integer, native
 from qtool.nn.integer.module import integer_outputs
 from qtool.nn.plan import one_by_one
+from qtool.numerics import QuantSpec
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "")
 BERT = "BertForSequenceClassification"
@@ -382,6 +385,103 @@ def test_changes_between_two_calls_are_noticed(load: Load, method: str, kind: st
     CHANGES[kind](afresh)
     assert torch.equal(found, hidden_states(afresh, inputs))
     assert not torch.equal(found, before)
+
+
+@pytest.mark.parametrize("method", ["ibert", "zeroquant"])
+def test_numbers_that_moved_are_found(load: Load, method: str) -> None:
+    """Sharing a model with another process moves its storage; the tensors stay the same objects."""
+    model = load(BERT, method)
+    inputs = batch(model, 3, 9)
+    before = hidden_states(model, inputs)
+    where = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    model.share_memory()
+    assert not where & {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert torch.equal(hidden_states(model, inputs), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
+def test_ids_of_any_integer_type(load: Load, dtype: torch.dtype) -> None:
+    model = load(BERT, "ibert")
+    inputs = batch(model, 3, 9)
+    narrow = {name: value.to(dtype) for name, value in inputs.items()}
+    assert torch.equal(hidden_states(model, narrow), hidden_states(model, inputs))
+
+
+class Doubling(nn.LayerNorm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def another_activation(model: Any) -> None:
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = nn.SiLU()
+
+
+def another_norm(model: Any) -> None:
+    norm = model.bert.encoder.layer[0].output.LayerNorm
+    other = Doubling(norm.normalized_shape, norm.eps)
+    other.load_state_dict(norm.state_dict())
+    model.bert.encoder.layer[0].output.LayerNorm = other.eval()
+
+
+def another_scale_of_scores(model: Any) -> None:
+    model.bert.encoder.layer[1].attention.self.scaling *= 3
+
+
+def a_static_key(model: Any) -> None:
+    key = model.bert.encoder.layer[0].attention.self.key
+    key.activations = QuantSpec.parse("int8:tensor:sym")
+    key.act_scale = torch.tensor([0.1])
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("change", [another_activation, another_norm, another_scale_of_scores, a_static_key])
+def test_blocks_that_compute_something_else_are_not_joined(load: Load, change: Any, early: bool) -> None:
+    model = load(BERT, "zeroquant")
+    inputs = batch(model, 3, 9)
+    if not early:
+        hidden_states(model, inputs)
+    change(model)
+    found = hidden_states(model, inputs)
+    with one_by_one():
+        assert torch.equal(found, hidden_states(model, inputs))
+
+
+@pytest.mark.parametrize("method", ["ibert", "zeroquant"])
+def test_a_class_with_another_forward_is_called(load: Load, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = load(BERT, method), []
+    inputs = batch(model, 3, 9)
+    hidden_states(model, inputs)
+    kind = type(model.bert.encoder.layer[1].intermediate.dense)
+    original = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *given: (seen.append(self), original(self, *given))[1])
+    hidden_states(model, inputs)
+    assert any(module is model.bert.encoder.layer[1].intermediate.dense for module in seen)
+
+
+@pytest.mark.parametrize("method", ["ibert", "zeroquant"])
+def test_a_model_that_ran_is_freed_with_its_last_name(load: Load, method: str) -> None:
+    model = load(BERT, method)
+    inputs = batch(model, 3, 9)
+    hidden_states(model, inputs)
+    known = weakref.ref(model.bert.encoder.layer[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert known() is None
+    finally:
+        gc.enable()
+
+
+def test_backward_hooks_are_called(load: Load) -> None:
+    model, seen = load(BERT, "zeroquant"), []
+    norm = model.bert.encoder.layer[1].output.LayerNorm
+    hidden_states(model, batch(model, 3, 9))
+    norm.register_full_backward_hook(lambda module, *gradients: seen.append(module))
+    with torch.enable_grad():
+        model.bert(**batch(model, 3, 9)).last_hidden_state.sum().backward()
+    assert seen == [norm]
 
 
 @pytest.mark.parametrize("method", ["ibert", "zeroquant"])

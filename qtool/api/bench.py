@@ -50,7 +50,7 @@ def bench(
 
     load = machine.load_average() if load is None else load
     listener = listener or contest.Silent()
-    wanted = forms.parse(shapes or forms.DEFAULT)
+    wanted = forms.parse(forms.DEFAULT if shapes is None else shapes)
     competing, missing = chosen(engines)
     if machine.is_busy(load, torch.get_num_threads()):
         listener.note(f"this machine is busy (load average {load:.2f}): times will be off")
@@ -129,12 +129,14 @@ def _artifact_entry(label: str, folder: Path, floats: Sequence[Path]) -> "Entry"
     from qtool.bench.contest import Entry
 
     config = artifact.quantization_config(folder)
-    methods = tuple(str(method) for method in config.get("methods", ()))
+    methods = config.get("methods", [])
+    if not isinstance(methods, list):
+        raise InputError(f"{label}: the methods in its config.json are no list; quantize the model again")
     report = artifact.report(folder) if (folder / artifact.REPORT).is_file() else {}
     kind = report.get("execution", {}).get("kind", "real")
     source = _source(folder)
     reference = source if source in floats or not floats else floats[0]
-    return Entry(label, folder, "qtool", methods, reference, simulated=kind != "real")
+    return Entry(label, folder, "qtool", tuple(map(str, methods)), reference, simulated=kind != "real")
 
 
 def _source(folder: Path) -> Path | None:

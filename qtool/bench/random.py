@@ -22,13 +22,19 @@ def make(config_folder: Path, folder: Path, seed: int) -> Path:
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(f"{config_folder} is the config of a quantized model; pass the float model's")
     kind = getattr(transformers, config.architectures[0], None)
-    if kind is None:
-        raise InputError(f"transformers has no class {config.architectures[0]}, which {config_folder} names")
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise InputError(f"transformers has no model {config.architectures[0]}, which {config_folder} names")
+    if not hasattr(config, "vocab_size"):
+        raise InputError(f"{config_folder} is the config of a {config.model_type}, which takes no tokens")
     config.dtype = torch.float32
     torch.manual_seed(seed)
     out = folder / f"random-{config_folder.resolve().name}"
     transformers.logging.disable_progress_bar()
-    kind(config).eval().save_pretrained(out)
+    try:
+        model = kind(config)
+    except (ValueError, TypeError) as error:  # numbers that do not go together
+        raise InputError(f"{config_folder}: transformers makes no model of this config: {error}") from error
+    model.eval().save_pretrained(out)
     _name_class(out, config.architectures[0])
     for name in TOKENIZER_FILES:
         if (config_folder / name).is_file():

@@ -77,6 +77,9 @@ def limits_of(configs: Mapping[str, Any]) -> Limits:
     """The least of all models' limits, by the configs of transformers under the models' names."""
     from qtool.anatomy import max_tokens
 
+    for name, config in configs.items():
+        if not hasattr(config, "vocab_size"):
+            raise InputError(f"{name} takes no tokens; bench runs models of text")
     positions = [found for config in configs.values() if (found := max_tokens(config)) is not None]
     typed = [getattr(config, "type_vocab_size", 0) >= 2 for config in configs.values()]
     return Limits(min(config.vocab_size for config in configs.values()), min(positions, default=None), all(typed))

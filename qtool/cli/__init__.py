@@ -35,13 +35,15 @@ for command in (
     cli.add_command(command)
 
 
-def _on_sigterm(number: int, frame: Any) -> None:
+def _on_signal(number: int, frame: Any) -> None:
     raise InterruptedRun(f"terminated; {RESUMABLE}", number)
 
 
 def main() -> None:
     """Run a command and exit with the code that says how it ended."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    signal.signal(signal.SIGTERM, _on_signal)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _on_signal)  # the terminal was closed
     sys.exit(_status())
 
 

@@ -1,5 +1,6 @@
 """`qtool bench`."""
 
+import math
 import signal
 import tempfile
 from pathlib import Path
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 @click.option("--random-init", metavar="DIR", help="A model of random weights by the config.json in DIR.")
 @click.option("--method", "methods", multiple=True, metavar="NAME", help="Quantize the random model with it, too.")
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a key of these methods' recipes.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of random ids and weights.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of random ids and weights."
+)
 @json_option
 @verbosity
 @click.pass_context
@@ -71,29 +74,33 @@ def _check_random(models: tuple[str, ...], params: dict[str, Any]) -> None:
         raise UsageError("--method and --set are for --random-init; quantize a model first with qtool quantize")
     if params["random_init"] is None and not models:
         raise UsageError("which models? Pass folders or hub names, or --random-init with a folder that holds a config")
+    if math.isnan(params["seconds"]):
+        raise UsageError("--seconds is not a number")
 
 
 def _measured(screen: "Screen", models: tuple[str, ...], params: dict[str, Any], scratch: Path) -> "Report":
     from qtool import api
     from qtool.bench import machine
     from qtool.bench import shapes as forms
+    from qtool.bench.engines import chosen as chosen_engines
 
     load = machine.load_average()
-    shapes = params["shapes"] or forms.DEFAULT
+    shapes = forms.DEFAULT if params["shapes"] is None else params["shapes"]
     shapes += f",{params['task']}:32" if params["task"] else ""
     tasks = [shape.task for shape in forms.parse(shapes) if isinstance(shape, forms.Ragged)]
     if params["places"] and not tasks:
         raise UsageError("--data is for the texts of a task; name one with --task, or a shape such as sst2:32")
+    engines = None if params["engines"] is None else [name.strip() for name in params["engines"].split(",")]
+    chosen_engines(engines)  # a wrong name is said before models are made
     made: list[Path] = []
     if params["random_init"] is not None:
         chosen = {name: params[name] for name in ("methods", "sets", "seed", "threads")}
         made = drain(screen, api.random_models(params["random_init"], scratch, **chosen))
-    engines = params["engines"]
     passed = {name: params[name] for name in ("rounds", "seconds", "threads", "seed", "limit", "max_length")}
     return api.bench(
         [*models, *made],
         shapes=shapes,
-        engines=None if engines is None else [name.strip() for name in engines.split(",")],
+        engines=engines,
         data=places_of(params["places"], tasks),
         load=load,
         listener=screen,

@@ -221,7 +221,7 @@ class Native(Reference):
     def integer_encoder(
         encoder: structs.IntEncoder, ids: list[torch.Tensor | None], real: torch.Tensor, width: int
     ) -> torch.Tensor:
-        """All blocks of an encoder: int64 `ids` for each table `[batch, tokens]` → int32 `[batch, tokens, width]`.
+        """All blocks of an encoder: integer `ids` for each table `[batch, tokens]` → int32 `[batch, tokens, width]`.
 
         `real` is boolean `[batch, tokens]`. What is not real is never computed, and 0. Raises IndexError for an id
         that a table does not have.
@@ -230,7 +230,7 @@ class Native(Reference):
         whole = int(starts[-1]) == real.numel()
         where = None if whole else real.flatten().nonzero().squeeze(1)
         gathered = [None if x is None else x.flatten() if where is None else x.flatten()[where] for x in ids]
-        gathered = [None if x is None else x.contiguous() for x in gathered]
+        gathered = [None if x is None else x.long().contiguous() for x in gathered]
         rows = torch.empty((int(starts[-1]), width), dtype=torch.int32)
         batch = structs.IntBatch(
             (ctypes.c_void_p * 3)(*(address(x) for x in gathered)), address(starts), len(real), len(rows)

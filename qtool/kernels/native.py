@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from qtool.errors import QtoolError, UnavailableError, one_of
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """What `qtool_abi_version()` must answer; raised together with `kAbiVersion` in csrc/interface.cc."""
 
 FEATURES = (
@@ -35,6 +35,12 @@ ISAS = ("portable", "avx2", "avx512vnni")
 """What kernels are compiled for, slowest first, by the number that the library knows them by."""
 
 _NO_MEMORY, _BAD_ID = 1, 2
+
+
+_FORKED: list[bool] = []
+"""Whether this process is the child of one that had this module, which may have used torch's threads."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _FORKED.append(True))
 
 
 class _Attempt(NamedTuple):
@@ -137,6 +143,8 @@ def _checked(loaded: ctypes.CDLL, path: Path) -> _Attempt:
         return _Attempt(None, message)
     loaded.qtool_cpu_features.restype = ctypes.c_uint64
     loaded.qtool_isas.restype = ctypes.c_uint32
+    if _FORKED:
+        loaded.qtool_after_fork()
     p, i32 = ctypes.c_void_p, ctypes.c_int32
     loaded.qtool_code_offset.argtypes = (i32,)
     signatures = {

@@ -27,8 +27,26 @@ def fits(blocks: Sequence[Parts], heads: int, activation: str) -> bool:
         and hidden % heads == 0
         and all(_fits_linear(block[role], role, hidden) for block in blocks for role in LINEARS)
         and all(_fits_norm(block[role]) for block in blocks for role in NORMS)
+        and all(_shares_codes(block["query"], block[role]) for block in blocks for role in ("key", "value"))
         and len({(block["up"].out_features, block["query"].act_scale is None) for block in blocks}) == 1
     )
+
+
+def plain(block: nn.Module, parts: Parts, heads: int, activation: type[nn.Module]) -> bool:
+    """Whether a block is made of its `parts`, dropout and `activation` alone, and scales its scores as usual."""
+    known = {id(part) for part in parts.values()}
+    leaves = [module for module in block.modules() if not any(True for _ in module.children())]
+    usual = all(id(leaf) in known or type(leaf) in (nn.Dropout, activation) for leaf in leaves)
+    size = parts["query"].in_features / heads  # type: ignore[operator]
+    scales = [module.scaling for module in block.modules() if isinstance(getattr(module, "scaling", None), float)]
+    return usual and all(scale == size**-0.5 for scale in scales)
+
+
+def _shares_codes(one: Any, other: Any) -> bool:
+    """Whether codes that were made for one linear are those of another."""
+    if one.activations != other.activations:
+        return False
+    return one.act_scale is None or torch.equal(one.act_scale, other.act_scale)
 
 
 def _fits_linear(linear: Any, role: str, hidden: int) -> bool:
@@ -40,7 +58,7 @@ def _fits_linear(linear: Any, role: str, hidden: int) -> bool:
 
 
 def _fits_norm(norm: Any) -> bool:
-    return isinstance(norm, nn.LayerNorm) and norm.elementwise_affine and norm.weight.dtype == torch.float32
+    return type(norm) is nn.LayerNorm and norm.elementwise_affine and norm.weight.dtype == torch.float32
 
 
 class FloatPlan(Plan):
@@ -48,16 +66,22 @@ class FloatPlan(Plan):
 
     def __init__(self, roots: Sequence[nn.Module], blocks: Sequence[Parts], heads: int, activation: str) -> None:
         super().__init__(roots)
-        norms = [block[role] for block in blocks for role in NORMS]
-        self._eps = [(norm, norm.eps) for norm in norms]
+        modules = [module for root in roots for module in root.modules()]
+        self._settings = [
+            (module.__dict__, name, getattr(module, name))
+            for module in modules
+            for name in ("eps", "scaling")
+            if name in module.__dict__
+        ]
         layers = [structs.QBlock(**{role: self._part(module) for role, module in block.items()}) for block in blocks]
         self._blocks = (structs.QBlock * len(layers))(*layers)
         hidden = blocks[0]["query"].in_features
         self.encoder = structs.QEncoder(self._blocks, len(layers), hidden, heads, ACTIVATIONS[activation])
 
     def holds(self, roots: Sequence[nn.Module]) -> bool:
-        """See `Plan.holds`; `eps` is no tensor."""
-        return all(norm.eps == eps for norm, eps in self._eps) and super().holds(roots)
+        """See `Plan.holds`; some settings are no tensors."""
+        unchanged = all(settings.get(name) == value for settings, name, value in self._settings)
+        return unchanged and super().holds(roots)
 
     def run(self, hidden: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         """See `Native.float_encoder`."""

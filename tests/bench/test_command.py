@@ -27,12 +27,16 @@ QUICK = ("--rounds", 2, "--seconds", 0, "--threads", 1)
         (("MODEL", "--method", "ibert"), "--method and --set are for --random-init"),
         (("MODEL", "MODEL"), "a model is named twice"),
         (("MODEL", "--task", "sst"), "unknown task 'sst'"),
+        (("MODEL", "--shapes", ""), "is no shape"),
+        (("MODEL", "--seconds", "nan"), "--seconds is not a number"),
+        (("--random-init", "MODEL", "--seed", "99999999999999999999"), "--seed"),
+        (("--random-init", "nowhere", "--engines", "tensorflow"), "unknown engine 'tensorflow'"),
     ],
 )
 def test_usage_errors(tiny: Any, desk: Path, qtool_command: Command, arguments: Any, message: str) -> None:
     named = {"MODEL": tiny.model, "DATA": tiny.data}
     ended = qtool_command("bench", *(named.get(word, word) for word in arguments))
-    assert ended.code == 2 and message in ended.errors[0]
+    assert ended.code == 2 and message in ended.err
 
 
 @pytest.mark.parametrize(
@@ -47,6 +51,45 @@ def test_usage_errors(tiny: Any, desk: Path, qtool_command: Command, arguments: 
 def test_input_errors(tiny: Any, desk: Path, qtool_command: Command, arguments: Any, message: str) -> None:
     ended = qtool_command("bench", *(tiny.model if word == "MODEL" else word for word in arguments))
     assert ended.code == 3 and message in ended.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "vit", "architectures": ["ViTModel"]}, "takes no tokens"),
+        ({"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 100}, "makes no model of this config"),
+        ({"model_type": "bert", "architectures": ["AutoTokenizer"]}, "no model AutoTokenizer"),
+        ({"model_type": "bert", "architectures": ["BertConfig"]}, "no model BertConfig"),
+    ],
+)
+def test_configs_without_a_random_model(desk: Path, qtool_command: Command, config: Any, message: str) -> None:
+    Path("folder").mkdir()
+    Path("folder", "config.json").write_text(json.dumps(config), "utf-8")
+    ended = qtool_command("bench", "--random-init", "folder", "--engines", "torch", *QUICK)
+    assert ended.code == 3 and message in ended.errors[-1] and len(ended.errors) == 1
+
+
+def test_an_artifact_whose_methods_are_no_list(tiny: Any, desk: Path, qtool_command: Command) -> None:
+    assert qtool_command("quantize", tiny.model, "--method", "zeroquant", "-o", "out").code == 0
+    config = json.loads(Path("out/config.json").read_text("utf-8"))
+    config["quantization_config"]["methods"] = 3
+    Path("out/config.json").write_text(json.dumps(config), "utf-8")
+    ended = qtool_command("bench", "out", "--shapes", "1x8", *QUICK)
+    assert ended.code == 3 and "no list" in ended.errors[-1]
+
+
+def test_json_goes_to_files_alone(tiny: Any, desk: Path, qtool_command: Command) -> None:
+    os.mkfifo("pipe")
+    Path("pipe.json").symlink_to("pipe")
+    for name in ("pipe", "pipe.json"):
+        ended = qtool_command("bench", tiny.model, "--json", name)
+        assert ended.code == 3 and "it is no file" in ended.errors[0]
+    assert Path("pipe").is_fifo()
+    Path("real.json").write_text("before", "utf-8")
+    Path("link.json").symlink_to("real.json")
+    assert qtool_command("methods", "--json", "link.json").code == 0
+    assert Path("link.json").is_symlink()
+    assert "zeroquant" in Path("real.json").read_text("utf-8")
 
 
 def test_an_engine_that_is_not_installed(

@@ -10,6 +10,7 @@
 #include "cpu.h"
 #include "float.h"
 #include "integer.h"
+#include "team.h"
 
 #if defined(_WIN32)
 #define QTOOL_EXPORT extern "C" __declspec(dllexport)
@@ -21,7 +22,7 @@ namespace qtool {
 namespace {
 
 // Raised with every incompatible change of an exported function or struct; native.py refuses a library of another number.
-constexpr std::int32_t kAbiVersion = 2;
+constexpr std::int32_t kAbiVersion = 3;
 
 // What functions return.
 enum Status : std::int32_t { kFine = 0, kNoMemory = 1, kBadId = 2 };
@@ -117,6 +118,9 @@ QTOOL_EXPORT std::uint32_t qtool_isas() {
   for (int isa = 0; isa < kIsas; ++isa) found |= static_cast<std::uint32_t>(runs(isa)) << isa;
   return found;
 }
+
+// To be called where this process was forked before it loaded the library.
+QTOOL_EXPORT void qtool_after_fork() { after_fork(); }
 
 QTOOL_EXPORT std::int32_t qtool_code_offset(std::int32_t isa) { return integer(isa).code_offset; }
 

@@ -73,14 +73,10 @@ class Pool {
 };
 
 std::atomic<Pool*> current{nullptr};
-std::atomic<bool> forked{false};  // whether a parent had this library already
+std::atomic<bool> forked{false};
 
-// Only the forking thread lives on in the child: the parent's workers are gone, and what they held stays locked.
 #if !defined(_WIN32)
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
-  forked.store(true);
-  current.store(nullptr);
-});
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, &after_fork);
 #endif
 
 // Never destroyed: workers sleep in it until the process ends.
@@ -138,6 +134,12 @@ class OpenMp {
 };
 
 }  // namespace
+
+// Only the forking thread lives on in the child: the parent's workers are gone, and what they held stays locked.
+void after_fork() {
+  forked.store(true);
+  current.store(nullptr);
+}
 
 void Barrier::wait(int size) {
   const std::uint32_t round = round_.load(std::memory_order_acquire);

@@ -39,6 +39,9 @@ struct Crew {
 // own), where calls from several threads take turns.
 void run_together(int threads, void (*job)(void* context, const Crew& crew), void* context);
 
+// Called in a child of fork, by itself where the library is loaded when it happens.
+void after_fork();
+
 template <class Job>
 void together(int threads, Job& job) {
   run_together(threads, [](void* context, const Crew& crew) { (*static_cast<Job*>(context))(crew); }, &job);

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qtool.errors import InputError
 from qtool.kernels import reference, structs
 from qtool.kernels.integer import Native, Operand
 from qtool.nn.integer.activation import IntRelu, IntTable
@@ -25,6 +26,8 @@ class IntPlan(Plan):
         tables = [
             self._rows(embeddings.part(role)) if role in embeddings.parts else structs.IntRows() for role in TABLES
         ]
+        for block in blocks:
+            _check_widths(block)
         layers = [structs.IntBlock(**{role: self._part(block.part(role)) for role in block.parts}) for block in blocks]
         self._blocks = (structs.IntBlock * len(layers))(*layers)
         self.encoder = structs.IntEncoder(
@@ -91,6 +94,13 @@ class IntPlan(Plan):
             constants=(ctypes.c_int64 * 4)(*act.constants.tolist()), kind=structs.IntActivation.POLYNOMIAL,
             in_bits=act.in_bits, multiplier=int(act.multiplier), shift=int(act.shift), shifted=act.shifted,
         )  # fmt: skip
+
+
+def _check_widths(block: IntBlock) -> None:
+    """An activation is looked up without a look at its index. Raises InputError where that may leave the table."""
+    up, act = block.part("up"), block.part("act")
+    if isinstance(act, IntTable) and act.in_bits < up.out_bits:
+        raise InputError(f"a table for {act.in_bits} bits behind a layer of {up.out_bits}: the model is damaged")
 
 
 def planned(embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> IntPlan | None:

@@ -24,7 +24,7 @@ def cli() -> None:
     """Post-training quantization of Transformer models: calibrate, quantize, evaluate.
 
     Exit codes: 0 fine, 1 a bug in qtool, 2 usage, 3 bad input, 4 the environment cannot do it, 5 a quality gate failed,
-    130 and 143 interrupted (continue with --resume).
+    129, 130 and 143 interrupted (continue with --resume).
     """
 
 

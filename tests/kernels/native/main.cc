@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -18,6 +19,7 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu.h"
@@ -664,9 +666,16 @@ void blunder(const std::string& mistake, const Isa& isa) {
     const volatile int16_t read = activation_of(draw, heap, kTable, 8, false).table[(1 << 8) + 1];
     (void)read;
   } else if (mistake == "race") {
+    // All threads are there before the first adds, by relaxed steps, which order nothing: the race is there on any machine,
+    // even where one thread would be done, and its mutex taken by the next, before that one starts.
     int sum = 0;
-    auto job = [&sum](const Crew&) { sum = sum + 1; };
-    for (int i = 0; i < 100; ++i) together(4, job);
+    std::atomic<int> arrived{0};
+    auto job = [&sum, &arrived](const Crew& crew) {
+      arrived.fetch_add(1, std::memory_order_relaxed);
+      while (arrived.load(std::memory_order_relaxed) < crew.size) std::this_thread::yield();
+      sum = sum + 1;
+    };
+    together(4, job);
   } else if (mistake == "neighbour") {
     const Memory memory(1024, 0);
     Cutter cutter(memory.get());

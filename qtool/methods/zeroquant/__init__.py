@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from qtool.anatomy import Anatomy, Part, Unit, matrix_kind
+from qtool.anatomy import Anatomy, Part, Unit
 from qtool.calibrate.statistics import Statistics
-from qtool.errors import InputError
 from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
+from qtool.methods.zeroquant.kept import float_rest, irreplaceable
+from qtool.methods.zeroquant.specs import check_linear, check_table
 from qtool.nn import MODULES, QEmbedding, QLinear, QModule
 from qtool.numerics import QTensor, QuantSpec
 from qtool.recipe import Spec
@@ -46,7 +47,7 @@ class ZeroQuant(Method):
         kept: dict[str, str] = {}
         for path, (unit, part) in whole.items():
             module = model.get_submodule(path)
-            reason = _irreplaceable(anatomy, model, path)
+            reason = irreplaceable(anatomy, model, path)
             description = None if reason else self._describe(unit, part, module)
             if description is None:
                 kept[path] = reason or "asked for by a rule or an option"
@@ -57,7 +58,7 @@ class ZeroQuant(Method):
             bias = model.get_submodule(anatomy.tied_head).bias is not None
             modules[anatomy.tied_head] = {"type": "tied_linear", "table": anatomy.word_table, "bias": bias}
             changes["tie_word_embeddings"] = False
-        kept |= _float_rest(anatomy, model, modules)
+        kept |= float_rest(anatomy, model, modules)
         return Plan(modules, kept, changes)
 
     def _describe(self, unit: Unit, part: Part, module: Any) -> dict[str, Any] | None:
@@ -71,12 +72,12 @@ class ZeroQuant(Method):
             weights = rule.weights or default
             if weights == "float":
                 return None
-            _check_table(weights, shape, part.path)
+            check_table(weights, shape, part.path)
             padding = getattr(module, "padding_idx", None)
             return {"type": "embedding", "shape": list(shape), "weights": str(weights), "padding_idx": padding}
         weights = rule.weights or self.recipe.weights.spec
         activations = rule.activations or self.recipe.activations.spec
-        _check_linear(weights, activations, shape, part.path)
+        check_linear(weights, activations, shape, part.path)
         return {
             "type": "linear", "shape": list(shape), "weights": str(weights), "activations": str(activations),
             "bias": module.bias is not None,
@@ -125,59 +126,3 @@ def _static_scale(statistics: Statistics, path: str) -> torch.Tensor:
     state = statistics.state(path, "minmax")
     largest = torch.maximum(state["max"], -state["min"]).clamp_min(0).reshape(1)
     return torch.where(largest > 0, largest / _QMAX, torch.ones_like(largest))
-
-
-def _check_linear(weights: QuantSpec, activations: QuantSpec, shape: Any, path: str) -> None:
-    """Refuse specs that the int8 product cannot execute. Raises InputError naming the module."""
-    if weights.dynamic or not weights.symmetric or weights.num_bits > 8:
-        raise InputError(f"{path}: weights {weights} cannot run; zeroquant takes static symmetric int2 to int8 weights")
-    token_wise = activations.dynamic and activations.block == (1, None)
-    tensor_wise = not activations.dynamic and activations.block == (None, None)
-    if activations.num_bits != 8 or not activations.symmetric or not (token_wise or tensor_wise):
-        raise InputError(f"{path}: activations {activations} cannot run; use int8:token:sym or int8:tensor:sym")
-    _check_block(weights, shape, path)
-
-
-def _check_table(weights: QuantSpec, shape: Any, path: str) -> None:
-    """Refuse specs that a table lookup cannot execute. Raises InputError naming the module."""
-    if weights.dynamic or not weights.symmetric or not 5 <= weights.num_bits <= 16 or weights.block[1] is not None:
-        raise InputError(
-            f"{path}: weights {weights} cannot run; a table takes static symmetric int5 to int16, scaled by whole rows"
-        )
-    _check_block(weights, shape, path)
-
-
-def _check_block(weights: QuantSpec, shape: Any, path: str) -> None:
-    try:
-        weights.scale_shape(shape)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def _irreplaceable(anatomy: Anatomy, model: Any, path: str) -> str | None:
-    """Why codes cannot stand for the module at `path`: it, or an output layer that shares it, computes its own way."""
-    sharing = [anatomy.tied_head] if anatomy.tied_head and path == anatomy.word_table else []
-    for other in (path, *sharing):
-        module = model.get_submodule(other)
-        if matrix_kind(module) is None:
-            return f"{type(module).__name__}{f' ({other})' * (other != path)}: its forward is not the plain one"
-    return None
-
-
-def _float_rest(anatomy: Anatomy, model: Any, modules: Any) -> dict[str, str]:
-    """Why what is left stays float."""
-    reasons = {}
-    parts = {part.path for _, part in anatomy.parts()}
-    for path, module in model.named_modules():
-        weights = [weight for _, weight in module.named_parameters(recurse=False)]
-        if path in modules or path in parts or not weights:
-            continue
-        if anatomy.head.owns(path):
-            reasons[path] = "head: small, and its error reaches the logits undamped"
-        elif all(weight.dim() < 2 for weight in weights):
-            reasons[path] = "normalisation: a vector of weights, computed in float"
-        elif anatomy.embeddings.owns(path):
-            reasons[path] = "beside the word table: small, and its error reaches every block"
-        else:
-            reasons[path] = f"{type(module).__name__}: its weights are not those of a Linear"
-    return reasons

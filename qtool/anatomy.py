@@ -6,7 +6,7 @@ nowhere else. Adding an architecture adds a row to `FAMILIES`; a type without on
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -29,14 +29,28 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Feed:
+    """Channels that may be divided by any positive numbers where the columns of all that reads them are multiplied.
+
+    `source` is the path of a norm, or a part whose rows are the channels; `readers` are parts. Where a reader has more
+    columns than there are channels, each stretch of `head_size` channels serves as many heads in a row.
+    """
+
+    source: str | Part
+    readers: tuple[Part, ...]
+    head_size: int = 1
+
+
+@dataclass(frozen=True)
 class Unit:
     """`modules` are the paths of modules (or single tensors) that belong to the unit; `parts` are its matrices that a
-    method may quantize."""
+    method may quantize, `feeds` say where ranges may move from activations into weights."""
 
     name: str
     kind: Kind
     modules: tuple[str, ...]
     parts: tuple[Part, ...]
+    feeds: tuple[Feed, ...] = ()
 
     def owns(self, path: str) -> bool:
         """Whether a module or tensor path lies inside this unit."""
@@ -107,7 +121,8 @@ class Family:
     Names that share a path are rows of one fused matrix, in this order: one stretch each, or, with `interleaved`, one
     stretch a head. The heads of an encoder see both sides of a token; a decoder's only what was before it. Post-norm
     encoders name their LayerNorms (`embeddings` in the base model, `attention` and `ffn` in a block) and what their
-    heads run, by kind of head; `pooled` are the kinds that start from the pooler's output.
+    heads run, by kind of head; `pooled` are the kinds that start from the pooler's output. `feeds` lists what passes
+    its channels on to which parts with nothing in between that minds a factor: norms by path, parts by name.
     """
 
     tables: Mapping[str, str]
@@ -118,6 +133,7 @@ class Family:
     norms: Mapping[str, str] = field(default_factory=dict)
     heads: Mapping[str, tuple[HeadModule, ...]] = field(default_factory=dict)
     pooled: tuple[str, ...] = ()
+    feeds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 POOLER = HeadModule("pooler", (("linear", "dense"), ("tanh", "tanh")), first=True)
@@ -141,6 +157,10 @@ def _parts(query: str, key: str, value: str, output: str, *ffn: str) -> dict[str
     return dict(zip((*names, *others), (query, key, value, output, *ffn), strict=True))
 
 
+_QKV = ("attention.query", "attention.key", "attention.value")
+_CONTEXT = {"attention.value": ("attention.output",)}
+"""A context is linear in the values, whatever the probabilities are."""
+
 _WORD, _POSITION, _TYPE = (
     "embeddings.word_embeddings",
     "embeddings.position_embeddings",
@@ -154,6 +174,7 @@ _BERT = Family(
     "encoder.layer",
     _parts(*_SELF, "intermediate.dense", "output.dense"),
     norms=_NORMS,
+    feeds=_CONTEXT,
     heads=_heads(
         HeadModule("classifier", (("output", ""),)),
         masked=(
@@ -198,12 +219,19 @@ _LLAMA = Family(
     "layers",
     _parts(*_PROJECTIONS, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     decoder=True,
+    feeds={
+        "input_layernorm": _QKV,
+        "post_attention_layernorm": ("ffn.gate", "ffn.up"),
+        "ffn.up": ("ffn.down",),  # it only scales what the gate lets through
+        **_CONTEXT,
+    },
 )
 _DISTILBERT = Family(
     {"word": _WORD, "position": _POSITION},
     "transformer.layer",
     _parts(*(f"attention.{name}_lin" for name in ("q", "k", "v", "out")), "ffn.lin1", "ffn.lin2"),
     norms={"embeddings": "embeddings.LayerNorm", "attention": "sa_layer_norm", "ffn": "output_layer_norm"},
+    feeds=_CONTEXT,
     heads=_heads(
         HeadModule("pre_classifier", (("hidden", ""),)),  # transformers applies ReLU behind it, as to any numbers
         HeadModule("classifier", (("output", ""),)),
@@ -220,12 +248,14 @@ _GPT2 = Family(
     "h",
     _parts(*["attn.c_attn"] * 3, "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     decoder=True,
+    feeds={"ln_1": _QKV, "ln_2": ("ffn.up",), **_CONTEXT},
 )
 _OPT = Family(
     {"word": "decoder.embed_tokens", "position": "decoder.embed_positions"},
     "decoder.layers",
     _parts(*_PROJECTIONS, "self_attn.out_proj", "fc1", "fc2"),
     decoder=True,
+    feeds=_CONTEXT,  # its norms come before or behind, as the config says
 )
 _NEOX = Family(
     {"word": "embed_in"},
@@ -233,12 +263,14 @@ _NEOX = Family(
     _parts(*["attention.query_key_value"] * 3, "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     decoder=True,
     interleaved=True,
+    feeds={"input_layernorm": _QKV, "post_attention_layernorm": ("ffn.up",), **_CONTEXT},
 )
 _GPTJ = Family(
     {"word": "wte"},
     "h",
     _parts(*(f"attn.{name}_proj" for name in ("q", "k", "v", "out")), "mlp.fc_in", "mlp.fc_out"),
     decoder=True,
+    feeds={"ln_1": (*_QKV, "ffn.up"), **_CONTEXT},
 )
 
 FAMILIES: dict[str, Family] = {
@@ -373,7 +405,17 @@ def _block(model: Any, family: Family, path: str, index: int) -> Unit:
             part = replace(part, rows=_share(outputs, seen[inside], sharing[inside], heads))
         seen[inside] += 1
         parts.append(part)
-    return Unit(f"block.{index}", "block", (path,), tuple(parts))
+    return Unit(f"block.{index}", "block", (path,), tuple(parts), _feeds(model.config, family, path, parts))
+
+
+def _feeds(config: Any, family: Family, block: str, parts: Sequence[Part]) -> tuple[Feed, ...]:
+    known = {part.name: part for part in parts}
+    heads = getattr(config, "num_attention_heads", 1)
+    head_size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", heads) // heads
+    return tuple(
+        Feed(known.get(source, f"{block}.{source}"), tuple(known[name] for name in readers), head_size)
+        for source, readers in family.feeds.items()
+    )
 
 
 def _share(outputs: int, index: int, parts: int, groups: int) -> tuple[slice, ...]:

@@ -15,6 +15,7 @@ import torch
 from qtool.anatomy import Anatomy, Unit
 from qtool.kernels import using
 from qtool.kernels.reference import SaturationMeter, counting_saturation
+from qtool.lesson import Example, Lesson
 from qtool.methods.base import decibels
 from qtool.nn import IntModule
 from qtool.nn.integer.module import integer_outputs
@@ -48,6 +49,24 @@ class Follower:
     def __init__(self, exact: Stream, lowered: Stream, batches: Sequence[Batch]) -> None:
         self.exact, self.lowered, self.batches = exact, lowered, batches
         self._flows: dict[Stream, Flow] = {exact: [], lowered: []}
+        self._passed: set[str] = set()
+
+    def passed(self, unit: Unit) -> bool:
+        """Whether both models are behind a unit. Behind the head is nothing to go to."""
+        return unit.kind == "head" or unit.name in self._passed
+
+    @contextmanager
+    def lesson(self, unit: Unit) -> Iterator[Lesson]:
+        """The float block that comes next, loaded, with what enters it in both models."""
+        index = self._blocks(self.exact.anatomy).index(unit.name)
+        examples = [
+            Example(exact, lowered, calls[index], batch["attention_mask"].bool())
+            for (exact, calls), (lowered, _), batch in zip(
+                self._flows[self.exact], self._flows[self.lowered], self.batches, strict=True
+            )
+        ]
+        with self.exact.loaded(unit):
+            yield Lesson(self.exact, unit, examples)
 
     def corrections(self, unit: Unit, sites: Sequence[str], grids: Mapping[str, Grid]) -> dict[str, torch.Tensor]:
         """How much larger float's outputs are on average, `[channels]` by site. The lowered unit is loaded."""
@@ -104,6 +123,8 @@ class Follower:
                 exact, found = (_real(output[site], real.flatten()) for output in seen)
                 loss.add(exact.double(), grids[site].real(found))
             give_back()
+        if advance:
+            self._passed.add(unit.name)
         return losses
 
     def _step(self, stream: Stream, unit: Unit, number: int, batch: Batch) -> tuple[torch.Tensor, tuple[Call, ...]]:

@@ -122,6 +122,11 @@ class Job:
         wanted = {unit.name: self.lowering.observers(unit, self.plan) for unit in self.anatomy.units}
         return {name: observers for name, observers in wanted.items() if observers}
 
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether anything depends on the calibration data."""
+        return bool(self.observed()) or self.lowering.learns
+
     def fingerprint(self, batches: Batches, statistics: Path | None = None) -> dict[str, Any]:
         """Everything that the bytes of the artifact depend on; `statistics` is a file that replaces pass 1."""
         return {
@@ -275,10 +280,11 @@ def _lower_all(
 ) -> Generator[Event, None, dict[str, torch.Tensor]]:
     """Pass 2. Returns the golden outputs, computed from the shards as they lie on disk."""
     job.lowering.resolve(job.plan, statistics)
+    source = job.lowering.source(job.plan, statistics, job.checkpoint.tensor)
     model = job.lowered_skeleton()
     names = job.stored_names(model)
     stream = Stream(model, job.anatomy, _shard_reader(job, run))
-    follower = _follower(job, stream, batches) if job.lowering.follows else None
+    follower = _follower(job, source, stream, batches) if job.lowering.follows or job.lowering.learns else None
     hidden, calls, outputs = torch.empty(0), tuple[Call, ...](), {}
     total = len(job.anatomy.units)
     for index, unit in enumerate(job.anatomy.units):
@@ -287,8 +293,10 @@ def _lower_all(
         shard = run.shard(unit.name)
         if not shard.exists():
             torch.manual_seed(unit_seed(job.recipe.seed, unit.name))
-            _write_unit(job, unit, [name for name in names if unit.owns(name)], shard, statistics, follower)
-        elif follower is not None:
+            _write_unit(job, source, unit, [name for name in names if unit.owns(name)], shard, statistics, follower)
+            if remark := job.lowering.remark(unit):
+                yield Note(remark)
+        if follower is not None and not follower.passed(unit):
             with stream.loaded(unit):
                 follower.advance(unit)
         with stream.loaded(unit):
@@ -302,15 +310,17 @@ def _lower_all(
     return outputs
 
 
-def _follower(job: Job, lowered: Stream, batches: Batches) -> Follower:
-    """All batches where errors are corrected; where they are only measured, an even sample of them is enough."""
-    corrects = any(job.lowering.stages(unit) for unit in job.anatomy.units)
-    step = 1 if corrects else -(-len(batches.batches) // MEASURED_BATCHES)
-    return Follower(Stream(job.model, job.anatomy, job.checkpoint.tensor), lowered, batches.batches[::step])
+def _follower(job: Job, source: Reader, lowered: Stream, batches: Batches) -> Follower:
+    """All batches where a method learns or corrects errors; to measure these, an even sample of them is enough."""
+    method = job.lowering
+    every = method.learns or any(method.stages(unit) for unit in job.anatomy.units)
+    step = 1 if every else -(-len(batches.batches) // MEASURED_BATCHES)
+    return Follower(Stream(job.model, job.anatomy, source), lowered, batches.batches[::step])
 
 
 def _write_unit(
     job: Job,
+    source: Reader,
     unit: Unit,
     names: list[str],
     shard: Path,
@@ -318,9 +328,14 @@ def _write_unit(
     follower: Follower | None,
 ) -> None:
     """Lower one unit, audit it, and write its tensors: those of the integer modules, and what is left in float."""
-    lowered = job.lowering.lower(unit, job.plan, job.checkpoint.tensor, statistics)
-    figures = {path: dict(found) for path, found in job.lowering.report().items() if unit.owns(path)}
-    if follower is not None:
+    method = job.lowering
+    with ExitStack() as stack:
+        lesson = (
+            stack.enter_context(follower.lesson(unit)) if follower and method.learns and unit.kind == "block" else None
+        )
+        lowered = method.lower(unit, job.plan, source, statistics, lesson)
+    figures = {path: dict(found) for path, found in method.report().items() if unit.owns(path)}
+    if follower is not None and method.follows:
         for path, found in _refine(job, unit, lowered, follower).items():
             figures.setdefault(path, {}).update(found)
     for path, found in audit.check(lowered).items():
@@ -328,9 +343,10 @@ def _write_unit(
     tensors = {
         f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()
     }
+    tensors |= method.floats(unit)
     for name in names:
         if name not in tensors:
-            tensors[name] = job.checkpoint.tensor(name)
+            tensors[name] = source(name)
     artifact.write_json(shard.with_suffix(".json"), figures)
     artifact.write_tensors(shard, tensors)
 
@@ -438,7 +454,7 @@ def _report(
             "sha256": run.fingerprint["model"],
         },
         "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
-        "calibration": batches.description if job.observed() else None,
+        "calibration": batches.description if job.looks_at_data else None,
         "execution": {"kind": "real", "backend": backend().name, "arithmetic": job.lowering.arithmetic},
         "architecture": job.anatomy.architecture,
         "head": job.anatomy.head_kind,

@@ -97,6 +97,10 @@ class Stream:
     @torch.inference_mode()
     def block(self, unit: Unit, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """One block: `[batch, tokens, hidden]` in and out."""
+        return self.forward_block(unit, hidden, call)
+
+    def forward_block(self, unit: Unit, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """As `block`, where gradients may be wanted."""
         module = self.model.get_submodule(unit.modules[0])
         with self._plain_errors():
             if call.keyword is None:

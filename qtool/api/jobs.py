@@ -114,11 +114,11 @@ def quantize_events(
 
 
 def _about_calibration(job: "Job", batches: "Batches", statistics: str | Path | None) -> str:
-    if not job.observed():
+    if not job.looks_at_data:
         return "no calibration pass: this recipe computes the scales of activations at run time"
     return (
         f"statistics: {statistics}"
-        if statistics
+        if statistics and not job.lowering.learns
         else f"calibration data: {batches.description}, {batches.num_tokens} tokens"
     )
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qtool.anatomy import Anatomy, Unit
 from qtool.calibrate.statistics import Statistics
+from qtool.lesson import Lesson
 from qtool.nn import QModule
 from qtool.numerics import QTensor
 from qtool.numerics.grid import Grid
@@ -72,6 +73,10 @@ class Method(ABC):
     def resolve(self, plan: Plan, statistics: Statistics | None) -> None:  # noqa: B027 (most have nothing to freeze)
         """Freeze what crosses the borders of units, before the first is lowered."""
 
+    def source(self, plan: Plan, statistics: Statistics | None, weights: Reader) -> Reader:
+        """The float model that is lowered: `weights`, or tensors that compute the same and round better."""
+        return weights
+
     @property
     def follows(self) -> bool:
         """Whether calibration data flows through the float and the lowered units in pass 2, to measure and correct."""
@@ -88,9 +93,24 @@ class Method(ABC):
     def correct(self, module: Any, path: str, error: torch.Tensor) -> None:  # noqa: B027 (most correct nothing)
         """Take the mean output error, float64 `[channels]`, out of a module in place."""
 
+    @property
+    def learns(self) -> bool:
+        """Whether `lower` learns from calibration data: then it is given a lesson for each block."""
+        return False
+
     @abstractmethod
-    def lower(self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None) -> dict[str, QModule]:
+    def lower(
+        self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None
+    ) -> dict[str, QModule]:
         """Filled modules by path. `weights(name)` reads a float tensor of the source."""
+
+    def floats(self, unit: Unit) -> Mapping[str, torch.Tensor]:
+        """Float tensors of a unit that was just lowered which differ from the source's, by name."""
+        return {}
+
+    def remark(self, unit: Unit) -> str:
+        """What users should know of a unit that was just lowered."""
+        return ""
 
     def report(self) -> dict[str, dict[str, float]]:
         """Figures by module path, of the units that were lowered in this process."""

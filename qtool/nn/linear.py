@@ -9,8 +9,8 @@ from torch import nn
 from qtool import kernels
 from qtool.errors import InputError
 from qtool.nn.module import CodesModule
-from qtool.numerics import QuantSpec
-from qtool.numerics.qtensor import stored_dtype, stored_shape
+from qtool.numerics import QTensor, QuantSpec
+from qtool.numerics.qtensor import QParams, stored_dtype, stored_shape
 
 
 class QLinear(CodesModule):
@@ -49,6 +49,11 @@ class QLinear(CodesModule):
         bias = None if self.bias is None else self.bias.float()
         y = kernels.backend().int8_linear(rows, self._prepared(), self.weight_scale, bias, self.act_scale)
         return y.view(*x.shape[:-1], self.out_features).to(self.output_dtype)
+
+    def matrix(self) -> QTensor:
+        """The weight with its scales."""
+        shape = (self.out_features, self.in_features)
+        return QTensor(self.weight, QParams(self.weight_scale), self.weights, shape, "tiled")
 
     def _prepare(self, codes: torch.Tensor) -> Any:
         blocks = self.weights.scale_shape((self.out_features, self.in_features))[1]

@@ -94,7 +94,16 @@ class QTensor:
         scales = _row_scales(params.scale.double(), shape)
         for part, values, scale in zip(*(torch.split(t, step) for t in (codes, x.detach(), scales)), strict=True):
             part.copy_(_nearest(values, scale, spec))
-        return cls(_store(codes, spec, layout), params, spec, shape, layout)
+        return cls.store(codes, params, spec, layout)
+
+    @classmethod
+    def store(cls, codes: Tensor, params: QParams, spec: QuantSpec, layout: Layout = "rows") -> "QTensor":
+        """Pack integer codes `[rows, columns]` that were chosen elsewhere, within `spec.qmin..spec.qmax`.
+
+        Raises InputError for `params` or a layout that do not fit.
+        """
+        shape = (codes.shape[0], codes.shape[1])
+        return cls(_store(codes.to(_DTYPES[spec.storage]), spec, layout), params, spec, shape, layout)
 
     def integers(self) -> Tensor:
         """The codes as int8, int16 or int32 `[rows, columns]` in row-major order; a view where nothing is packed."""

@@ -97,7 +97,7 @@ class Weights(SpecSection):
     """How weight matrices of the blocks are stored, and how their scales and codes are chosen."""
 
     spec: Spec = QuantSpec.parse("int8:channel:sym")
-    rounding: Literal["nearest", "mse"] = "nearest"
+    rounding: Literal["nearest", "mse", "gptq", "gpfq"] = "nearest"
 
 
 class Activations(SpecSection):

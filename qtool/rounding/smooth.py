@@ -1,6 +1,6 @@
 """Migration of activation ranges into weights (SmoothQuant, Xiao et al. 2023, eq. 4)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,7 +17,14 @@ def smoothing(peaks: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float
 
 
 def tuned_smoothing(
-    sample: torch.Tensor, weights: Sequence[torch.Tensor], start: torch.Tensor, *, steps: int = 100, rate: float = 0.03
+    sample: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    start: torch.Tensor,
+    *,
+    steps: int = 100,
+    rate: float = 0.03,
+    levels: tuple[int | None, int] = (127, 127),
+    share: Callable[[torch.Tensor], torch.Tensor] = lambda logs: logs,
 ) -> torch.Tensor:
     """`start` moved by gradient descent to where rounding costs the outputs least, float64 `[in]`.
 
@@ -26,19 +33,24 @@ def tuned_smoothing(
 
         (max_j |x_tj / s_j|)² Σ_j (s_j W_cj)²  +  (max_j |s_j W_cj|)² Σ_j (x_tj / s_j)²
 
-    (each rounding has variance step²/12). Deterministic for a number of threads.
+    (each rounding has variance step²/12). `levels` are the largest codes of activations (None: they stay float) and
+    weights, to which either term is in proportion. `share` says which inputs move together: it maps logarithms `[in]`
+    to such. Deterministic for a number of threads.
     """
+    act_levels, weight_levels = levels
     with torch.inference_mode(False), torch.enable_grad():
         rows, matrix = sample.float().clone(), torch.cat([weight.float().clone() for weight in weights])
         columns = matrix.square().sum(0)
         logs = start.float().log().clone().requires_grad_()
         optimizer = torch.optim.Adam([logs], lr=rate)
         for _ in range(steps):
-            s = logs.exp()
+            s = share(logs).exp()
             divided, scaled = rows / s, matrix * s
-            act = divided.abs().amax(1).square().sum() * (columns * s.square()).sum()
-            weight = scaled.abs().amax(1).square().sum() * divided.square().sum()
+            loss = scaled.abs().amax(1).square().sum() * divided.square().sum()
+            if act_levels:
+                act = divided.abs().amax(1).square().sum() * (columns * s.square()).sum()
+                loss = act + loss * (act_levels / weight_levels) ** 2
             optimizer.zero_grad()
-            (act + weight).log().backward()
+            loss.log().backward()
             optimizer.step()
-    return logs.detach().double().exp()
+    return share(logs.detach()).double().exp()

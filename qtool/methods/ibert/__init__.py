@@ -15,6 +15,7 @@ import torch
 from qtool.anatomy import Anatomy, Unit
 from qtool.calibrate.statistics import Statistics
 from qtool.errors import InputError
+from qtool.lesson import Lesson
 from qtool.methods.base import Method, Plan
 from qtool.methods.ibert.layout import IBertOptions, Layout
 from qtool.methods.ibert.lower import Lowering
@@ -73,7 +74,9 @@ class IBert(Method):
         """Bias correction (Nagel et al. 2019), with the inputs of the quantized path."""
         module.add_to_bias(error, self._lowering.grids[path])
 
-    def lower(self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None) -> dict[str, QModule]:
+    def lower(
+        self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None
+    ) -> dict[str, QModule]:
         """Round the matrices of the unit and fill its modules."""
         lowered = self._lowering.unit(unit, plan.modules, weights)
         self._report |= self._lowering.figures

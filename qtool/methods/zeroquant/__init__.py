@@ -5,23 +5,49 @@ Every Linear of every block (GPT-2's Conv1D too) runs as an int8 × int8 → int
 Embedding tables are stored as integers with a scale a row; the head stays in float, as do LayerNorm, softmax and GELU.
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from qtool.anatomy import Anatomy, Part, Unit
 from qtool.calibrate.statistics import Statistics
+from qtool.distill import Schedule, distill
+from qtool.lesson import Lesson
 from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
+from qtool.methods.zeroquant import migration
 from qtool.methods.zeroquant.kept import float_rest, irreplaceable
+from qtool.methods.zeroquant.migration import Migration
 from qtool.methods.zeroquant.specs import check_linear, check_table
 from qtool.nn import MODULES, QEmbedding, QLinear, QModule
 from qtool.numerics import QTensor, QuantSpec
-from qtool.recipe import Spec
-from qtool.rounding import ROUNDINGS
+from qtool.recipe import Count, Recipe, Spec
+from qtool.rounding import DATA_ROUNDINGS, ROUNDINGS, Moments
 from qtool.stream import Reader
 
 _QMAX = 127
+
+
+class LKD(Options):
+    """Layer-by-layer knowledge distillation: `true` for the defaults, or what differs from them; see `Schedule`."""
+
+    enabled: bool = True
+    inputs: Literal["teacher", "student"] = Schedule.inputs
+    loss: Literal["mse", "kl"] = Schedule.loss
+    train: Literal["weights", "scales", "both"] = Schedule.train
+    steps: Count = Schedule.steps
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = Schedule.learning_rate
+    patience: Count | None = Schedule.patience
+
+    @model_validator(mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        return {"enabled": value} if isinstance(value, bool) else value
+
+    def schedule(self) -> Schedule:
+        """As distillation reads it."""
+        return Schedule(**self.model_dump(exclude={"enabled"}))
 
 
 class ZeroQuantOptions(Options):
@@ -29,6 +55,9 @@ class ZeroQuantOptions(Options):
 
     word_embeddings: Spec | Literal["float"] = Field(QuantSpec.parse("int8:channel:sym"), union_mode="left_to_right")
     small_embeddings: Spec | Literal["float"] = Field(QuantSpec.parse("int16:channel:sym"), union_mode="left_to_right")
+    lkd: LKD = LKD(enabled=False)
+    smoothing: float | None = Field(None, ge=0, le=1, description="Exponent of migration into weights; null: none")
+    tuning: int = Field(0, ge=0, description="Steps in which the smoothing is tuned on a sample of activations")
 
 
 class ZeroQuant(Method):
@@ -39,8 +68,15 @@ class ZeroQuant(Method):
     options_class = ZeroQuantOptions
     options: ZeroQuantOptions
 
+    def __init__(self, recipe: Recipe, options: Options) -> None:
+        super().__init__(recipe, options)
+        self._floats: dict[str, torch.Tensor] = {}
+        self._remarks: dict[str, str] = {}
+        self._migration: Migration | None = None
+
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
         """A rule's overrides are applied here; a spec that cannot be executed is refused with the module's name."""
+        self._anatomy = anatomy
         whole = {part.path: (unit, part) for unit, part in anatomy.parts()}  # parts of a fused matrix share a module
         self.recipe.check_rules(list(whole))
         modules: dict[str, dict[str, Any]] = {}
@@ -86,30 +122,115 @@ class ZeroQuant(Method):
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
         """The input range of each Linear with static activations."""
         paths = dict.fromkeys(part.path for part in unit.parts)
-        return {path: "minmax" for path in paths if path in plan.modules and _is_static(plan.modules[path])}
+        static = {path: "minmax" for path in paths if path in plan.modules and _is_static(plan.modules[path])}
+        if self.options.smoothing is None:
+            return static
+        return {**static, **migration.observers(unit, tuned=self.options.tuning > 0)}
 
-    def lower(self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None) -> dict[str, QModule]:
+    def source(self, plan: Plan, statistics: Statistics | None, weights: Reader) -> Reader:
+        """The float model with ranges migrated."""
+        if self.options.smoothing is None:
+            return weights
+        assert statistics is not None  # there are observers
+        self._migration = Migration(
+            self._anatomy, plan.modules, statistics, weights, alpha=self.options.smoothing, tuning=self.options.tuning
+        )
+        return self._migration.read
+
+    @property
+    def learns(self) -> bool:
+        """Where rounding looks at data, or distillation follows it."""
+        return self._rounds_with_data or self.options.lkd.enabled
+
+    @property
+    def _rounds_with_data(self) -> bool:
+        return self.recipe.weights.rounding in DATA_ROUNDINGS
+
+    def floats(self, unit: Unit) -> Mapping[str, torch.Tensor]:
+        """What distillation changed beside the linears."""
+        return {name: tensor for name, tensor in self._floats.items() if unit.owns(name)}
+
+    def remark(self, unit: Unit) -> str:
+        """The loss of a block before and after its distillation."""
+        return self._remarks.get(unit.name, "")
+
+    def lower(
+        self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None
+    ) -> dict[str, QModule]:
         """Round each matrix of the unit and fill a module with codes and scales."""
+        # A tied layer has only a float bias.
+        paths = [path for path, one in plan.modules.items() if unit.owns(path) and one["type"] != "tied_linear"]
         lowered: dict[str, QModule] = {}
-        transposed = {part.path for part in unit.parts if part.transposed}
-        for path, description in plan.modules.items():
-            if not unit.owns(path) or description["type"] == "tied_linear":  # a tied layer has only a float bias
-                continue
-            module = MODULES[description["type"]].from_description(torch.nn.Module(), path, description, device="meta")
-            weight = weights(f"{path}.weight")
-            weight = weight.t().contiguous() if path in transposed else weight
-            spec = QuantSpec.parse(description["weights"])
-            rounding = ROUNDINGS[self.recipe.weights.rounding]
-            tensor = rounding(weight, spec, layout="tiled" if isinstance(module, QLinear) else "rows")
-            _fill(module, tensor)
-            if isinstance(module, QLinear):
-                if module.bias is not None:
-                    module.bias = weights(f"{path}.bias")
-                if statistics is not None and _is_static(description):
-                    module.act_scale = _static_scale(statistics, path)
-            self._report[path] = {"weight_sqnr_db": weight_sqnr_db(weight, tensor)}
-            lowered[path] = module
-        return lowered
+        for stage in lesson.stages(paths) if lesson else [[path] for path in paths]:
+            moments = lesson.moments(stage[0], lowered) if lesson and self._rounds_with_data else None
+            lowered |= {path: self._lower(unit, path, plan, weights, statistics, moments) for path in stage}
+        if lesson and self.options.lkd.enabled:
+            lowered |= self._distill(unit, lesson, lowered, weights)
+        return {path: lowered[path] for path in paths}
+
+    def _distill(
+        self, unit: Unit, lesson: Lesson, lowered: Mapping[str, QModule], weights: Reader
+    ) -> Mapping[str, QModule]:
+        """The block's linears after LKD; none where it would have got worse."""
+        linears = {path: module for path, module in lowered.items() if isinstance(module, QLinear)}
+        matrices = {path: self._matrix(unit, path, weights) for path in linears}
+        outcome = distill(lesson, linears, matrices, self.options.lkd.schedule())
+        self._floats |= outcome.floats
+        for path, module in outcome.linears.items():
+            self._report[path]["weight_sqnr_db"] = weight_sqnr_db(matrices[path], module.matrix())
+        self._report[unit.modules[0]] = {"lkd_before": outcome.before, "lkd_after": outcome.after}
+        kept = "" if outcome.linears else ": no better, so the block stays as it was"
+        self._remarks[unit.name] = (
+            f"{unit.name}: LKD loss {outcome.before:.4g} → {outcome.after:.4g} in {outcome.steps} steps{kept}"
+        )
+        return outcome.linears
+
+    @staticmethod
+    def _matrix(unit: Unit, path: str, weights: Reader) -> torch.Tensor:
+        """The float weight of a module, `[out, in]`."""
+        weight = weights(f"{path}.weight")
+        return weight.t().contiguous() if any(part.transposed for part in unit.parts if part.path == path) else weight
+
+    def _lower(
+        self,
+        unit: Unit,
+        path: str,
+        plan: Plan,
+        weights: Reader,
+        statistics: Statistics | None,
+        moments: Moments | None,
+    ) -> QModule:
+        """One module, rounded with what is known of its inputs, if anything is."""
+        description = plan.modules[path]
+        module = MODULES[description["type"]].from_description(torch.nn.Module(), path, description, device="meta")
+        weight = self._matrix(unit, path, weights)
+        tensor = self._round(weight, QuantSpec.parse(description["weights"]), moments, isinstance(module, QLinear))
+        _fill(module, tensor)
+        if isinstance(module, QLinear):
+            if module.bias is not None:
+                module.bias = weights(f"{path}.bias")
+            if statistics is not None and _is_static(description):
+                module.act_scale = self._static_scale(statistics, path)
+        self._report[path] = {"weight_sqnr_db": weight_sqnr_db(weight, tensor)}
+        return module
+
+    def _static_scale(self, statistics: Statistics, path: str) -> torch.Tensor:
+        """max|x| / 127 over the calibration data, `[1]`; 1 where the input was always zero."""
+        moved = self._migration.largest(path) if self._migration else None
+        state = statistics.state(path, "minmax")
+        largest = torch.maximum(state["max"], -state["min"]).clamp_min(0) if moved is None else moved.float()
+        largest = largest.reshape(1)
+        return torch.where(largest > 0, largest / _QMAX, torch.ones_like(largest))
+
+    def _round(self, weight: torch.Tensor, spec: QuantSpec, moments: Moments | None, tiled: bool) -> QTensor:
+        """A data-driven rounding falls back to least squares where no data are: tables, experts that nobody asked."""
+        layout: Literal["rows", "tiled"] = "tiled" if tiled else "rows"
+        name = self.recipe.weights.rounding
+        if name not in DATA_ROUNDINGS:
+            return ROUNDINGS[name](weight, spec, layout=layout)
+        if moments is None:
+            return ROUNDINGS["mse"](weight, spec, layout=layout)
+        return DATA_ROUNDINGS[name](weight, spec, moments, layout=layout)
 
 
 def _fill(module: QModule, tensor: QTensor) -> None:
@@ -119,10 +240,3 @@ def _fill(module: QModule, tensor: QTensor) -> None:
 
 def _is_static(description: Any) -> bool:
     return description["type"] == "linear" and not QuantSpec.parse(description["activations"]).dynamic
-
-
-def _static_scale(statistics: Statistics, path: str) -> torch.Tensor:
-    """max|x| / 127 over the calibration data, `[1]`; 1 where the input was always zero."""
-    state = statistics.state(path, "minmax")
-    largest = torch.maximum(state["max"], -state["min"]).clamp_min(0).reshape(1)
-    return torch.where(largest > 0, largest / _QMAX, torch.ones_like(largest))

@@ -1,0 +1,288 @@
+"""LKD: layer-by-layer knowledge distillation (Yao et al. 2022, section 4.3), for one block.
+
+The float block is the teacher. The student is the same block with its linears rounded; what is rounded learns by
+gradient descent through the rounding (straight-through), against the teacher's output on all real tokens. Gradients and
+optimizer state exist for one block at a time. Every tenth batch or so is held out: it tells when to stop, and whether
+the block got better at all; if not, nothing changes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qtool.kernels.reference import QMAX
+from qtool.lesson import Example, Lesson
+from qtool.nn import QLinear
+from qtool.numerics import QTensor
+from qtool.numerics.qtensor import QParams
+
+_HELD_OUT = 8  # one batch of so many
+_CHECK_STEPS = 25  # between looks at the held-out batches
+_SCALE_SHARE = 0.1  # scales move by this share of what codes move, relative to themselves
+_VECTOR_SHARE = 0.01  # biases and norms, whose natural unit is 1, move by this share
+_INSIDE = 0.49  # how far from its code a weight may start, in steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a block is taught.
+
+    `inputs` are those that the float model has (teacher) or those that the lowered one has (student); `loss` is the
+    mean squared error of the block's output or the KL divergence of its softmax over features. `learning_rate` is in
+    steps of the weights' grid; it falls to 0 along a cosine. Training ends early after `patience` looks at the held-out batches,
+    one every 25 steps, without gain; without, the best of all looks counts.
+    """
+
+    inputs: Literal["teacher", "student"] = "teacher"
+    loss: Literal["mse", "kl"] = "mse"
+    train: Literal["weights", "scales", "both"] = "both"
+    steps: int = 300
+    learning_rate: float = 0.02
+    patience: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a block: its loss on the held-out batches before and after, with the modules as they will run.
+
+    `linears` by path and other parameters, `floats`, by name are empty where the block would have got worse.
+    """
+
+    before: float
+    after: float
+    steps: int
+    linears: Mapping[str, QLinear]
+    floats: Mapping[str, torch.Tensor]
+
+
+class _Round(torch.autograd.Function):
+    """Half up; the gradient goes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return torch.floor(x + 0.5)
+
+    @staticmethod
+    def backward(ctx: Any, *gradient: torch.Tensor) -> torch.Tensor:
+        return gradient[0]
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Learner(nn.Module):
+    """A linear that computes what a `QLinear` will, while its codes and scales learn.
+
+    `places` are the weights in steps of the grid, `[out, in]`: they start where the float weights are, moved just so
+    far that they round to the codes that were chosen. Inputs are rounded as they will be.
+    """
+
+    scale: torch.Tensor
+
+    def __init__(self, linear: QLinear, weight: torch.Tensor, train: str) -> None:
+        super().__init__()
+        self.spec, self.shape = linear.weights, (linear.out_features, linear.in_features)
+        self.act_scale = linear.act_scale
+        codes = linear.matrix().integers().float()
+        self.register_buffer("scale", linear.weight_scale.clone())
+        places = (self._blocks(weight.float()) / self._spread(self.scale)).flatten(1)
+        places = torch.minimum(torch.maximum(places, codes - _INSIDE), codes + _INSIDE)
+        self.places = nn.Parameter(places, requires_grad=train != "scales")
+        self.logs = nn.Parameter(torch.zeros_like(self.scale), requires_grad=train != "weights")
+        self.bias = None
+        if linear.bias is not None:
+            self.bias = nn.Parameter(linear.bias.float().clone(), requires_grad=train != "scales")
+
+    def _blocks(self, matrix: torch.Tensor) -> torch.Tensor:
+        """`[out, in]` as `[out, column blocks, columns]`."""
+        return matrix.view(matrix.shape[0], self.scale.shape[1], -1)
+
+    def _spread(self, scale: torch.Tensor) -> torch.Tensor:
+        """`[row blocks, column blocks]` as `[out, column blocks, 1]`."""
+        return scale.repeat_interleave(self.shape[0] // scale.shape[0], 0)[:, :, None]
+
+    def _codes(self) -> torch.Tensor:
+        return _rounded(self.places).clamp(self.spec.qmin, self.spec.qmax)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out]`."""
+        weight = (self._blocks(self._codes()) * self._spread(self.scale * self.logs.exp())).flatten(1)
+        return F.linear(self._rounded_input(x), weight, self.bias)
+
+    def _rounded_input(self, x: torch.Tensor) -> torch.Tensor:
+        if self.act_scale is not None:
+            return _rounded(x / self.act_scale).clamp(-QMAX, QMAX) * self.act_scale
+        scale = x.detach().abs().amax(-1, keepdim=True).div(QMAX).clamp_min(torch.finfo(torch.float32).tiny)
+        return _rounded(x / scale) * scale
+
+    def learned(self, linear: QLinear) -> QLinear:
+        """`linear` with the matrix and the bias as they are now."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        own = QLinear(self.shape, linear.weights, linear.activations, bias=bias is not None, device="meta")
+        scale = (self.scale * self.logs.exp()).detach()
+        tensor = QTensor.store(self._codes().detach().to(torch.int8), QParams(scale), self.spec, "tiled")
+        own.weight, own.weight_scale, own.bias, own.act_scale = tensor.codes, scale, bias, linear.act_scale
+        return own
+
+
+def distill(
+    lesson: Lesson, linears: Mapping[str, QLinear], weights: Mapping[str, torch.Tensor], schedule: Schedule
+) -> Outcome:
+    """Teach the block of `lesson`, whose `linears` are rounded, by path, from float `weights` `[out, in]`.
+
+    The order of batches comes from torch's random numbers. Deterministic for a number of threads.
+    """
+    taught, held_out = _split(lesson.examples)
+    targets = _teach(lesson)
+    exam = _Exam(lesson, schedule, held_out, targets)
+    with lesson.standing_in(linears):
+        before = exam.loss()
+    learners = {path: _Learner(linear, weights[path], schedule.train) for path, linear in linears.items()}
+    with _own_floats(lesson, linears, schedule) as floats:
+        with lesson.standing_in(learners):
+            steps = _train(lesson, schedule, taught, targets, [*learners.values()], [*floats.values()], exam)
+        found = {path: learner.learned(linears[path]) for path, learner in learners.items()}
+        with lesson.standing_in(found):
+            after = exam.loss()
+    if not after < before:  # NaN is no gain either
+        return Outcome(before, after, steps, {}, {})
+    return Outcome(before, after, steps, found, {name: tensor.detach().clone() for name, tensor in floats.items()})
+
+
+def _split(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
+    """Numbers of the examples to learn from and of those held out; a single one is both."""
+    held_out = [number for number in range(len(examples)) if number % _HELD_OUT == _HELD_OUT - 1]
+    held_out = held_out or [len(examples) - 1]
+    return [number for number in range(len(examples)) if number not in held_out] or held_out, held_out
+
+
+@torch.inference_mode()
+def _teach(lesson: Lesson) -> list[torch.Tensor]:
+    """The float block's outputs on the float inputs."""
+    return [lesson.forward(example.exact, example.call) for example in lesson.examples]
+
+
+def _student_input(example: Example, schedule: Schedule) -> torch.Tensor:
+    return example.lowered if schedule.inputs == "student" else example.exact
+
+
+def _loss(schedule: Schedule, found: torch.Tensor, target: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Over real tokens: the mean squared error of a feature, or the mean divergence of a token's features."""
+    found, target = found[real].float(), target[real].float()
+    if schedule.loss == "mse":
+        return F.mse_loss(found, target)
+    return F.kl_div(found.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
+
+
+@dataclass(frozen=True)
+class _Exam:
+    """The held-out batches."""
+
+    lesson: Lesson
+    schedule: Schedule
+    numbers: Sequence[int]
+    targets: Sequence[torch.Tensor]
+
+    @torch.inference_mode()
+    def loss(self) -> float:
+        """Of the block as it stands; a batch counts by its real tokens."""
+        total = tokens = 0.0
+        for number in self.numbers:
+            example = self.lesson.examples[number]
+            found = self.lesson.forward(_student_input(example, self.schedule), example.call)
+            count = int(example.real.sum())
+            total += float(_loss(self.schedule, found, self.targets[number], example.real)) * count
+            tokens += count
+        return total / tokens
+
+
+@contextmanager
+def _own_floats(
+    lesson: Lesson, linears: Mapping[str, QLinear], schedule: Schedule
+) -> Iterator[dict[str, nn.Parameter]]:
+    """While active, float parameters beside the linears are copies that may learn, by their names in the model."""
+    path = lesson.unit.modules[0]
+    floats: dict[str, nn.Parameter] = {}
+    with ExitStack() as stack:
+        for place, module in lesson.module(path).named_modules(prefix=path):
+            if place in linears:
+                continue
+            for name, known in module._parameters.items():
+                if known is None or not known.is_floating_point():
+                    continue
+                own = nn.Parameter(known.detach().clone(), requires_grad=schedule.train != "scales")
+                stack.callback(module._parameters.__setitem__, name, known)
+                floats[f"{place}.{name}"] = module._parameters[name] = own
+        yield floats
+
+
+def _train(
+    lesson: Lesson,
+    schedule: Schedule,
+    numbers: Sequence[int],
+    targets: Sequence[torch.Tensor],
+    learners: Sequence[_Learner],
+    floats: Sequence[nn.Parameter],
+    exam: _Exam,
+) -> int:
+    """Learn, look at the held-out batches now and then, end with the best that was seen, and return the steps made."""
+    optimizer = torch.optim.Adam(_groups(schedule, learners, floats))
+    learning = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.steps)
+    best, kept = exam.loss(), [tensor.detach().clone() for tensor in learning]
+    order: list[int] = []
+    step = waited = 0
+    while step < schedule.steps and waited != schedule.patience:
+        order = order or torch.randperm(len(numbers)).tolist()
+        number = numbers[order.pop()]
+        example = _normal(lesson.examples[number])
+        found = lesson.forward(_student_input(example, schedule), example.call)
+        loss = _loss(schedule, found, targets[number].clone(), example.real)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        falling.step()
+        step += 1
+        if step % _CHECK_STEPS == 0 or step == schedule.steps:
+            now = exam.loss()
+            waited = 0 if now < best else waited + 1
+            if now < best:
+                best, kept = now, [tensor.detach().clone() for tensor in learning]
+    with torch.no_grad():
+        for tensor, value in zip(learning, kept, strict=True):
+            tensor.copy_(value)
+    return step
+
+
+def _groups(schedule: Schedule, learners: Sequence[_Learner], floats: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """What learns, and how fast."""
+    rate = schedule.learning_rate
+    vectors = [*(learner.bias for learner in learners if learner.bias is not None), *floats]
+    rates = {
+        rate: [learner.places for learner in learners],
+        rate * _SCALE_SHARE: [learner.logs for learner in learners],
+        rate * _VECTOR_SHARE: vectors,
+    }
+    groups = [{"params": [one for one in params if one.requires_grad], "lr": own} for own, params in rates.items()]
+    return [group for group in groups if group["params"]]
+
+
+def _normal(example: Example) -> Example:
+    """A copy that gradients may flow through: hidden states and masks were made in inference mode."""
+    call = replace(example.call, args=_cloned(example.call.args), kwargs=_cloned(example.call.kwargs))
+    return Example(example.exact.clone(), example.lowered.clone(), call, example.real.clone())
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, tuple | list):
+        return type(value)(_cloned(one) for one in value)
+    return {key: _cloned(one) for key, one in value.items()} if isinstance(value, dict) else value

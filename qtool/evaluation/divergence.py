@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-CELLS = 2**18
-"""Logits of a model that are in float64 at a time: 2 MB, so that a large vocabulary is worked through in the cache."""
+CELLS = 2**17
+"""Logits of a model that are in float64 at a time: 1 MB, which stays in the cache (2 MB take four times longer)."""
 
 
 def kl_divergence(baseline: torch.Tensor, candidate: torch.Tensor) -> torch.Tensor:

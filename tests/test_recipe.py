@@ -187,7 +187,7 @@ TYPOS = [
     ("activations: {dinamic: true}", ["activations", "did you mean dynamic?"]),
     ("rules: {'*.query': {wieghts: int8:channel:sym}}", ["rules.*.query", "did you mean weights?"]),
     ("evaluate: {tsk: sst2}", ["evaluate", "did you mean task?"]),
-    ("gate: {max_dorp: 1}", ["gate", "did you mean max_drop?"]),
+    ("gate: {max_dorp: 1}", ["gate", "did you mean max_drop"]),
 ]
 
 

@@ -206,7 +206,17 @@ def _score_table(scores: Sequence[Mapping[str, Any]]) -> str:
     """The scores with float's beside them, as measured on the same batches."""
     if not scores:
         return ""
-    columns = ["task", "split", "examples", "metric", "float", "this model", "drop, 95 % interval", "agreement %"]
+    columns = [
+        "task",
+        "split",
+        "examples",
+        "metric",
+        "float",
+        "this model",
+        "drop, 95 % interval",
+        "agreement %",
+        "KL, nats",
+    ]
     rows = [_score_row(score) for score in scores]
     lines = ["", "## Scores", "", *map(_row, [columns, ["---"] * len(columns), *rows]), ""]
     return "\n".join(lines)
@@ -224,6 +234,7 @@ def _score_row(score: Mapping[str, Any]) -> list[str]:
     return [
         score["task"], score.get("split") or "-", str(score.get("n", "-")), _metric_name(score["metric"]),
         _number(baseline.get("score")), _number(score["candidate"]["score"]), drop, _number(score.get("agreement")),
+        "-" if score.get("kl") is None else f"{score['kl']:.3g}",
     ]  # fmt: skip
 
 

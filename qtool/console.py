@@ -249,7 +249,7 @@ def render_evaluations(screen: Screen, results: "Sequence[tuple[str, Evaluation]
         _render_evaluation(screen, results[0][1])
         return
     labelled = any(label for label, _ in results)
-    columns = ["task", "score", "baseline", "candidate", "drop", "95 % interval", "agreement %", "speed", "n"]
+    columns = ["task", "score", "baseline", "candidate", "drop", "95 % interval", "agreement %", "KL", "speed", "n"]
     rows = [[*([label] if labelled else []), *_summary(result)] for label, result in results]
     screen.table("Results", [*(["recipe"] if labelled else []), *columns], rows)
 
@@ -257,12 +257,14 @@ def render_evaluations(screen: Screen, results: "Sequence[tuple[str, Evaluation]
 def _summary(result: "Evaluation") -> list[str]:
     """Cells of one row; a dash where there is no baseline."""
     own, theirs = result.candidate, result.baseline
-    paired = ["-"] * 4
+    paired = ["-"] * 5
     if theirs is not None and result.interval is not None and result.drop is not None:
         low, high = result.interval
         percent = " %" if result.relative else ""
         same = "-" if result.agreement is None else f"{result.agreement:.2f}"
-        paired = [f"{result.drop:+.2f}{percent}", f"[{low:+.2f}, {high:+.2f}]", same, f"{result.speed_ratio:.2f}x"]
+        apart = "-" if result.kl is None else f"{result.kl:.3g}"
+        loss, interval = f"{result.drop:+.2f}{percent}", f"[{low:+.2f}, {high:+.2f}]"
+        paired = [loss, interval, same, apart, f"{result.speed_ratio:.2f}x"]
     digits = 3 if result.relative else 2
     floats = f"{theirs.value:.{digits}f}" if theirs else "-"
     return [result.task, result.metric, floats, f"{own.value:.{digits}f}", *paired, f"{result.n} {result.unit}"]
@@ -287,6 +289,7 @@ def _render_evaluation(screen: Screen, result: "Evaluation") -> None:
         side = "below" if result.drop < 0 else "above"
         loss = f"{abs(result.drop):.2f} % {side} the baseline" if result.relative else f"drop {result.drop:+.2f} points"
         same = "" if result.agreement is None else f"agreement {result.agreement:.2f} %; "
+        same += "" if result.kl is None else f"KL {result.kl:.3g} nats; "
         speed = f"{result.speed_ratio:.2f}x the baseline's speed"
         screen.line(f"{loss}, 95 % interval [{low:+.2f}, {high:+.2f}]; {same}{speed}")
     if result.probe is not None:

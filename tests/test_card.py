@@ -31,6 +31,7 @@ def score(**changes: Any) -> dict[str, Any]:
         "drop": 0.22876544,
         "interval": {"level": 0.95, "low": -0.4, "high": 0.9},
         "agreement": 99.2,
+        "kl": 0.00123456,
         **changes,
     }
 
@@ -65,8 +66,8 @@ def rendered(tmp_path: Path, **changes: Any) -> tuple[dict[str, Any], str]:
 def test_scores_are_a_model_index_that_the_hub_reads(tmp_path: Path) -> None:
     lm = score(task="perplexity", metric="perplexity", data="wikitext", split="test", drop=0.31)
     lm["candidate"] = {"score": 25.3, "metrics": {"other": None, "bits": 1.5}}
-    lost = score(task="cola", metric="matthews", candidate={"score": None}, interval=None, agreement=None)
-    found, text = rendered(tmp_path, scores=[score(), lm | {"interval": None, "agreement": None}, lost])
+    lost = score(task="cola", metric="matthews", candidate={"score": None}, interval=None, agreement=None, kl=None)
+    found, text = rendered(tmp_path, scores=[score(), lm | {"interval": None, "agreement": None, "kl": 12.34}, lost])
     assert found["base_model"] == "some-org/some-model"
     assert found["base_model_relation"] == "quantized"
     assert found["library_name"] == "transformers"
@@ -80,9 +81,10 @@ def test_scores_are_a_model_index_that_the_hub_reads(tmp_path: Path) -> None:
     assert ModelCard(text).data.to_dict()["model-index"] == found["model-index"]
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert rows[2:] == [
-        "| sst2 | validation | 872 | accuracy, points of 100 | 91.40 | 91.17 | +0.23 [-0.40, +0.90] | 99.20 |",
-        "| perplexity | test | 872 | perplexity | 91.40 | 25.30 | +0.31 % | - |",
-        "| cola | validation | 872 | matthews, points of 100 | 91.40 | - | +0.23 | - |",
+        "| sst2 | validation | 872 | accuracy, points of 100 | 91.40 | 91.17 | +0.23 [-0.40, +0.90] | 99.20 "
+        "| 0.00123 |",
+        "| perplexity | test | 872 | perplexity | 91.40 | 25.30 | +0.31 % | - | 12.3 |",
+        "| cola | validation | 872 | matthews, points of 100 | 91.40 | - | +0.23 | - | - |",
     ]
 
 

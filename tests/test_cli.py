@@ -154,9 +154,9 @@ def test_json_on_stdout_is_one_document_and_nothing_else(tiny: Any, artifact: Pa
     size = (artifact / "model.safetensors").stat().st_size
     assert found["quantize"]["size_bytes"] == found["dry run"]["size_bytes"] == found["inspect"]["size_bytes"] == size
     assert found["run"]["gate"] == {
-        "max_drop": None, "min_score": None, "min_agreement": None, "passed": True, "failures": [],
+        "max_drop": None, "min_score": None, "min_agreement": None, "max_kl": None, "passed": True, "failures": [],
     }  # fmt: skip
-    for key in ("candidate", "drop", "interval", "agreement", "n"):
+    for key in ("candidate", "drop", "interval", "agreement", "kl", "n"):
         got, expected = found["run"]["evaluate"][key], found["eval"][key]
         if key == "candidate":
             got, expected = got["score"], expected["score"]
@@ -200,7 +200,9 @@ def test_eval_prints_both_models_and_the_drop(tiny: Any, artifact: Path, qtool_c
     assert re.search(r"^baseline \(float\) +\d+\.\d\d ", ended.out, re.MULTILINE)
     assert re.search(r"^candidate +\d+\.\d\d ", ended.out, re.MULTILINE)
     assert re.search(
-        r"^drop [+-]\d+\.\d\d points, 95 % interval \[.*\]; agreement \d+\.\d\d %", ended.out, re.MULTILINE
+        r"^drop [+-]\d+\.\d\d points, 95 % interval \[.*\]; agreement \d+\.\d\d %; KL \S+ nats; ",
+        ended.out,
+        re.MULTILINE,
     )
 
 
@@ -244,7 +246,7 @@ def test_predictions_are_those_of_plain_transformers(
 def test_gates(tiny: Any, artifact: Path, qtool_command: Command) -> None:
     common = ("eval", artifact, *scored(tiny))
     score = document(qtool_command(*common, "--json", "-").out)["candidate"]["score"]
-    for holds in (("--max-drop", "100"), ("--min-score", score), ("--min-agreement", "0")):
+    for holds in (("--max-drop", "100"), ("--min-score", score), ("--min-agreement", "0"), ("--max-kl", "99")):
         assert qtool_command(*common, *holds).code == 0
     ended = qtool_command(*common, "--min-score", "99.5", "--json", "-")
     assert (ended.code, len(ended.errors)) == (5, 1)
@@ -252,6 +254,11 @@ def test_gates(tiny: Any, artifact: Path, qtool_command: Command) -> None:
     gate = document(ended.out)["gate"]
     assert gate["passed"] is False
     assert gate["failures"] == ended.errors
+    ended = qtool_command(*common, "--max-kl", "0")
+    assert (ended.code, len(ended.errors)) == (5, 1)
+    assert re.fullmatch(r"max-kl: KL divergence is \S+, limit 0 nats", ended.errors[0])
+    for wrong in ("-1", "nan", "inf"):
+        assert qtool_command(*common, "--max-kl", wrong).code == 2
 
 
 def broken(model: Any) -> None:
@@ -261,7 +268,7 @@ def broken(model: Any) -> None:
 def test_a_candidate_that_gives_nan_fails_every_gate(tiny: Any, desk: Path, shelf: Any, qtool_command: Command) -> None:
     candidate = shelf.make("broken", labels=("negative", "positive"), change=broken)
     common = ("eval", candidate, "--baseline", tiny.model, *scored(tiny))
-    for gate in (("--max-drop", "100"), ("--min-score", "0"), ("--min-agreement", "0")):
+    for gate in (("--max-drop", "100"), ("--min-score", "0"), ("--min-agreement", "0"), ("--max-kl", "1e9")):
         ended = qtool_command(*common, *gate, "--json", "-")
         assert (ended.code, len(ended.errors)) == (5, 1), gate
         found = document(ended.out)

@@ -187,7 +187,7 @@ TYPOS = [
     ("activations: {dinamic: true}", ["activations", "did you mean dynamic?"]),
     ("rules: {'*.query': {wieghts: int8:channel:sym}}", ["rules.*.query", "did you mean weights?"]),
     ("evaluate: {tsk: sst2}", ["evaluate", "did you mean task?"]),
-    ("gate: {max_dorp: 1}", ["gate", "did you mean max_drop?"]),
+    ("gate: {max_dorp: 1}", ["gate", "did you mean max_drop"]),
 ]
 
 
@@ -414,7 +414,7 @@ FULL = {
     },
     "methods": [{"name": "zeroquant", "word_embeddings": "float"}],
     "evaluate": {"task": "sst2", "data": "D", "text_columns": ["a", "b"], "limit": 5, "allow_weak_baseline": True},
-    "gate": {"max_drop": 0.5, "min_score": 80, "min_agreement": 99},
+    "gate": {"max_drop": 0.5, "min_score": 80, "min_agreement": 99, "max_kl": 0.01},
     "output": "out",
     "seed": 3,
     "threads": 2,

@@ -116,6 +116,7 @@ def _fingerprint(models: Any, task: "Task", data: str | None, options: Mapping[s
     """Digest of everything that an evaluation depends on; None where that cannot be known."""
     import torch
 
+    from qtool.evaluation.result import Evaluation
     from qtool.pipeline import instruction_set, versions
     from qtool.rows import READERS
 
@@ -126,6 +127,7 @@ def _fingerprint(models: Any, task: "Task", data: str | None, options: Mapping[s
         "models": models,
         "task": repr(task),
         "data": [data, _digests(place, lambda file: file.suffix in READERS)],
+        "measured": sorted(Evaluation.__dataclass_fields__),  # a result that lacks one is made again
         "options": {name: str(value) for name, value in options.items()},
         "machine": [instruction_set(), options.get("threads") or torch.get_num_threads(), versions()],
     }

@@ -44,6 +44,7 @@ _PASSED_ON = (
 @click.option(
     "--min-agreement", type=click.FloatRange(0, 100), help="Gate: fail if fewer percent of predictions agree."
 )
+@click.option("--max-kl", type=click.FloatRange(0), help="Gate: fail if the mean KL divergence has more nats.")
 @click.option("--allow-weak-baseline", is_flag=True, help="Go on with a baseline that is no better than guessing.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N examples; windows for perplexity.")
 @click.option("--batch-size", type=click.IntRange(1), help="Sequences in a batch [32, fewer long ones].")
@@ -137,9 +138,9 @@ def evaluate(context: click.Context, /, model: str | None, **params: Any) -> Non
 def _gate_of(params: dict[str, Any]) -> "Gate":
     from qtool.evaluation.gate import Gate
 
-    limits = [params[name] for name in ("max_drop", "min_score", "min_agreement")]
-    if any(limit is not None and math.isnan(limit) for limit in limits):
-        raise UsageError("a gate's limit is a number between 0 and 100, not nan")
+    limits = [params[name] for name in ("max_drop", "min_score", "min_agreement", "max_kl")]
+    if wrong := [limit for limit in limits if limit is not None and not math.isfinite(limit)]:
+        raise UsageError(f"a gate's limit is a number, not {wrong[0]}")
     return Gate(*limits)
 
 

@@ -81,6 +81,16 @@ class Probe:
             ids[finite] = self._model.predict(features[np.ix_(finite, self._alive)].astype(np.float64))
         return ids
 
+    def logits(self, features: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Logits `[rows, classes]` whose softmax are the probe's probabilities; NaN for a row with NaN or infinity."""
+        finite = np.isfinite(features).all(axis=1)
+        found = np.full((len(features), len(self._model[-1].classes_)), np.nan)
+        if finite.any():
+            scores = self._model.decision_function(features[np.ix_(finite, self._alive)].astype(np.float64))
+            # Of two classes there is one number, the second's log-odds.
+            found[finite] = scores if scores.ndim == 2 else np.stack([np.zeros(len(scores)), scores], axis=1)
+        return found
+
 
 def _fitted(features: NDArray[np.float64], ids: NDArray[np.int64]) -> Any:
     """The fitted pipeline of scaler and regression."""

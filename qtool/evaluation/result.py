@@ -54,7 +54,9 @@ class Evaluation:
     `drop` is the baseline's score minus the candidate's, in points; for perplexity, by how many percent the candidate's
     is above the baseline's (negative: the candidate is better). `interval` is its paired 95 % confidence interval,
     `agreement` the percent of equal predictions (None where numbers are predicted), `speed_ratio` the baseline's
-    seconds over the candidate's; all four are None without a baseline. A row of `predictions` holds `index` (position
+    seconds over the candidate's, `kl` the mean Kullback–Leibler divergence of the candidate's predictive distributions
+    from the baseline's, KL(baseline ‖ candidate) in nats (also None where tokens, tags or vocabularies differ or
+    numbers are predicted); all five are None without a baseline. A row of `predictions` holds `index` (position
     in the data), `label`, `baseline` and `candidate` by class name, None where there is no prediction. `fingerprint`
     tells whether an evaluation would be the same again. `split` is None for a file that was given as it is.
     """
@@ -75,6 +77,7 @@ class Evaluation:
     predictions: list[Prediction] = field(repr=False)
     unit: str = "examples"
     fingerprint: str | None = None
+    kl: float | None = None
 
     @property
     def relative(self) -> bool:
@@ -103,6 +106,7 @@ class Evaluation:
             "drop": self.drop,
             "interval": self._interval(),
             "agreement": self.agreement,
+            "kl": self.kl,
             "speed_ratio": self.speed_ratio,
             "probe": vars(self.probe) if self.probe else None,
             "settings": self.settings,
@@ -145,7 +149,7 @@ def _side(score: Score) -> dict[str, Any]:
     }
 
 
-_PLAIN = ("task", "split", "data", "n", "unit", "metric", "agreement", "speed_ratio", "settings", "fingerprint")
+_PLAIN = ("task", "split", "data", "n", "unit", "metric", "agreement", "kl", "speed_ratio", "settings", "fingerprint")
 
 
 def _score(side: Mapping[str, Any]) -> Score:

@@ -158,6 +158,7 @@ def _evaluation(exam: Exam, sides: Sequence[Side], settings: dict[str, Any], all
         drop=round(metrics.drop(task.metric, scores[-1].value, scores[0].value), 9) if paired else None,
         interval=_interval(exam, answers) if paired else None,
         agreement=_agreement(exam, sides) if paired else None,
+        kl=_kl(exam, sides[-1]),
         speed_ratio=scores[0].seconds / scores[-1].seconds if paired else None,
         probe=probe.info if probe else None,
         settings=settings,
@@ -190,6 +191,12 @@ def _agreement(exam: Exam, sides: Sequence[Side]) -> float | None:
     if theirs is None or own is None:
         return None
     return metrics.agreement(own, theirs)
+
+
+def _kl(exam: Exam, candidate: Side) -> float | None:
+    """Mean KL divergence from the baseline's distributions; NaN where logits are, None where none were compared."""
+    found = exam.divergences(candidate) if candidate.divergences else []
+    return math.fsum(found) / len(found) if found else None
 
 
 def _settings(exam: Exam, sides: Sequence[Side], dtype: str) -> dict[str, Any]:

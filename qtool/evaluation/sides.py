@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from qtool.errors import InputError
 from qtool.evaluation.batches import collate, cut, longest
+from qtool.evaluation.divergence import Floats, row_divergences
 from qtool.evaluation.exams.base import Batch, Exam, Progress, Tokens
 from qtool.evaluation.models import Subject, load_for, load_tokenizer
 
@@ -16,7 +19,8 @@ class Side:
     """A loaded model, its rows of tokens (cut to `max_length`) with what is known about each, and what came of them.
 
     `collected` has an entry a row, `seconds` is the time in the model's forward; `reading` belongs to the exam: what it
-    needs to read this model's outputs.
+    needs to read this model's outputs. `divergences` has the KL divergences of each row from the baseline's
+    distributions; it is empty where there are none to compare.
     """
 
     subject: Subject
@@ -27,6 +31,7 @@ class Side:
     about: list[Any]
     collected: list[Any] = field(default_factory=list)
     reading: Any = None
+    divergences: list[Floats] = field(default_factory=list)
     seconds: float = 0.0
 
     def forward(self, batch: Batch) -> Any:
@@ -74,22 +79,37 @@ def load_sides(subjects: Sequence[Subject], exam: Exam, dtype: str) -> list[Side
 def measure(sides: Sequence[Side], exam: Exam, progress: Progress) -> None:
     """Run every batch through every side, and keep what the exam collects in the order of each side's rows.
 
-    Sides with rows of their own (another tokenizer) have batches of their own, as many as there are.
+    Sides with rows of their own (another tokenizer) have batches of their own, as many as there are. Where their
+    distributions can be compared the logits of one batch are kept until the other side has seen it.
     """
     plans = [cut(side.rows, exam.batch_size()) for side in sides]
     for side, plan in zip(sides, plans, strict=True):
         side.collected = [None] * len(side.rows)
         side.forward(side.batch(plan[-1]))  # warm-up, on the longest rows
-    total = max(map(len, plans))
+    total, compared = max(map(len, plans)), exam.comparable(sides)
+    if compared:
+        sides[-1].divergences = [np.empty(0)] * len(sides[-1].rows)
     for done in range(total):
-        for side, plan in zip(sides, plans, strict=True):
-            if done < len(plan):
-                _run(side, exam, plan[done])
+        if compared:
+            _compare(sides, exam, plans[0][done])
+        else:
+            for side, plan in zip(sides, plans, strict=True):
+                if done < len(plan):
+                    _run(side, exam, plan[done])
         progress("evaluate", done + 1, total)
 
 
-def _run(side: Side, exam: Exam, indices: Sequence[int]) -> None:
-    batch = side.batch(indices)
-    found = exam.collect(side, side.timed(batch), batch, [side.about[index] for index in indices])
-    for index, value in zip(indices, found, strict=True):
+def _run(side: Side, exam: Exam, indices: Sequence[int]) -> tuple[Any, Batch, list[Any]]:
+    """Collect a batch; returns what `exam.logits` reads."""
+    batch, about = side.batch(indices), [side.about[index] for index in indices]
+    output = side.timed(batch)
+    for index, value in zip(indices, exam.collect(side, output, batch, about), strict=True):
         side.collected[index] = value
+    return output, batch, about
+
+
+def _compare(sides: Sequence[Side], exam: Exam, indices: Sequence[int]) -> None:
+    """Collect a batch of the baseline and the candidate, and how far their distributions are apart."""
+    theirs, own = (exam.logits(side, *_run(side, exam, indices)) for side in sides)
+    for index, value in zip(indices, row_divergences(theirs, own), strict=True):
+        sides[-1].divergences[index] = value

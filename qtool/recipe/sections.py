@@ -50,6 +50,7 @@ PART = "part:"
 
 Spec = Annotated[QuantSpec, BeforeValidator(_spec), PlainSerializer(str)]
 Percent = Annotated[float, Field(ge=0, le=100)]
+Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -171,11 +172,12 @@ class Evaluate(Section):
 
 
 class GateSection(Section):
-    """Limits in points of a 0–100 score; a measured value on the wrong side fails the run (exit code 5)."""
+    """Limits in points of a 0–100 score, and nats; a measured value on the wrong side fails the run (exit code 5)."""
 
     max_drop: Percent | None = None
     min_score: Percent | None = None
     min_agreement: Percent | None = None
+    max_kl: Nats | None = None
 
 
 class Recipe(Section):

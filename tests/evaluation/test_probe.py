@@ -45,6 +45,10 @@ def test_the_probe_is_scikit_learns(rows: int) -> None:
     probe = Probe(train, ids, "train")
     assert probe.info.c == best
     assert probe.predict(test).tolist() == expected.predict(test.astype(np.float64)).tolist()
+    odds = np.exp(probe.logits(test))
+    np.testing.assert_allclose(
+        odds / odds.sum(1, keepdims=True), expected.predict_proba(test.astype(np.float64)), rtol=1e-9
+    )
     assert probe.info.accuracy == pytest.approx(100 * expected.score(train.astype(np.float64), ids), abs=1e-9)
     assert (probe.info.rows, probe.info.features, probe.info.converged, probe.info.source) == (rows, 6, True, "train")
 

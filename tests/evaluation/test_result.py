@@ -28,6 +28,7 @@ def evaluation(**changes: Any) -> Evaluation:
         "drop": math.nan,
         "interval": (math.nan, math.nan),
         "agreement": math.nan,
+        "kl": math.nan,
         "speed_ratio": 2.0,
         "probe": None,
         "settings": {"batch_size": 32, "versions": {"qtool": None}},
@@ -44,13 +45,13 @@ def test_json_is_plain_and_nan_is_null() -> None:
         "model": "out", "score": None, "metrics": {}, "seconds": 0.5, "size_bytes": 25, "quantized": True,
     }  # fmt: skip
     assert body["baseline"]["quantized"] is False
-    assert (body["drop"], body["agreement"]) == (None, None)
+    assert (body["drop"], body["agreement"], body["kl"]) == (None, None, None)
     assert body["interval"] == {"level": 0.95, "low": None, "high": None}
     assert "predictions" not in body
 
 
 def test_json_without_a_baseline() -> None:
-    alone = {"baseline": None, "drop": None, "interval": None, "agreement": None, "speed_ratio": None}
+    alone = {"baseline": None, "drop": None, "interval": None, "agreement": None, "speed_ratio": None, "kl": None}
     body = evaluation(**alone).to_json()
     assert {key: body[key] for key in alone} == alone
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.pipeline import make_pipeline
@@ -34,6 +35,12 @@ def mostly(ids: list[int], classes: int = 2) -> list[int]:
     return [(label + (index % 10 == 0)) % classes for index, label in enumerate(ids)]
 
 
+def divergence(theirs: Any, ours: Any) -> float:
+    """Mean over rows of Σ p (log p − log q), in float64."""
+    first, second = (log_softmax(np.asarray(side, dtype=np.float64), axis=1) for side in (theirs, ours))
+    return float((np.exp(first) * (first - second)).sum(1).mean())
+
+
 @pytest.fixture
 def pair(zoo: Any) -> tuple[Path, Path, Path]:
     """A float model, a noisy copy, and a file that the float model gets right in nine of ten rows."""
@@ -57,6 +64,8 @@ def test_numbers_are_those_of_plain_transformers(zoo: Any, pair: tuple[Path, Pat
     assert found.baseline.value == pytest.approx(100 * accuracy_score(labels, theirs), abs=1e-9)
     assert found.drop == pytest.approx(found.baseline.value - found.candidate.value, abs=1e-9)
     assert found.agreement == pytest.approx(100 * accuracy_score(theirs, ours), abs=1e-9)
+    wanted = divergence(*(zoo.plain(folder, texts) for folder in (baseline, candidate)))
+    assert wanted > 1e-3 and found.kl == pytest.approx(wanted, rel=1e-4)
     right = [np.equal(side, labels) for side in (ours, theirs)]
     assert found.interval == paired_interval(right[0], right[1])
     assert [row["index"] for row in found.predictions] == list(range(150))
@@ -72,17 +81,17 @@ def test_a_model_against_itself(zoo: Any, architecture: str) -> None:
     texts = zoo.sentences(60)
     data = zoo.write("data.jsonl", texts, predicted(zoo, model, texts))
     found = evaluate(model, SST2, data=data, baseline=model)
-    assert (found.candidate.value, found.drop, found.agreement) == (100.0, 0.0, 100.0)
+    assert (found.candidate.value, found.drop, found.agreement, found.kl) == (100.0, 0.0, 100.0, 0.0)
     assert found.interval is not None and found.interval[0] < 0 < found.interval[1]
-    assert Gate(max_drop=0, min_score=100, min_agreement=100).failures(found) == []
+    assert Gate(max_drop=0, min_score=100, min_agreement=100, max_kl=0).failures(found) == []
 
 
 def test_a_model_alone(zoo: Any, pair: tuple[Path, Path, Path]) -> None:
     _, model, data = pair
     found = evaluate(model, SST2, data=data)
-    assert found.baseline is found.drop is found.interval is found.agreement is found.speed_ratio is None
+    assert found.baseline is found.drop is found.interval is found.agreement is found.speed_ratio is found.kl is None
     assert {row["baseline"] for row in found.predictions} == {None}
-    assert len(Gate(max_drop=1, min_agreement=1).failures(found)) == 2
+    assert len(Gate(max_drop=1, min_agreement=1, max_kl=9).failures(found)) == 3
 
 
 def test_limit_threads_progress_and_settings(pair: tuple[Path, Path, Path]) -> None:
@@ -133,6 +142,7 @@ def test_labels_are_aligned_by_name(zoo: Any, pair: tuple[Path, Path, Path]) -> 
     swapped = zoo.make("swapped", labels=("POSITIVE", "Negative"), change=swap_head)
     found = evaluate(swapped, SST2, data=data, baseline=baseline)
     assert (found.drop, found.agreement) == (0.0, 100.0)
+    assert found.kl == pytest.approx(0, abs=1e-9)  # their outputs are compared by name too
 
 
 def test_string_labels_meet_the_names_of_the_head(zoo: Any) -> None:
@@ -192,10 +202,10 @@ def test_nan_fails_closed(zoo: Any, pair: tuple[Path, Path, Path]) -> None:
     baseline, _, data = pair
     broken = zoo.make("broken", labels=NAMES, change=poison)
     found = evaluate(broken, SST2, data=data, baseline=baseline)
-    values = (found.candidate.value, found.drop, found.agreement, *(found.interval or ()))
-    assert all(value is not None and math.isnan(value) for value in values) and len(values) == 5
+    values = (found.candidate.value, found.drop, found.agreement, found.kl, *(found.interval or ()))
+    assert all(value is not None and math.isnan(value) for value in values) and len(values) == 6
     assert {row["candidate"] for row in found.predictions} == {None}
-    assert len(Gate(max_drop=100, min_score=0, min_agreement=0).failures(found)) == 3
+    assert len(Gate(max_drop=100, min_score=0, min_agreement=0, max_kl=1e9).failures(found)) == 4
     assert found.to_json()["candidate"]["score"] is None
     with pytest.raises(InputError, match="gives NaN"):
         evaluate(baseline, SST2, data=data, baseline=broken, allow_weak_baseline=True)
@@ -213,7 +223,28 @@ def test_each_side_has_its_own_tokenizer(zoo: Any) -> None:
     texts = zoo.sentences(60)
     data = zoo.write("data.jsonl", texts, mostly(predicted(zoo, baseline, texts)))
     found = evaluate(candidate, SST2, data=data, baseline=baseline)
-    assert (found.drop, found.agreement) == (0.0, 100.0)
+    assert (found.drop, found.agreement, found.kl) == (0.0, 100.0, None)
+    assert Gate(max_kl=1e9).failures(found) == [
+        "max-kl: KL divergence was not measured (nothing to compare: other tokens, tags or vocabulary than the "
+        "baseline's), limit 1e+09 nats"
+    ]
+
+
+def exclude_the_second(model: Any) -> None:
+    model.classifier.weight[1].zero_()
+    model.classifier.bias[1] = -math.inf
+
+
+def test_a_class_that_only_the_candidate_excludes(zoo: Any, pair: tuple[Path, Path, Path]) -> None:
+    baseline, _, data = pair
+    sure = zoo.make("sure", labels=NAMES, change=exclude_the_second)
+    found = evaluate(sure, SST2, data=data, baseline=baseline)
+    assert found.kl == math.inf and found.to_json()["kl"] is None
+    assert Gate(max_kl=1e9).failures(found) == ["max-kl: KL divergence is inf, limit 1e+09 nats"]
+    other = evaluate(baseline, SST2, data=data, baseline=sure, allow_weak_baseline=True)
+    texts = [json.loads(row)["sentence"] for row in data.read_text().splitlines()]
+    wanted = -log_softmax(zoo.plain(baseline, texts).double().numpy(), axis=1)[:, 0].mean()
+    assert other.kl == pytest.approx(wanted, rel=1e-4)
 
 
 def test_arguments_that_mean_nothing(pair: tuple[Path, Path, Path]) -> None:
@@ -257,6 +288,8 @@ def test_the_probe_is_what_scikit_learn_makes_of_plain_features(zoo: Any, archit
     assert found.candidate.value == pytest.approx(100 * accuracy_score(labels, ours), abs=1e-9)
     assert found.agreement == pytest.approx(100 * accuracy_score(theirs, ours), abs=1e-9)
     assert found.agreement < 100, "the test needs models that differ"
+    odds = [by_hand.predict_proba(zoo.plain(folder, texts).double()) for folder in (model, noisy)]
+    assert found.kl == pytest.approx(divergence(*np.log(odds)), rel=1e-3)
 
     alone = evaluate(model, SST2, data=data)
     assert alone.candidate.value == found.baseline.value and alone.baseline is None

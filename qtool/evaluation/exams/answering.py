@@ -1,11 +1,13 @@
 """Extractive question answering: the span of a context that answers a question (SQuAD v1.1, Rajpurkar et al. 2016)."""
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from qtool.errors import InputError
@@ -52,6 +54,7 @@ class QuestionAnswering(Exam):
     heads = ("ForQuestionAnswering",)
     loader = "AutoModelForQuestionAnswering"
     takes = frozenset({"doc_stride", "n_best"})
+    distributes = True
     max_length = 384
     unit = "questions"
 
@@ -121,15 +124,25 @@ class QuestionAnswering(Exam):
 
     def collect(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[Any]:
         """The best spans of each window; None where logits are NaN."""
-        starts, ends = output.start_logits.double().numpy(), output.end_logits.double().numpy()
-        # A tokenizer that pads on the left moves the tokens of shorter rows to the right.
-        left = side.tokenizer.padding_side == "left"
+        both = [scores.double().numpy() for scores in _unpadded(side, output, about)]
+        return [self._best(window, start, end) for window, (start, end) in zip(about, both, strict=True)]
+
+    def logits(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[torch.Tensor]:
+        """Two places a window, where an answer starts and where it ends, over the tokens of the context."""
         kept = []
-        for window, start, end in zip(about, starts, ends, strict=True):
-            size = len(window.spans)
-            place = slice(len(start) - size, None) if left else slice(size)
-            kept.append(self._best(window, start[place], end[place]))
+        for window, scores in zip(about, _unpadded(side, output, about), strict=True):
+            inside = torch.from_numpy(np.flatnonzero(window.spans[:, 0] >= 0))
+            # As in `_best`, NaN anywhere says that nothing is known; a window without tokens of the context, nothing.
+            known = torch.where(scores.isnan().any(), torch.nan, scores[:, inside])
+            kept.append(known if len(inside) else known[:0])
         return kept
+
+    def divergences(self, side: "Side") -> list[float]:
+        """Of each question the mean over its windows of start's and end's divergence, which is that of their pair."""
+        found: list[list[float]] = [[] for _ in self.references]
+        for window, places in zip(side.about, side.divergences, strict=True):
+            found[window.question] += [float(places.sum())] if len(places) else []
+        return [math.fsum(windows) / len(windows) for windows in found if windows]
 
     def _best(self, window: Window, start: NDArray[np.float64], end: NDArray[np.float64]) -> list[Span] | None:
         """The `n_best` spans with different texts."""
@@ -190,6 +203,15 @@ def _gold(row: Row, column: str, where: str) -> list[str]:
             "name their column with --label-column"
         )
     return texts
+
+
+def _unpadded(side: "Side", output: Any, about: Sequence[Window]) -> list[torch.Tensor]:
+    """Start and end logits `[2, tokens]` of each window."""
+    both = torch.stack([output.start_logits, output.end_logits], dim=1)
+    # A tokenizer that pads on the left moves the tokens of shorter rows to the right.
+    left = side.tokenizer.padding_side == "left"
+    sizes = [len(window.spans) for window in about]
+    return [row[:, -size:] if left else row[:, :size] for row, size in zip(both, sizes, strict=True)]
 
 
 def _spans(offsets: Sequence[tuple[int, int]], parts: Sequence[int | None]) -> NDArray[np.int64]:

@@ -73,9 +73,10 @@ class Exam(ABC):
 
     `heads` are the ends of class names that it takes, `loader` the Auto class that loads them, `takes` the own options
     that have a meaning, `columns` how many columns of text at most, `labelled` whether there is one of labels, `agrees`
-    whether two models can give the same answer. `references` fit the task's metrics; where they depend on the tokenizer
-    they are set by `encode`, and `same_tokens` says that all models must then share one. `said_split` is None for a
-    file that is nobody's split; `used` holds the own options as they came out.
+    whether two models can give the same answer, `distributes` whether `logits` tells the probabilities of what can be
+    answered. `references` fit the task's metrics; where they depend on the tokenizer they are set by `encode`, and
+    `same_tokens` says that all models must then share one. `said_split` is None for a file that is nobody's split;
+    `used` holds the own options as they came out.
     """
 
     heads: ClassVar[tuple[str, ...]]
@@ -84,6 +85,7 @@ class Exam(ABC):
     columns: ClassVar[int] = 2
     labelled: ClassVar[bool] = True
     agrees: ClassVar[bool] = True
+    distributes: ClassVar[bool] = False
     max_length: ClassVar[int] = 128
     unit: ClassVar[str] = "examples"
     same_tokens: ClassVar[bool] = False
@@ -151,6 +153,21 @@ class Exam(ABC):
     def collect(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[Any]:
         """What is kept of the model's output, one entry a row of the batch."""
 
+    def comparable(self, sides: "Sequence[Side]") -> bool:
+        """Whether there are two models that give the same choices probabilities, at the same tokens."""
+        return self.distributes and len(sides) > 1 and sides[0].rows is sides[-1].rows
+
+    def logits(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[torch.Tensor]:
+        """Of each row of the batch the logits `[places, choices]` of what is scored; only kinds that say `distributes`.
+
+        The choices are in one order for all models.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says that it distributes and has no logits")
+
+    def divergences(self, side: "Side") -> list[float]:
+        """Of everything scored the KL divergence from the baseline's distribution, in nats; NaN where logits are."""
+        return [value for places in side.divergences for value in places.tolist()]
+
     def answers(self, side: "Side") -> list[Any]:
         """What the model answered, in the order of `references`, as the metrics take it; missing ones as they say."""
         return side.collected
@@ -186,6 +203,15 @@ class Exam(ABC):
         """The best score that one and the same answer to everything would get."""
         scores = (metrics.points(self.task.metric, [answer] * self.n, self.references) for answer in answers)
         return max((score for score in scores if not math.isnan(score)), default=0.0)
+
+
+def scores_at(side: "Side", output: Any, batch: Batch, places: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Of each row of the batch the logits `[places, choices]` at these places, counted without padding."""
+    mask = batch["attention_mask"]
+    # A tokenizer that pads on the left moves the tokens of shorter rows to the right.
+    shifts = (mask.shape[1] - mask.sum(1)) * (side.tokenizer.padding_side == "left")
+    rows = zip(output.logits, places, shifts, strict=True)
+    return [logits[torch.tensor(own, dtype=torch.int64) + shift] for logits, own, shift in rows]
 
 
 def wrong_head(architecture: str, task: "Task", model: str, wanted: str) -> InputError:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from qtool.errors import InputError
 from qtool.evaluation.batches import collate, cut, encode
@@ -29,6 +30,7 @@ class Classification(Exam):
 
     heads = ("ForSequenceClassification",)
     loader = "AutoModelForSequenceClassification"
+    distributes = True
 
     def __init__(self, task: Task, request: Request) -> None:
         """Errors of `load_examples`."""
@@ -98,6 +100,15 @@ class Classification(Exam):
         logits = output.logits.float().numpy()
         ids: list[int] = np.where(np.isnan(logits).any(axis=1), -1, side.reading[logits.argmax(axis=1)]).tolist()
         return ids
+
+    def logits(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[torch.Tensor]:
+        """One place a text: the head's logits in the order of `names`, or the probe's."""
+        if self.probe is not None:
+            features = pooled(output.last_hidden_state, batch["attention_mask"]).numpy()
+            found = torch.from_numpy(self.probe.logits(features))
+        else:
+            found = output.logits[:, np.argsort(side.reading)]
+        return list(found.split(1))
 
     def floor(self) -> float:
         """Always the same class."""

@@ -11,7 +11,7 @@ import torch
 from qtool.anatomy import FAMILIES
 from qtool.errors import InputError, UsageError
 from qtool.evaluation.batches import check_rows, encode
-from qtool.evaluation.exams.base import Batch, Exam, Request, Tokens
+from qtool.evaluation.exams.base import Batch, Exam, Request, Tokens, scores_at
 from qtool.evaluation.tasks import Task, load_running_text, load_single_texts
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Perplexity(Exam):
     heads = ("ForCausalLM", "LMHeadModel")
     loader = "AutoModelForCausalLM"
     takes = frozenset({"stride"})
+    distributes = True
     columns, labelled = 1, False
     max_length = 1024
     unit = "tokens"
@@ -88,12 +89,20 @@ class Perplexity(Exam):
         −1 is the token where logits are NaN.
         """
         kept = []
-        for logits, ids, count in zip(output.logits, batch["input_ids"], about, strict=True):
-            scores, targets = logits[-count - 1 : -1].float(), ids[-count:]
+        for scores, ids, count in zip(self.logits(side, output, batch, about), batch["input_ids"], about, strict=True):
+            scores, targets = scores.float(), ids[-count:]
             losses = torch.nn.functional.cross_entropy(scores, targets, reduction="none")
             choices = torch.where(losses.isnan(), -1, scores.argmax(dim=-1))
             kept.append((float(losses.double().sum()), choices.tolist()))
         return kept
+
+    def comparable(self, sides: "Sequence[Side]") -> bool:
+        """Only with vocabularies of the same size."""
+        return super().comparable(sides) and _same_vocabulary(sides)
+
+    def logits(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[torch.Tensor]:
+        """A place a scored token, over the vocabulary."""
+        return [logits[-count - 1 : -1] for logits, count in zip(output.logits, about, strict=True)]
 
     def answers(self, side: "Side") -> list[Any]:
         """Sums of negative log-likelihoods."""
@@ -131,6 +140,7 @@ class MaskedLanguage(Exam):
     columns, labelled = 1, False
     unit = "texts"
     same_tokens = True
+    distributes = True
 
     def __init__(self, task: Task, request: Request) -> None:
         """Errors of `load_single_texts`."""
@@ -159,15 +169,16 @@ class MaskedLanguage(Exam):
 
     def collect(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[Any]:
         """The most likely token at each masked place; −1 where logits are NaN."""
-        left = side.tokenizer.padding_side == "left"
-        kept = []
-        for row, places in enumerate(about):
-            mask = batch["attention_mask"][row]
-            shift = int(len(mask) - mask.sum()) if left else 0
-            scores = output.logits[row, [place + shift for place in places]]
-            found = torch.where(scores.isnan().any(dim=-1), -1, scores.argmax(dim=-1))
-            kept.append(found.tolist())
-        return kept
+        found = self.logits(side, output, batch, about)
+        return [torch.where(scores.isnan().any(dim=-1), -1, scores.argmax(dim=-1)).tolist() for scores in found]
+
+    def comparable(self, sides: "Sequence[Side]") -> bool:
+        """Only with vocabularies of the same size."""
+        return super().comparable(sides) and _same_vocabulary(sides)
+
+    def logits(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[torch.Tensor]:
+        """A place a masked token, over the vocabulary."""
+        return scores_at(side, output, batch, about)
 
     def choices(self, side: "Side") -> list[Any] | None:
         """Guessed tokens, one after the other."""
@@ -177,6 +188,10 @@ class MaskedLanguage(Exam):
         """Always the most frequent token."""
         every = [token for tokens in self.references for token in tokens]
         return 100.0 * max(Counter(every).values()) / len(every)
+
+
+def _same_vocabulary(sides: "Sequence[Side]") -> bool:
+    return len({side.subject.config.vocab_size for side in sides}) == 1
 
 
 def _masked(places: Sequence[int], number: int) -> list[int]:

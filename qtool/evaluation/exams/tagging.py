@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import torch
 
 from qtool.errors import InputError
 from qtool.evaluation.batches import check_rows, rows_of
-from qtool.evaluation.exams.base import Batch, Exam, Progress, Request, Tokens
+from qtool.evaluation.exams.base import Batch, Exam, Progress, Request, Tokens, scores_at
 from qtool.evaluation.labels import counted, head_names
 from qtool.evaluation.tasks import Task, load_rows
 from qtool.rows import WORD_COLUMNS, Row
@@ -28,6 +28,7 @@ class TokenClassification(Exam):
     loader = "AutoModelForTokenClassification"
     unit = "sentences"
     columns = 1
+    distributes = True
 
     def __init__(self, task: Task, request: Request) -> None:
         """Raises InputError for rows without words or with another number of tags than words."""
@@ -93,17 +94,24 @@ class TokenClassification(Exam):
 
     def collect(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[Any]:
         """Tags by word index; None for a sentence with NaN."""
-        logits = output.logits.float().numpy()
-        left = side.tokenizer.padding_side == "left"
-        mask = batch["attention_mask"].numpy()
+        found = scores_at(side, output, batch, [list(firsts.values()) for firsts in about])
         kept: list[Any] = []
-        for row, firsts in enumerate(about):
-            shift = int(mask.shape[1] - mask[row].sum()) if left else 0
-            places = [position + shift for position in firsts.values()]
-            scores = logits[row, places]
-            names = [side.reading[label] for label in scores.argmax(axis=1)] if places else []
-            kept.append(None if np.isnan(scores).any() else dict(zip(firsts, names, strict=True)))
+        for firsts, scores in zip(about, found, strict=True):
+            names = [side.reading[label] for label in scores.argmax(dim=1)]
+            kept.append(None if scores.isnan().any() else dict(zip(firsts, names, strict=True)))
         return kept
+
+    def comparable(self, sides: "Sequence[Side]") -> bool:
+        """Only with the same tags."""
+        named = [set(side.reading) for side in sides]
+        distinct = len(named[0]) == len(sides[0].reading) == len(sides[-1].reading)
+        return super().comparable(sides) and distinct and named[0] == named[-1]
+
+    def logits(self, side: "Side", output: Any, batch: Batch, about: list[Any]) -> list[torch.Tensor]:
+        """A place a word that the model has read, tags in alphabetical order."""
+        order = sorted(range(len(side.reading)), key=side.reading.__getitem__)
+        found = scores_at(side, output, batch, [list(firsts.values()) for firsts in about])
+        return [scores[:, order] for scores in found]
 
     def answers(self, side: "Side") -> list[Any]:
         """A list of tags a sentence, as long as the reference."""

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from scipy.special import rel_entr, softmax
 
 from qtool.errors import InputError, UsageError
 from qtool.evaluation.gate import Gate
@@ -36,12 +38,26 @@ def windows(tokens: int, room: int, stride: int) -> list[range]:
 
 def searched(folder: Path, question: str, context: str, length: int, stride: int) -> list[Answer]:
     """Every text of at most 30 tokens with its best start + end logit, the best first; tokens are words and marks."""
+    places = [match.span() for match in re.finditer(r"\w+|[^\w\s]+", context)]
+    best: dict[str, float] = {}
+    for window, start, end in asked_logits(folder, question, context, length, stride):
+        for first in range(len(window)):
+            for last in range(first, min(first + 30, len(window))):
+                text = context[places[window[first]][0] : places[window[last]][1]]
+                best[text] = max(best.get(text, -math.inf), start[first] + end[last])
+    return sorted(((score, text) for text, score in best.items()), reverse=True)
+
+
+def asked_logits(
+    folder: Path, question: str, context: str, length: int, stride: int
+) -> list[tuple[range, list[float], list[float]]]:
+    """Of each window its tokens of the context, and their start and end logits."""
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(folder).eval()
     own = transformers.AutoTokenizer.from_pretrained(folder)
     places = [match.span() for match in re.finditer(r"\w+|[^\w\s]+", context)]
     asked = own.convert_tokens_to_ids(re.findall(r"\w+|[^\w\s]+", question))
     ids = own.convert_tokens_to_ids([context[begin:end] for begin, end in places])
-    best: dict[str, float] = {}
+    found = []
     for window in windows(len(ids), length - len(asked) - 3, stride):
         row = [2, *asked, 3, *(ids[place] for place in window), 3]
         types = [0] * (len(asked) + 2) + [1] * (len(window) + 1)
@@ -49,11 +65,20 @@ def searched(folder: Path, question: str, context: str, length: int, stride: int
         with torch.no_grad():
             out = model(input_ids=torch.tensor([row]), **typed)
         start, end = (side[0].double().tolist()[len(asked) + 2 : -1] for side in (out.start_logits, out.end_logits))
-        for first in range(len(window)):
-            for last in range(first, min(first + 30, len(window))):
-                text = context[places[window[first]][0] : places[window[last]][1]]
-                best[text] = max(best.get(text, -math.inf), start[first] + end[last])
-    return sorted(((score, text) for text, score in best.items()), reverse=True)
+        found.append((window, start, end))
+    return found
+
+
+def divergence(folders: Sequence[Path], pairs: Sequence[tuple[str, str]], length: int, stride: int) -> float:
+    """Mean over questions of the mean over windows of Σ p log(p / q), p and q over all pairs of start and end."""
+    questions = []
+    for pair in pairs:
+        odds = []
+        for folder in folders:
+            both = [(np.asarray(s), np.asarray(e)) for _, s, e in asked_logits(folder, *pair, length, stride)]
+            odds.append([softmax(start[:, None] + end[None, :]) for start, end in both])
+        questions.append(np.mean([rel_entr(p, q).sum() for p, q in zip(*odds, strict=True)]))
+    return float(np.mean(questions))
 
 
 def overlap(answer: str, golds: Sequence[str]) -> float:
@@ -99,6 +124,7 @@ def test_spans_and_scores_are_those_of_a_search(
         evaluate(noisy, SQUAD, data=data, baseline=model, doc_stride=stride, max_length=length, batch_size=size)
         for size in (1, 3, 32)
     ]
+    apart = divergence((model, noisy), examples, length or 40, stride)
     for result in results:
         assert [row["baseline"] for row in result.predictions] == found[model]
         assert [row["candidate"] for row in result.predictions] == found[noisy]
@@ -110,6 +136,7 @@ def test_spans_and_scores_are_those_of_a_search(
         same = sum(a == b for a, b in zip(found[model], found[noisy], strict=True))
         assert result.agreement == pytest.approx(100 * same / 16) and 0 < same < 16
         assert result.settings["doc_stride"] == stride
+        assert result.kl == pytest.approx(apart, rel=1e-4) and apart > 1e-3
     assert results[0].interval == results[1].interval == results[2].interval
 
 
@@ -157,6 +184,12 @@ def test_tokenizers_that_pad_on_the_left(zoo: Any, examples: list[tuple[str, str
     assert len({row["candidate"] for row in alone.predictions}) > 8
     for row, (_, context) in zip(padded.predictions, examples, strict=True):
         assert f" {row['candidate']} " in f" {context} "
+    noisy = zoo.causal("noisy", "LlamaForQuestionAnswering", left=True, change=zoo.noise(0.02))
+    one, many = (
+        evaluate(noisy, SQUAD, data=data, baseline=model, doc_stride=9, batch_size=size, allow_weak_baseline=True).kl
+        for size in (1, 7)
+    )
+    assert many == pytest.approx(one, rel=1e-4) and many is not None and many > 1e-4
 
 
 def test_texts_are_cut_from_the_context_as_it_is_written(zoo: Any) -> None:
@@ -280,9 +313,9 @@ def test_nan_is_no_answer_and_no_score(zoo: Any) -> None:
     result = evaluate(broken, SQUAD, data=data, baseline=model, doc_stride=5, n_best=2)
     assert [row["candidate"] is None for row in result.predictions] == [False, True, True]
     assert result.predictions[1]["n_best"] == []
-    values = (result.candidate.value, result.drop, result.agreement, *(result.interval or ()))
+    values = (result.candidate.value, result.drop, result.agreement, result.kl, *(result.interval or ()))
     assert all(value is not None and math.isnan(value) for value in values)
-    assert len(Gate(100, 0, 0).failures(result)) == 3
+    assert len(Gate(100, 0, 0, 1e9).failures(result)) == 4
     assert result.to_json()["candidate"]["score"] is None
     with pytest.raises(InputError, match=r"the baseline .*broken gives NaN"):
         evaluate(model, SQUAD, data=data, baseline=broken)
@@ -314,6 +347,7 @@ def test_models_with_tokenizers_of_their_own(zoo: Any) -> None:
     for row, first, second in zip(both.predictions, *alone, strict=True):
         assert (row["baseline"], row["candidate"]) == (first["candidate"], second["candidate"])
         assert row["baseline"] in pairs[row["index"]][1] and row["candidate"] in pairs[row["index"]][1]
+    assert both.kl is None
 
 
 def test_files_and_json(zoo: Any, examples: list[tuple[str, str]], tmp_path: Path) -> None:

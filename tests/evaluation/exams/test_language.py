@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from scipy.special import rel_entr, softmax
 
 from qtool.errors import InputError, UsageError
 from qtool.evaluation.exams.base import Request
@@ -219,18 +221,28 @@ def test_drop_agreement_and_gates_are_percent(zoo: Any, trained: tuple[Path, Pat
     assert result.interval is not None and result.interval[0] <= result.drop <= result.interval[1]
 
     ids = transformers.AutoTokenizer.from_pretrained(model)(data.read_text(), return_tensors="pt")["input_ids"]
-    choices = []
+    choices, odds = [], []
     for folder in (model, candidate):
         plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
         best: list[int] = []
+        rows = []
         for begin in range(0, 400 - 20 + 1, 10):
             with torch.no_grad():
-                tokens = plain(input_ids=ids[:, begin : begin + 20]).logits[0].argmax(-1).tolist()
-            best += tokens[9 if begin else 0 : 19]
+                logits = plain(input_ids=ids[:, begin : begin + 20]).logits[0, 9 if begin else 0 : 19]
+            best += logits.argmax(-1).tolist()
+            rows.append(softmax(logits.double().numpy(), axis=1))
         choices.append(best)
+        odds.append(np.concatenate(rows))
     same = sum(a == b for a, b in zip(*choices, strict=True))
     assert len(choices[0]) == result.n
     assert result.agreement == pytest.approx(100 * same / result.n) and 0 < result.agreement < 100
+
+    kl = rel_entr(*odds).sum(1).mean()
+    assert kl > 1e-3 and result.kl == pytest.approx(kl, rel=1e-4)
+    for size in (1, 7):
+        again = evaluate(candidate, ANY, data=data, baseline=model, max_length=20, stride=10, batch_size=size)
+        assert again.kl == pytest.approx(kl, rel=1e-4)
+    assert Gate(max_kl=2 * kl).failures(result) == [] != Gate(max_kl=kl / 2).failures(result)
 
     drop, points, agreement = result.drop, result.points, result.agreement
     assert drop is not None and points is not None
@@ -256,14 +268,14 @@ def test_nan_fails_every_gate(zoo: Any, trained: tuple[Path, Path]) -> None:
 
     broken = zoo.causal("broken", "LlamaForCausalLM", change=spoil)
     result = evaluate(broken, ANY, data=data, baseline=model, max_length=20)
-    values = (result.candidate.value, result.drop, result.points, result.agreement, *(result.interval or ()))
+    values = (result.candidate.value, result.drop, result.points, result.agreement, result.kl, *(result.interval or ()))
     assert all(value is not None and math.isnan(value) for value in values)
-    assert len(Gate(100, 0, 0).failures(result)) == 3
+    assert len(Gate(100, 0, 0, 1e9).failures(result)) == 4
     assert None in {row["candidate"] for row in result.predictions}
     body = result.to_json()
     assert (body["candidate"]["score"], body["drop"], body["agreement"]) == (None, None, None)
     again = Evaluation.from_json(json.loads(json.dumps(body, allow_nan=False)))
-    assert again.drop is not None and math.isnan(again.drop) and len(Gate(100, 0, 0).failures(again)) == 3
+    assert again.drop is not None and math.isnan(again.drop) and len(Gate(100, 0, 0, 1e9).failures(again)) == 4
     with pytest.raises(InputError, match="gives NaN"):
         evaluate(model, ANY, data=data, baseline=broken, max_length=20)
 
@@ -326,12 +338,17 @@ def test_the_real_model_scores_what_its_maker_measured(test_models: Find, shared
 
 def masked_alone(folder: Path, rows: list[Any], about: list[Any]) -> list[list[int]]:
     """The best tokens at the masked places, one text at a time."""
+    return [[int(logits.argmax()) for logits in row] for row in masked_logits(folder, rows, about)]
+
+
+def masked_logits(folder: Path, rows: list[Any], about: list[Any]) -> list[list[torch.Tensor]]:
+    """The logits at the masked places, one text at a time."""
     model = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
     found = []
     for row, places in zip(rows, about, strict=True):
         with torch.no_grad():
             logits = model(**{name: torch.tensor([ids]) for name, ids in row.items()}).logits[0]
-        found.append([int(logits[place].argmax()) for place in places])
+        found.append([logits[place] for place in places])
     return found
 
 
@@ -359,6 +376,11 @@ def test_masked_tokens_are_guessed_as_in_a_loop(zoo: Any, texts: Path, architect
     # RoBERTa's positions count from behind the padding token: 39 of 40 are free.
     rows, about = asked(model, texts, 39 if left else 40)
     theirs, ours = masked_alone(model, rows, about), masked_alone(other, rows, about)
+    odds = [
+        [softmax(logits.double().numpy()) for row in masked_logits(folder, rows, about) for logits in row]
+        for folder in (model, other)
+    ]
+    kl = np.mean([rel_entr(p, q).sum() for p, q in zip(*odds, strict=True)])
     for size in (1, 7, 64):
         result = evaluate(other, MASKED, data=texts, baseline=model, batch_size=size, allow_weak_baseline=True)
         assert [row["baseline"] for row in result.predictions] == theirs
@@ -370,6 +392,7 @@ def test_masked_tokens_are_guessed_as_in_a_loop(zoo: Any, texts: Path, architect
         same = sum(a == b for a, b in zip(first, second, strict=True))
         assert result.agreement == pytest.approx(100 * same / len(truth)) and 0 < same < len(truth)
         assert (result.n, result.unit) == (61, "texts")
+        assert kl > 1e-3 and result.kl == pytest.approx(kl, rel=1e-4)
 
 
 def test_which_tokens_are_masked(zoo: Any, texts: Path) -> None:
@@ -415,7 +438,8 @@ def test_masked_nan_and_the_most_frequent_token(zoo: Any) -> None:
         evaluate(model, MASKED, data=data, baseline=model, limit=4)
     result = evaluate(broken, MASKED, data=data, baseline=model, allow_weak_baseline=True)
     assert math.isnan(result.candidate.value) and result.agreement is not None and math.isnan(result.agreement)
-    assert len(Gate(100, 0, 0).failures(result)) == 3
+    assert result.kl is not None and math.isnan(result.kl)
+    assert len(Gate(100, 0, 0, 1e9).failures(result)) == 4
 
 
 def test_a_model_that_sees_what_it_should_guess_is_refused(zoo: Any) -> None:

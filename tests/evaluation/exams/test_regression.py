@@ -116,6 +116,9 @@ def test_gates(zoo: Any, pairs: Any) -> None:
     data = zoo.table("data.jsonl", rows_of(pairs, about(plain(zoo, model, pairs))))
     result = evaluate(model, STSB, data=data, baseline=model)
     assert Gate(max_drop=0, min_score=result.candidate.value).failures(result) == []
+    assert result.kl is None
+    with pytest.raises(UsageError, match="KL divergence has no meaning for task 'stsb'; leave out max-kl"):
+        Gate(max_kl=1).check([STSB])
     assert Gate(min_agreement=0).failures(result) == [
         "min-agreement: agreement has no meaning for task 'stsb', limit 0 %"
     ]

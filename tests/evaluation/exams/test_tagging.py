@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import seqeval.metrics
 import torch
 import transformers
+from scipy.special import rel_entr, softmax
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from qtool.errors import InputError, UsageError
@@ -22,6 +24,7 @@ from qtool.evaluation.tasks import task
 
 TAGGING = task("token-classification")
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+WEAK: Any = {"allow_weak_baseline": True}
 HEAD = "BertForTokenClassification"
 
 
@@ -35,6 +38,15 @@ def sentences() -> list[list[str]]:
 
 def tagged(folder: Path, sentences: Sequence[Sequence[str]], tokens: int = 38) -> list[list[str]]:
     """What the model says of the first token of each word; O for words that have none within `tokens`."""
+    names = transformers.AutoConfig.from_pretrained(folder).id2label
+    return [
+        ["O" if logits is None else names[int(logits.argmax())] for logits in row]
+        for row in asked(folder, sentences, tokens)
+    ]
+
+
+def asked(folder: Path, sentences: Sequence[Sequence[str]], tokens: int = 38) -> list[list[Any]]:
+    """The logits of the first token of each word; None for words that have none within `tokens`."""
     model = transformers.AutoModelForTokenClassification.from_pretrained(folder).eval()
     own = transformers.AutoTokenizer.from_pretrained(folder)
     found = []
@@ -43,13 +55,23 @@ def tagged(folder: Path, sentences: Sequence[Sequence[str]], tokens: int = 38) -
         ids = [token for piece in pieces for token in piece][:tokens]
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[2, *ids, 3]])).logits[0, 1:]
-        first, tags = 0, []
+        first, own_logits = 0, []
         for piece in pieces:
-            inside = bool(piece) and first < len(ids)
-            tags.append(model.config.id2label[int(logits[first].argmax())] if inside else "O")
+            own_logits.append(logits[first] if piece and first < len(ids) else None)
             first += len(piece)
-        found.append(tags)
+        found.append(own_logits)
     return found
+
+
+def divergence(model: Path, other: Path, sentences: Sequence[Sequence[str]], tokens: int = 38) -> float:
+    """Mean over the words that are read of Σ p (log p − log q), in float64."""
+    found = []
+    for pair in zip(asked(model, sentences, tokens), asked(other, sentences, tokens), strict=True):
+        for theirs, ours in zip(*pair, strict=True):
+            if theirs is not None:
+                p, q = (logits.double().numpy() for logits in (theirs, ours))
+                found.append(rel_entr(softmax(p), softmax(q)).sum())
+    return float(np.mean(found))
 
 
 def changed(tags: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -89,6 +111,9 @@ def test_numbers_are_those_of_seqeval(zoo: Any, sentences: list[list[str]], batc
     pairs = [a == b for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True)]
     assert result.agreement == pytest.approx(100 * sum(pairs) / len(pairs), abs=1e-9) and 50 < result.agreement < 100
     assert result.drop == pytest.approx(result.baseline.value - result.candidate.value, abs=1e-9)
+    assert result.kl == pytest.approx(divergence(model, noisy, sentences), rel=1e-4) and result.kl > 1e-3
+    cut = evaluate(noisy, TAGGING, data=data, baseline=model, batch_size=batch_size, max_length=7)
+    assert cut.kl == pytest.approx(divergence(model, noisy, sentences, 5), rel=1e-4)
 
 
 @pytest.mark.parametrize("column", ["tags", "ner_tags", "labels", "mine"])
@@ -119,6 +144,9 @@ def test_heads_may_order_their_tags_otherwise(zoo: Any, sentences: list[list[str
         result = evaluate(moved, TAGGING, data=data, baseline=model)
         assert (result.drop, result.agreement) == (0.0, 100.0)
         assert result.candidate.value == pytest.approx(scores(truth, tagged(moved, sentences))[0], abs=1e-9)
+        assert result.kl == pytest.approx(0, abs=1e-9)  # tags are compared by name
+    more = zoo.make("more", HEAD, labels=[*TAGS, "B-ORG"])
+    assert evaluate(more, TAGGING, data=data, baseline=model).kl is None
 
 
 def test_tags_that_the_head_does_not_have(zoo: Any) -> None:
@@ -238,6 +266,9 @@ def test_tokenizers_that_pad_on_the_left(zoo: Any, sentences: list[list[str]]) -
     data = zoo.table("data.jsonl", rows_of(sentences, [["O"] * len(words) for words in sentences]))
     alone, padded = (evaluate(model, TAGGING, data=data, batch_size=size).predictions for size in (1, 16))
     assert alone == padded and len({tag for row in alone for tag in row["candidate"]}) > 1
+    noisy = zoo.causal("n", "LlamaForTokenClassification", left=True, labels=TAGS, change=zoo.noise(0.02))
+    one, many = (evaluate(noisy, TAGGING, data=data, baseline=model, batch_size=size, **WEAK).kl for size in (1, 16))
+    assert many == pytest.approx(one, rel=1e-4) and many is not None and many > 1e-4
 
 
 def test_words_and_tags_must_pair(zoo: Any, tiny: Any) -> None:
@@ -269,8 +300,8 @@ def test_nan_is_no_tag_and_no_score(zoo: Any) -> None:
     data = zoo.table("data.jsonl", rows_of(sentences, [["B-PER", "O"], *tagged(model, sentences[1:])]))
     result = evaluate(broken, TAGGING, data=data, baseline=model, allow_weak_baseline=True)
     assert [row["candidate"] for row in result.predictions] == [*tagged(model, sentences[:1]), None]
-    assert all(math.isnan(value or 0) for value in (result.candidate.value, result.drop, result.agreement))
-    assert len(Gate(100, 0, 0).failures(result)) == 3
+    assert all(math.isnan(value or 0) for value in (result.candidate.value, result.drop, result.agreement, result.kl))
+    assert len(Gate(100, 0, 0, 1e9).failures(result)) == 4
 
 
 def test_files_and_json(zoo: Any, tmp_path: Path, sentences: list[list[str]]) -> None:

@@ -34,8 +34,8 @@ class Schedule:
 
     `inputs` are those that the float model has (teacher) or those that the lowered one has (student); `loss` is the
     mean squared error of the block's output or the KL divergence of its softmax over features. `learning_rate` is in
-    steps of the weights' grid; it falls to 0 along a cosine. Training ends early after `patience` looks at the held-out batches,
-    one every 25 steps, without gain; without, the best of all looks counts.
+    steps of the weights' grid; it falls to 0 along a cosine. Every 25 steps comes a look at the held-out batches, of
+    which the best counts; after `patience` looks without gain training ends.
     """
 
     inputs: Literal["teacher", "student"] = "teacher"

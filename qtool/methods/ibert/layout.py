@@ -11,6 +11,7 @@ from qtool.errors import InputError
 from qtool.methods.base import Options
 from qtool.numerics import QuantSpec
 from qtool.recipe import Recipe, Spec
+from qtool.rounding import ROUNDINGS
 
 QUERY_BITS = CONTEXT_BITS = ACT_BITS = 16
 TANH_IN_BITS = 20
@@ -80,6 +81,10 @@ class Layout:
             raise InputError(f"ibert has no integer form of {config.position_embedding_type} positions")
         if self.act != "gelu" and options.gelu == "polynomial":
             raise InputError(f"methods.ibert.gelu: the polynomial is gelu's, and this model's activation is {self.act}")
+        if recipe.weights.rounding not in ROUNDINGS:
+            raise InputError(
+                f"weights.rounding: {recipe.weights.rounding} is for zeroquant; ibert takes {', '.join(ROUNDINGS)}"
+            )
         if options.clipping == "token" and (recipe.activations.spec.dynamic or options.smoothing is not None):
             raise InputError("methods.ibert.clipping: token is for static activations, with smoothing set to null")
         if options.tuning and options.smoothing is None:

@@ -65,7 +65,7 @@ class Migration:
         return scaled.to(tensor.dtype)
 
     def largest(self, path: str) -> torch.Tensor | None:
-        """The largest magnitude that enters a module now, float64 scalar, once it was read; None where nothing moved."""
+        """The largest magnitude that enters a module that was read, float64 scalar; None where nothing moved."""
         return self._largest.get(path)
 
     def _unit(self, unit: Unit) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

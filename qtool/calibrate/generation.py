@@ -1,7 +1,7 @@
 """Text that a language model writes itself, for calibration without anybody's data.
 
-Causal models sample token after token (LLM-QAT: Liu et al. 2023, arXiv 2305.17888); masked models fill all-mask texts and
-refill them, some positions at a time (Gibbs sampling: Wang & Cho 2019, arXiv 1902.04094). Tokens are drawn from the
+Causal models sample token after token (LLM-QAT: Liu et al. 2023, arXiv 2305.17888); masked models fill all-mask texts
+and refill them, some positions at a time (Gibbs sampling: Wang & Cho 2019, arXiv 1902.04094). Tokens are drawn from the
 model's softmax over ordinary tokens: special ones stand around a text, never in it, so a text that the model would end
 goes on.
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool import plugins
-from qtool.errors import InputError, UnavailableError, UsageError, one_of
+from qtool.errors import InputError, QtoolError, UnavailableError, UsageError, one_of
 from qtool.rows import (
     Row,
     Split,
@@ -181,7 +181,7 @@ def canonical(name: str) -> str:
     """The name that the table has for a task; `name` itself where there is none."""
     try:
         return task(name).name
-    except UsageError:
+    except QtoolError:
         return name
 
 

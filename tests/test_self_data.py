@@ -117,16 +117,13 @@ def test_a_recipe_without_calibration_writes_nothing(
 
 @pytest.mark.parametrize("model", ["GPT-2", "BERT"])
 def test_a_dry_run_says_what_would_be_written(
-    model: str, writers: dict[str, Path], desk: Path, qtool_command: Command, mute: None
+    model: str, writers: dict[str, Path], tmp_path: Path, desk: Path, qtool_command: Command, mute: None
 ) -> None:
     dry = ("quantize", writers[model], "-c", "zeroquant-w8a8-static", *FEW, "--dry-run")
-    ended = qtool_command(*dry, *SELF)
+    ended = qtool_command(*dry, *SELF, "--json", tmp_path / "plan.json")
     assert ended.code == 0, ended.err
     assert f"Calibration data: {WROTE}." in ended.out
-    own = json.loads(qtool_command(*dry, *SELF, "--json", "-").out)
-    assert own["calibration"] == WROTE
-    sentences = json.loads(qtool_command(*dry, "--json", "-").out)
-    assert sentences["calibration"] == "6 of qtool's own 500 sentences"
+    assert json.loads((tmp_path / "plan.json").read_text())["calibration"] == WROTE
     assert list(desk.iterdir()) == []
 
 
@@ -142,6 +139,19 @@ def test_the_estimate_counts_every_forward(
     job = open_job(str(writers[model]), resolve_recipe(config="zeroquant-w8a8-static", sets=SETS))
     seconds, _ = estimate._writing(job, planned_batches(job))
     assert seconds == 2 * {"GPT-2": 9, "BERT": generation.SWEEPS * generation.GROUPS}[model]
+
+
+def test_tasks_go_by_the_names_of_the_table(zoo: Any, tiny: Any, desk: Path, qtool_command: Command) -> None:
+    """However a flag, a key of `--data` or a recipe spells them."""
+    ended = qtool_command("eval", tiny.model, "--task", "SST-2", "--data", f"sst_2={tiny.data}", "--json", "-")
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["task"] == "sst2"
+    spelled = {"task": ["sst-2", "WIKITEXT2"], "data": {"SST_2": "here", "wikitext2": "there"}}
+    (zoo.folder / "recipe.yaml").write_text(json.dumps({"methods": ["zeroquant"], "evaluate": spelled}))
+    found = resolve_recipe(config=str(zoo.folder / "recipe.yaml")).evaluate
+    assert found.tasks == ["sst2", "wikitext-2"]
+    assert found.data == {"sst2": "here", "wikitext-2": "there"}
+    assert resolve_recipe(methods=["zeroquant"], flags={"task": "wikitext2"}).evaluate.task == "wikitext-2"
 
 
 def drained(events: Iterator[Any]) -> list[Any]:

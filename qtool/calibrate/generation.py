@@ -72,9 +72,9 @@ def _surroundings(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     whole = tokenizer("a")["input_ids"]
     for begin in range(len(whole) - len(plain) + 1):
         end = begin + len(plain)
-        if whole[begin:end] == plain:
+        if plain and whole[begin:end] == plain:
             return tuple(whole[:begin]), tuple(whole[end:])
-    raise InputError("the tokenizer changes a text where it adds tokens of its own; calibrate on a file instead")
+    raise InputError("nobody can tell what the tokenizer puts around a text; calibrate on a file of texts instead")
 
 
 def written_by(

@@ -246,6 +246,17 @@ def test_a_tokenizer_of_special_tokens_alone() -> None:
         Alphabet.of(fake, 1)
 
 
+@pytest.mark.parametrize(("plain", "whole"), [([], [2, 3]), ([7], [2, 8, 3])])
+def test_a_tokenizer_whose_own_tokens_cannot_be_told_apart(plain: list[int], whole: list[int]) -> None:
+    class Fake(SimpleNamespace):
+        def __call__(self, _: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+            return {"input_ids": whole if add_special_tokens else plain}
+
+    fake = Fake(added_tokens_decoder={}, all_special_ids=[2, 3], get_vocab=lambda: {"w7": 7})
+    with pytest.raises(InputError, match="nobody can tell what the tokenizer puts around a text"):
+        Alphabet.of(fake, 65)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "LlamaForCausalLM", "BertForMaskedLM"])
 def test_a_whole_model_is_the_one_that_transformers_loads(architecture: str, tied: bool, zoo: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qtool.api import calibration_batches, open_job, quantize_events, resolve_recipe
 from qtool.calibrate import generation
@@ -95,8 +95,15 @@ def test_what_else_keeps_a_model_from_writing(zoo: Any, desk: Path, qtool_comman
     settings = json.loads((no_mask / "tokenizer_config.json").read_text())
     (no_mask / "tokenizer_config.json").write_text(json.dumps({**settings, "mask_token": None}))
     good = zoo.make("good", "BertForMaskedLM")
+    encoder = zoo.make("encoder", "BertForMaskedLM")  # what a class does not use of its files counts for nothing
+    config = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    stored = load_file(encoder / "model.safetensors")
+    pooler = {f"bert.pooler.dense.{name}": torch.zeros(shape) for name, shape in (("weight", (32, 32)), ("bias", 32))}
+    save_file({**stored, **pooler}, encoder / "model.safetensors", metadata={"format": "pt"})
     for model, more, said in [
         (bare, (), "has no tokenizer files"),
+        (encoder, (), "BertModel has no language-model head"),
         (no_mask, (), "the tokenizer has no mask token"),
         (good, ("--max-length", "2"), "a maximum length of 2 leaves no room for text"),
     ]:

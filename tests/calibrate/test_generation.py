@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from scipy.stats import chisquare
+from scipy.stats import chisquare  # type: ignore[import-untyped]
+from transformers.modeling_outputs import CausalLMOutput
 
 from qtool.calibrate import generation
 from qtool.calibrate.generation import GREEDY, GROUPS, SWEEPS, Alphabet, draw, refilled, written_by
@@ -49,7 +50,8 @@ def texts(model: Any, alphabet: Alphabet, *, seed: int = 0, count: int = 10, len
 @torch.no_grad()
 def chances(model: Any, ids: list[int], position: int) -> torch.Tensor:
     """The model's softmax at a position of one text, over ordinary tokens; float64 `[60]`."""
-    return model(input_ids=torch.tensor([ids])).logits[0, position, ORDINARY].double().softmax(-1)
+    found: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0, position, ORDINARY].double().softmax(-1)
+    return found
 
 
 def follows(drawn: torch.Tensor, expected: torch.Tensor) -> float:
@@ -105,7 +107,7 @@ def test_a_text_may_fill_all_positions_of_the_model(decoder: Any) -> None:
 @pytest.mark.parametrize("alphabet", [PLAIN, replace(PLAIN, prefix=(2,))])
 def test_a_model_without_a_cache_writes_the_same(decoder: Any, alphabet: Alphabet) -> None:
     def forgets(input_ids: torch.Tensor, **_: Any) -> Any:
-        return transformers.utils.ModelOutput(logits=decoder(input_ids=input_ids, use_cache=False).logits)
+        return CausalLMOutput(logits=decoder(input_ids=input_ids, use_cache=False).logits)
 
     assert torch.equal(texts(forgets, alphabet), texts(decoder, alphabet))
 

@@ -23,6 +23,7 @@ from qtool.errors import InputError
 
 if TYPE_CHECKING:
     from qtool.api import Quantized
+    from qtool.calibrate.sources import Batches
     from qtool.estimate import Estimate
     from qtool.evaluation.result import Evaluation
     from qtool.pipeline import Event, Job
@@ -171,7 +172,7 @@ def emit_json(value: Any, target: str | None) -> None:
         write_text(Path(target).resolve(), json_text(value) + "\n")
 
 
-def plan_json(job: "Job", expected: "Estimate") -> dict[str, Any]:
+def plan_json(job: "Job", batches: "Batches", expected: "Estimate") -> dict[str, Any]:
     """What `--dry-run` says."""
     predicted = job.predicted_bytes()
     return {
@@ -181,6 +182,7 @@ def plan_json(job: "Job", expected: "Estimate") -> dict[str, Any]:
         "methods": [method.name for method in job.methods],
         "quantized": dict(job.plan.modules),
         "kept_float": dict(job.plan.kept_float),
+        "calibration": batches.description if job.reads_data else None,
         "size_bytes": predicted,
         "source_bytes": job.checkpoint.num_bytes,
         "seconds": round(expected.seconds, 2),
@@ -188,11 +190,11 @@ def plan_json(job: "Job", expected: "Estimate") -> dict[str, Any]:
     }
 
 
-def render_plan(screen: Screen, job: "Job", expected: "Estimate") -> None:
-    """The plan as tables: what is quantized, what stays float and why; the size on disk, the time and the memory."""
+def render_plan(screen: Screen, job: "Job", batches: "Batches", expected: "Estimate") -> None:
+    """The plan as tables: what is quantized, what stays float and why; the data, the size on disk, time and memory."""
     from qtool.nn import parts_of
 
-    plan = plan_json(job, expected)
+    plan = plan_json(job, batches, expected)
     described = [part for item in plan["quantized"].items() for part in parts_of(*item)]
     rows = [[path, *_specs(module)] for path, module in described]
     screen.table(f"Quantized ({len(rows)} modules)", ["module", "type", "weights", "activations"], rows)
@@ -201,6 +203,8 @@ def render_plan(screen: Screen, job: "Job", expected: "Estimate") -> None:
         screen.table(f"Kept in float ({len(kept)} modules)", ["module", "why"], kept)
     else:
         screen.line("Kept in float: nothing.")
+    if plan["calibration"]:
+        screen.line(f"Calibration data: {plan['calibration']}.")
     share = 100 * plan["size_bytes"] / plan["source_bytes"]
     screen.line(
         f"Size on disk: {megabytes(plan['size_bytes'])}, {share:.1f} % of the float model's "

@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from qtool.anatomy import Unit
+from qtool.calibrate.generation import GROUPS, LOGIT_BYTES, SWEEPS
 from qtool.calibrate.sources import Batches
 from qtool.nn import parts_of
 from qtool.numerics import QuantSpec
@@ -55,6 +56,9 @@ def estimate(job: Job, batches: Batches, *, startup: float, reading: float, cali
             share = 1.0 if stages else min(1.0, MEASURED_BATCHES / len(batches.batches))
             seconds += (1 + stages) * _FOLLOWING * passing * share
             need = max(need, int(2 * flow * share) + 2 * max(sizes) + transient)
+    if job.recipe.calibration.source == "self" and job.reads_data:
+        writing, transient = _writing(job, batches)
+        seconds, need = seconds + writing, max(need, sum(sizes) + max(sizes) + transient)
     moved = job.checkpoint.num_bytes + _PASSES * job.predicted_bytes()
     return Estimate(2 * startup + reading + seconds + moved * _hash_second(), max(peak, resident + need))
 
@@ -118,6 +122,32 @@ def _pass_1(job: Job, batches: Batches) -> tuple[float, int]:
     heads = getattr(job.model.config, "num_attention_heads", 1)
     sequences, tokens = batch["input_ids"].shape
     return seconds, 4 * sequences * tokens * (3 * widest + 2 * heads * tokens)
+
+
+def _writing(job: Job, batches: Batches) -> tuple[float, int]:
+    """Seconds in which the model writes the batches itself, and the bytes that it needs on its way.
+
+    A decoder reads a token a step from its cache, whose growing part of the time is left out.
+    """
+    sequences, tokens = batches.batches[0]["input_ids"].shape
+    config, masked = job.model.config, job.anatomy.head_kind == "masked-lm"
+    steps = SWEEPS * GROUPS if masked else tokens
+    seconds = steps * len(batches.batches) * _forward_second(job, batches.first(sequences, tokens if masked else 1))
+    cache = 0 if masked else 8 * len(job.anatomy.blocks) * sequences * tokens * config.hidden_size
+    return seconds, cache + (min(LOGIT_BYTES, 4 * sequences * tokens * config.vocab_size) if masked else 0)
+
+
+def _forward_second(job: Job, batch: Mapping[str, torch.Tensor]) -> float:
+    """Seconds of the whole float model on a batch, from one block and the head."""
+    stream = Stream(job.model, job.anatomy, job.checkpoint.tensor)
+    unit = job.anatomy.blocks[0]
+    with stream.loaded(job.anatomy.embeddings):
+        hidden, calls = stream.embed(batch)
+    with stream.loaded(unit):
+        block = _timed(lambda: stream.block(unit, hidden, calls[0]))
+    with stream.loaded(job.anatomy.head):
+        head = _timed(lambda: stream.head(batch, hidden))
+    return len(job.anatomy.blocks) * block + head
 
 
 def _block_weights(job: Job, unit: Unit) -> list[torch.Tensor]:

@@ -123,9 +123,9 @@ class Job:
         return {name: observers for name, observers in wanted.items() if observers}
 
     @property
-    def looks_at_data(self) -> bool:
-        """Whether anything depends on the calibration data."""
-        return bool(self.observed()) or self.lowering.learns
+    def reads_data(self) -> bool:
+        """Whether any step looks at calibration data; without one, they need not be made."""
+        return bool(self.observed()) or self.lowering.follows or self.lowering.learns
 
     def fingerprint(self, batches: Batches, statistics: Path | None = None) -> dict[str, Any]:
         """Everything that the bytes of the artifact depend on; `statistics` is a file that replaces pass 1."""
@@ -454,7 +454,7 @@ def _report(
             "sha256": run.fingerprint["model"],
         },
         "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
-        "calibration": batches.description if job.looks_at_data else None,
+        "calibration": batches.description if job.reads_data else None,
         "execution": {"kind": "real", "backend": backend().name, "arithmetic": job.lowering.arithmetic},
         "architecture": job.anatomy.architecture,
         "head": job.anatomy.head_kind,

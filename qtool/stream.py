@@ -204,6 +204,15 @@ def _holders(model: Any, units: Sequence[Unit]) -> Iterator[tuple[str, nn.Module
             yield path, module
 
 
+def whole(model: Any, reader: Reader) -> Any:
+    """A skeleton with all of its tensors in memory, not only those of a unit."""
+    fill(
+        model, {path: module for path, module in model.named_modules() if module._parameters or module._buffers}, reader
+    )
+    model.tie_weights()
+    return model
+
+
 def fill(model: Any, holders: Mapping[str, nn.Module], reader: Reader) -> None:
     """Give `holders` their tensors: stored ones from `reader`, others as transformers initialises them."""
     for module in holders.values():  # first, because that would initialise weights too

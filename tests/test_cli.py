@@ -571,8 +571,9 @@ def test_errors_of_the_command_line(tiny: Any, desk: Path, shelf: Any, qtool_com
         # names
         (("quantize", tiny.model, "--method", "zeroqant"), 2, "unknown method 'zeroqant'; did you mean zeroquant?"),
         (("quantize", tiny.model), 2, "which method?"),
-        ((*quantize, "--task", "sst-2"), 2, "unknown task 'sst-2'; did you mean sst2?"),
-        (("eval", tiny.model, "--task", "sst-2"), 2, "unknown task 'sst-2'; did you mean sst2?"),
+        ((*quantize, "--task", "sst3"), 2, "unknown task 'sst3'; did you mean sst2"),
+        (("eval", tiny.model, "--task", "sst3"), 2, "unknown task 'sst3'; did you mean sst2"),
+        (("eval", tiny.model, "--task", "sst-2", "--task", "SST2"), 2, "a task is named twice: sst2, sst2"),
         ((*quantize, "--set", "wieghts.group_size=4"), 3, "unknown key 'wieghts'; did you mean weights?"),
         ((*quantize, "--set", "seed"), 2, "--set wants key=value"),
         (("quantize", tiny.model, "-c", data / "key.yaml"), 3, "unknown key 'wieghts'; did you mean weights?"),

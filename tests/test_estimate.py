@@ -45,6 +45,7 @@ def test_a_dry_run_says_time_and_memory_and_writes_nothing(tiny: Any, desk: Path
     for config in ("zeroquant-w8a8", "zeroquant-w8a8-static"):
         ended = qtool_command("quantize", tiny.model, "-c", config, "--dry-run", "--json", "-")
         found = json.loads(ended.out)
+        assert found["calibration"] == ("256 of qtool's own 500 sentences" if config.endswith("static") else None)
         assert found["seconds"] > 0 and found["peak_memory_bytes"] > found["size_bytes"]
     ended = qtool_command("quantize", tiny.model, "--method", "zeroquant", "--dry-run")
     assert "Expected on this machine, within a factor of two: " in ended.out

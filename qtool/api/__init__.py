@@ -5,7 +5,7 @@ renders their events.
 """
 
 from qtool.api.bench import bench, random_models
-from qtool.api.data import calibration_batches, calibration_texts, golden_inputs
+from qtool.api.data import calibration_batches, calibration_events, calibration_texts, golden_inputs, planned_batches
 from qtool.api.jobs import (
     DEFAULT_FOLDER,
     LATEST,
@@ -40,6 +40,7 @@ __all__ = [
     "bench",
     "calibrate_events",
     "calibration_batches",
+    "calibration_events",
     "calibration_texts",
     "default_output",
     "evaluate",
@@ -50,6 +51,7 @@ __all__ = [
     "latest",
     "note_latest",
     "open_job",
+    "planned_batches",
     "quantize",
     "quantize_events",
     "random_models",

@@ -1,6 +1,7 @@
 """What a job reads besides its model: calibration batches and the golden batch."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,31 +14,120 @@ from qtool.rows import Texts, find_text_columns, hub_name, hub_rows, split_file,
 if TYPE_CHECKING:
     import torch
 
+    from qtool.calibrate.generation import Alphabet
     from qtool.calibrate.sources import Batches
-    from qtool.pipeline import Job
+    from qtool.pipeline import Event, Job
 
 
 def calibration_batches(job: "Job") -> "Batches":
-    """The job's calibration data: a task's training split, a file, our own sentences, or random tokens."""
+    """`calibration_events` without the events."""
+    events = calibration_events(job)
+    while True:
+        try:
+            next(events)
+        except StopIteration as done:
+            batches: Batches = done.value
+            return batches
+
+
+def calibration_events(job: "Job") -> "Generator[Event, None, Batches]":
+    """The job's calibration data, as events that end with it.
+
+    A task's training split, a file, our own sentences, random tokens, or text that the model writes itself.
+    """
     from qtool.calibrate import sources
+
+    if job.recipe.calibration.source == "self":
+        return (yield from _own_text(job))
+    if job.recipe.calibration.source == "random":
+        return _random_tokens(job)
+    texts, description = calibration_texts(job.recipe)
+    types = getattr(job.model.config, "type_vocab_size", 0)
+    return sources.tokenize(_tokenizer(job), texts, **_size(job), description=description, type_vocab_size=types)
+
+
+def planned_batches(job: "Job") -> "Batches":
+    """`calibration_batches`, but where the model would write them, random tokens stand for its text."""
+    from dataclasses import replace
+
+    if job.recipe.calibration.source != "self" or not job.reads_data:
+        return calibration_batches(job)
+    _alphabet(job)
+    return replace(_random_tokens(job), description=_own_description(job))
+
+
+def _size(job: "Job") -> dict[str, int]:
+    """How many sequences of how many tokens, and how many in a batch."""
+    wanted = job.recipe.calibration
+    length = min(wanted.max_length, max_tokens(job.model.config) or wanted.max_length)
+    return {"num_samples": wanted.num_samples, "batch_size": wanted.batch_size, "max_length": length}
+
+
+def _random_tokens(job: "Job") -> "Batches":
+    from qtool.calibrate.sources import random_tokens
+
+    vocabulary = job.model.config.vocab_size
+    return random_tokens(vocabulary, **_size(job), seed=job.recipe.seed, first_id=min(1000, vocabulary // 2))
+
+
+def _tokenizer(job: "Job") -> Any:
     from qtool.evaluation.models import load_tokenizer
 
-    recipe, wanted = job.recipe, job.recipe.calibration
-    size = {"num_samples": wanted.num_samples, "batch_size": wanted.batch_size}
-    length = min(wanted.max_length, max_tokens(job.model.config) or wanted.max_length)
-    if wanted.source == "random":
-        vocabulary = job.model.config.vocab_size
-        return sources.random_tokens(
-            vocabulary, **size, max_length=length, seed=recipe.seed, first_id=min(1000, vocabulary // 2)
-        )
-    texts, description = calibration_texts(recipe)
     tokenizer = load_tokenizer(job.source)
     if len(tokenizer) > job.model.config.vocab_size:
         raise InputError(
             f"{job.source}: the tokenizer has {len(tokenizer)} tokens, the model only {job.model.config.vocab_size}"
         )
-    types = getattr(job.model.config, "type_vocab_size", 0)
-    return sources.tokenize(tokenizer, texts, **size, max_length=length, description=description, type_vocab_size=types)
+    return tokenizer
+
+
+def _alphabet(job: "Job") -> "Alphabet":
+    """What the model writes with. Raises InputError for one that cannot write."""
+    from qtool.calibrate.generation import Alphabet
+
+    instead = "use calibration.source=builtin, random, or a file of texts"
+    if job.anatomy.head_kind not in ("causal-lm", "masked-lm"):
+        raise InputError(
+            f"{job.anatomy.architecture} has no language-model head, so it writes no text itself; {instead}"
+        )
+    alphabet = Alphabet.of(_tokenizer(job), job.model.config.vocab_size)
+    alphabet.room(_size(job)["max_length"])
+    if job.anatomy.head_kind == "masked-lm" and alphabet.mask is None:
+        raise InputError(f"{job.source}: the tokenizer has no mask token, so the model fills no text itself; {instead}")
+    return alphabet
+
+
+def _own_description(job: "Job") -> str:
+    return f"{job.recipe.calibration.num_samples} sequences that the model wrote itself, seed {job.recipe.seed}"
+
+
+def _own_text(job: "Job") -> "Generator[Event, None, Batches]":
+    """Text of the float model, which is in memory whole meanwhile. Nothing is kept: it would write the same again."""
+    from qtool.calibrate import generation, sources
+    from qtool.checkpoint import open_float
+    from qtool.pipeline import Note, Progress, peak_bytes
+    from qtool.stream import give_back, whole
+
+    alphabet, description, size = _alphabet(job), _own_description(job), _size(job)
+    if not job.reads_data:
+        return sources.unpadded([], description)
+    yield Note(
+        f"calibration data: the model writes {size['num_samples']} sequences of {size['max_length']} tokens itself; "
+        "for that it is in memory whole"
+    )
+    total, started = -(-size["num_samples"] // size["batch_size"]), time.perf_counter()
+    found: list[torch.Tensor] = []
+    yield Progress("write", "model in memory", 0, total)
+    skeleton, checkpoint = open_float(job.source)
+    model = whole(skeleton, checkpoint.tensor)
+    masked = job.anatomy.head_kind == "masked-lm"
+    for ids in generation.written_by(model, alphabet, masked=masked, seed=job.recipe.seed, **size):
+        found.append(ids)
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        yield Progress("write", f"batch {len(found)}", len(found) - 1, total, seconds, peak_bytes())
+    del model, skeleton
+    give_back()
+    return sources.unpadded(found, description)
 
 
 def calibration_texts(recipe: Recipe) -> tuple[Sequence[Any], str]:

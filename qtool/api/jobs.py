@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.api.data import calibration_batches, golden_inputs
+from qtool.api.data import calibration_events, golden_inputs
 from qtool.api.recipes import FLAG_KEYS, resolve_recipe
 from qtool.errors import InputError, QtoolError, one_of
 from qtool.recipe import Recipe
@@ -95,7 +95,7 @@ def quantize_events(
     job = open_job(model, recipe)
     rundir.keep_apart(out, job.source)
     source_bytes = job.checkpoint.num_bytes
-    batches = calibration_batches(job)
+    batches = yield from calibration_events(job)
     yield pipeline.Note(_about_calibration(job, batches, statistics))
     known = read_statistics(statistics, job, batches) if statistics else None
     fingerprint = job.fingerprint(batches, Path(statistics) if statistics else None)
@@ -114,7 +114,7 @@ def quantize_events(
 
 
 def _about_calibration(job: "Job", batches: "Batches", statistics: str | Path | None) -> str:
-    if not job.looks_at_data:
+    if not job.reads_data:
         return "no calibration pass: this recipe computes the scales of activations at run time"
     return (
         f"statistics: {statistics}"
@@ -195,7 +195,7 @@ def calibrate_events(
     if not job.observed():
         names = ", ".join(method.name for method in job.methods)
         raise InputError(f"{names} needs no statistics with this recipe: activation scales are computed at run time")
-    batches = calibration_batches(job)
+    batches = yield from calibration_events(job)
     yield pipeline.Note(f"calibration data: {batches.description}")
     statistics = yield from pipeline.calibrate(job, batches)
     write_tensors(file, statistics.tensors())

@@ -54,12 +54,22 @@ def resolve_recipe(
         layers.append(("--method", {"methods": _chosen(methods, listed)}))
     layers.append(("--set", recipes.assignments(sets)))
     layers.append(("command line", recipes.nested(given)))
-    built = recipes.build(layers)
+    built = _with_canonical_tasks(recipes.build(layers))
     if not built.methods:
         if config is None:
             raise UsageError("which method? Pass --method (`qtool methods` lists them) or a recipe with -c")
         raise InputError(f"{config} names no method; list one under methods, or pass --method")
     return built
+
+
+def _with_canonical_tasks(recipe: Recipe) -> Recipe:
+    """Tasks, and the keys of their data, as the table of tasks spells them; unknown ones are found out later."""
+    from qtool.evaluation.tasks import canonical
+
+    scored = recipe.evaluate
+    task = canonical(scored.task) if isinstance(scored.task, str) else scored.task and [*map(canonical, scored.task)]
+    data = {canonical(k): place for k, place in scored.data.items()} if isinstance(scored.data, dict) else scored.data
+    return recipe.model_copy(update={"evaluate": scored.model_copy(update={"task": task, "data": data})})
 
 
 FLAG_KEYS: dict[str, tuple[str, ...]] = {

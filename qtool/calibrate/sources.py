@@ -58,12 +58,8 @@ def model_inputs(
     `max_length` leaves no room for text: tokenizers then cut nothing, without a word.
     """
     paired = not isinstance(texts[0], str)
-    own = tokenizer.num_special_tokens_to_add(pair=paired)
-    if max_length is not None and max_length <= own:
-        raise InputError(
-            f"a maximum length of {max_length} leaves no room for text: the tokenizer adds {own} tokens of its own; "
-            f"allow at least {own + 1} with --max-length"
-        )
+    if max_length is not None:
+        room_for_text(max_length, tokenizer.num_special_tokens_to_add(pair=paired))
     sides = ([text[0] for text in texts], [text[1] for text in texts]) if paired else (list(texts),)
     if options.get("padding") and tokenizer.pad_token is None:
         raise InputError("the tokenizer has neither a padding nor an end-of-text token; name one in its config")
@@ -72,6 +68,16 @@ def model_inputs(
     if type_vocab_size is not None and type_vocab_size < 2:
         columns.pop("token_type_ids", None)
     return columns
+
+
+def room_for_text(max_length: int, own: int) -> int:
+    """How many tokens of text fit beside the tokenizer's `own`. Raises InputError when none does."""
+    if max_length <= own:
+        raise InputError(
+            f"a maximum length of {max_length} leaves no room for text: the tokenizer adds {own} tokens of its own; "
+            f"allow at least {own + 1} with --max-length"
+        )
+    return max_length - own
 
 
 def tokenize(
@@ -105,8 +111,13 @@ def random_tokens(
     """Uniformly random token ids in `[first_id, vocab_size)`: for shapes without data, never for accuracy."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(first_id, vocab_size, (num_samples, max_length), generator=generator)
-    batches = [{"input_ids": chunk, "attention_mask": torch.ones_like(chunk)} for chunk in ids.split(batch_size)]
-    return Batches(batches, f"{num_samples} random sequences of {max_length} tokens", _digest(batches))
+    return unpadded(list(ids.split(batch_size)), f"{num_samples} random sequences of {max_length} tokens")
+
+
+def unpadded(ids: list[torch.Tensor], description: str) -> Batches:
+    """Batches of token ids, int64 `[batch, tokens]`, none of which is padding."""
+    batches = [{"input_ids": chunk, "attention_mask": torch.ones_like(chunk)} for chunk in ids]
+    return Batches(batches, description, _digest(batches))
 
 
 def _digest(batches: list[dict[str, torch.Tensor]]) -> str:

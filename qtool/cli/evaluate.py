@@ -156,9 +156,10 @@ def _distinct_tasks(names: tuple[str, ...]) -> list[str]:
 
 def places_of(given: tuple[str, ...], tasks: list[str]) -> dict[str, str]:
     """Where the data of each task are: `PATH` for all, `TASK=PATH` for one. Raises UsageError."""
-    from qtool.evaluation.tasks import TASKS
+    from qtool.evaluation.tasks import TASKS, canonical
 
-    split = [text.partition("=") for text in given]
+    parted = [text.partition("=") for text in given]
+    split = [(canonical(name) if equals else name, equals, path) for name, equals, path in parted]
     keyed = [(name, path) for name, equals, path in split if equals and name in {*TASKS, *tasks}]
     plain = [text for text, (name, _, _) in zip(given, split, strict=True) if name not in dict(keyed)]
     names = [name for name, _ in keyed]

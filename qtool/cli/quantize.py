@@ -9,6 +9,7 @@ import click
 from qtool.cli.options import drain, json_option, model_of, recipe_of, recipe_options, run_options, screen_of, verbosity
 
 if TYPE_CHECKING:
+    from qtool.calibrate.sources import Batches
     from qtool.estimate import Estimate
     from qtool.pipeline import Job
     from qtool.recipe import Recipe
@@ -41,10 +42,10 @@ def quantize(context: click.Context, /, model: str | None, **params: Any) -> Non
     out = Path(params["output"] or recipe.output or api.default_output(name, recipe))
     with screen_of(context) as screen:
         if params["dry_run"]:
-            job, expected = _rehearse(name, recipe, started, calibrates=not params["statistics"])
+            job, batches, expected = _rehearse(name, recipe, started, calibrates=not params["statistics"])
             if params["json_file"] != "-":
-                console.render_plan(screen, job, expected)
-            console.emit_json(console.plan_json(job, expected), params["json_file"])
+                console.render_plan(screen, job, batches, expected)
+            console.emit_json(console.plan_json(job, batches, expected), params["json_file"])
             return
         choices = {key: params[key] for key in ("resume", "overwrite", "statistics")}
         result = drain(screen, api.quantize_events(name, recipe, out, **choices))
@@ -53,17 +54,17 @@ def quantize(context: click.Context, /, model: str | None, **params: Any) -> Non
         console.emit_json(console.quantized_json(result), params["json_file"])
 
 
-def _rehearse(name: str, recipe: "Recipe", started: float, *, calibrates: bool) -> "tuple[Job, Estimate]":
-    """The job, and what it will take; `started` is when the command began."""
+def _rehearse(name: str, recipe: "Recipe", started: float, *, calibrates: bool) -> "tuple[Job, Batches, Estimate]":
+    """The job, its calibration data, and what it will take; `started` is when the command began."""
     from qtool import api
     from qtool.estimate import estimate
 
     api.set_threads(recipe)
     job = api.open_job(name, recipe)
     startup = time.perf_counter() - started
-    batches = api.calibration_batches(job)
+    batches = api.planned_batches(job)
     reading = time.perf_counter() - started - startup
-    return job, estimate(job, batches, startup=startup, reading=reading, calibrates=calibrates)
+    return job, batches, estimate(job, batches, startup=startup, reading=reading, calibrates=calibrates)
 
 
 @click.command()

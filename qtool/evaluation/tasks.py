@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool import plugins
-from qtool.errors import InputError, UnavailableError, UsageError, one_of
+from qtool.errors import InputError, QtoolError, UnavailableError, UsageError, one_of
 from qtool.rows import (
     Row,
     Split,
@@ -157,14 +157,32 @@ def _check_task(value: Any) -> None:
 
 
 def task(name: str) -> Task:
-    """The task called `name`. Raises UsageError with the nearest names for one that does not exist."""
+    """The task called `name`; case, dashes and underscores do not count (`wikitext2`, `SST-2`, `mnli_mm`).
+
+    Raises UsageError with the nearest names for one that does not exist.
+    """
     if name in TASKS:  # without importing other packages
         return TASKS[name]
     known = tasks()
+    alike = [key for key in known if _spoken(key) == _spoken(name)]
+    if name not in known and len(alike) == 1:
+        return known[alike[0]]
     if name not in known:
         plugged().refuse_broken(name, "task")
         raise UsageError(one_of(name, list(known), "task"))
     return known[name]
+
+
+def _spoken(name: str) -> str:
+    return name.casefold().replace("-", "").replace("_", "")
+
+
+def canonical(name: str) -> str:
+    """The name that the table has for a task; `name` itself where there is none."""
+    try:
+        return task(name).name
+    except QtoolError:
+        return name
 
 
 def load_rows(task: Task, data: str | Path | None, split: Split, limit: int | None = None) -> tuple[list[Row], str]:

@@ -85,7 +85,8 @@ class Model(Section):
 
 
 class Calibration(Section):
-    """Where calibration text comes from. `auto` is the task's training split if one is given, else our sentences."""
+    """Where calibration text comes from. `auto` is the task's training split if one is given, else our sentences;
+    `self` is text that the model writes."""
 
     source: str = "auto"
     text_column: str | None = None
@@ -207,7 +208,7 @@ class Recipe(Section):
     def without_paths(self) -> "Recipe":
         """For publication: no name of a folder or file of this machine."""
         calibration = self.calibration
-        if calibration.source not in ("auto", "task", "builtin", "random") and not hub_name(calibration.source):
+        if calibration.source not in ("auto", "task", "builtin", "random", "self") and not hub_name(calibration.source):
             calibration = calibration.model_copy(update={"source": Path(calibration.source).name})
         model = self.model.model_copy(update={"name": Path(self.model.name).name if self.model.name else None})
         evaluate = self.evaluate.model_copy(update={"data": None, "baseline": None})

@@ -8,7 +8,7 @@ import pytest
 
 from qtool.errors import InputError, UnavailableError, UsageError
 from qtool.evaluation.metrics import METRICS
-from qtool.evaluation.tasks import TASKS, load_examples, load_rows, load_texts, task
+from qtool.evaluation.tasks import TASKS, canonical, load_examples, load_rows, load_texts, task
 
 
 def table(tmp_path: Path, *rows: dict[str, Any], name: str = "data.jsonl") -> Path:
@@ -26,6 +26,15 @@ def test_the_table_is_sound() -> None:
 def test_unknown_tasks_get_the_nearest_name() -> None:
     with pytest.raises(UsageError, match="unknown task 'sst'; did you mean sst2"):
         task("sst")
+
+
+def test_case_dashes_and_underscores_of_a_name_do_not_count() -> None:
+    spellings = {"wikitext2": "wikitext-2", "WikiText_2": "wikitext-2", "SST-2": "sst2", "mnli_mm": "mnli-mm"}
+    for spelling, name in spellings.items():
+        assert task(spelling) is TASKS[name]
+        assert canonical(spelling) == name
+    assert task("mnli") is TASKS["mnli"] and canonical("sst3") == "sst3"
+    assert len({name.replace("-", "").replace("_", "").lower() for name in TASKS}) == len(TASKS)
 
 
 def test_sst2_rows(tmp_path: Path) -> None:

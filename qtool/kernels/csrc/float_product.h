@@ -7,6 +7,47 @@
 namespace qtool {
 namespace {
 
+// totals += sums * scale of the row * scale of the output, of a block of R rows by P panels, in this order.
+template <class Isa, int R, int P>
+void add_scaled(const std::int32_t* sums, const float* act_scales, const float* scale, const std::int32_t* row_sums, float* totals) {
+  constexpr int kWidth = P * kTile, kVectors = kWidth / Isa::kLanes;
+  typename Isa::Float scales[kVectors];
+  typename Isa::Int corrections[kVectors];
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; ++v) {
+    scales[v] = Isa::load_float(scale + v * Isa::kLanes);
+    corrections[v] = Isa::mul(Isa::load(row_sums + v * Isa::kLanes), Isa::set(Isa::kOffset));
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    const auto act_scale = Isa::set_float(act_scales[r]);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const int i = r * kWidth + v * Isa::kLanes;
+      const auto sum = Isa::to_float(Isa::sub(Isa::load(sums + i), corrections[v]));
+      const auto y = Isa::mul_float(Isa::mul_float(sum, act_scale), scales[v]);
+      Isa::store_float(totals + i, Isa::add_float(Isa::load_float(totals + i), y));
+    }
+  }
+}
+
+// add_scaled by number of rows and panels.
+template <class Isa>
+struct Scaled {
+  using Function = void (*)(const std::int32_t*, const float*, const float*, const std::int32_t*, float*);
+
+  static Function of(int rows, int panels) {
+    static constexpr auto table = make(std::make_index_sequence<Isa::kRows * Isa::kPanels>{});
+    return table[(rows - 1) * Isa::kPanels + panels - 1];
+  }
+
+ private:
+  template <std::size_t... I>
+  static constexpr std::array<Function, sizeof...(I)> make(std::index_sequence<I...>) {
+    return {&add_scaled<Isa, I / Isa::kPanels + 1, I % Isa::kPanels + 1>...};
+  }
+};
+
 // A product of one thread: rows of codes by some panels of the weights. Nibbles are unpacked a group of panels at a time,
 // which then serves all rows as int8 weights do.
 template <class Isa>
@@ -33,22 +74,21 @@ class FloatProduct {
     by_blocks<Isa>(rows_, linear_.weight, panel, begin * Isa::kPanels, last, target, [&](int r, int rows, int p, int panels) {
       alignas(64) std::int32_t sums[kCells];
       alignas(64) float totals[kCells];
-      const int width = panels * kTile, column = p * kTile;
-      for (int block = 0; block < linear_.column_blocks - 1; ++block) {
+      const int column = p * kTile, width = panels * kTile;
+      std::fill(totals, totals + rows * width, -0.0f);  // to which adding a number gives its very bits, those of -0 too
+      const auto add = Scaled<Isa>::of(rows, panels);
+      for (int block = 0; block < linear_.column_blocks; ++block) {
+        if (r == 0) fetch_scales(block + kBlocksAhead, p, panels);
         sum_block(r, rows, p, panels, block, sums);
-        scale_sums(r, rows, block, column, width, sums, [&](auto isa, int, int i, auto y) {
-          using V = decltype(isa);
-          V::store_float(totals + i, block == 0 ? y : V::add_float(V::load_float(totals + i), y));
-        });
+        const Scales scales(linear_, block, column, width);
+        add(sums, scales_ + r, scales.scale, scales.row_sums, totals);
       }
-      const bool biased = linear_.bias != nullptr, divided = linear_.column_blocks > 1;
-      sum_block(r, rows, p, panels, linear_.column_blocks - 1, sums);
-      scale_sums(r, rows, linear_.column_blocks - 1, column, width, sums, [&](auto isa, int at, int i, auto y) {
+      sweep_float<Isa>(std::min(width, linear_.outputs - column), [&](auto isa, int i) {
         using V = decltype(isa);
-        const int c = column + i - at * width;
-        if (divided) y = V::add_float(V::load_float(totals + i), y);
-        if (biased) y = V::add_float(y, V::load_float(linear_.bias + c));
-        store(isa, target.at(r + at, c), y);
+        for (int at = 0; at < rows; ++at) {
+          const auto y = V::load_float(totals + at * width + i);
+          store(isa, target.at(r + at, column + i), linear_.bias == nullptr ? y : V::add_float(y, V::load_float(linear_.bias + column + i)));
+        }
       });
     });
   }
@@ -59,6 +99,26 @@ class FloatProduct {
   static constexpr int kMostSteps = 64;     // of nibbles that are unpacked at a time: they stay in the first-level cache
   static constexpr int kBlocksAhead = 8;    // blocks of columns whose scales are asked for
   static constexpr int kBytesAhead = 2048;  // nibbles that are asked for
+
+  // Of a block of columns the scales and sums of `width` outputs; for those that the matrix does not have, zeros.
+  struct Scales {
+    Scales(const QLinear& linear, int block, int column, int width)
+        : scale(linear.scale + std::ptrdiff_t{block} * linear.outputs + column),
+          row_sums(linear.row_sums + std::ptrdiff_t{block} * linear.outputs + column) {
+      const int real = linear.outputs - column;
+      if (real >= width) return;
+      std::fill(std::copy(scale, scale + real, scale_), scale_ + width, 0.0f);
+      std::fill(std::copy(row_sums, row_sums + real, sums_), sums_ + width, 0);
+      scale = scale_, row_sums = sums_;
+    }
+
+    const float* scale;
+    const std::int32_t* row_sums;
+
+   private:
+    alignas(64) float scale_[Isa::kPanels * kTile];
+    alignas(64) std::int32_t sums_[Isa::kPanels * kTile];
+  };
 
   // Steps of a panel that stay unpacked: no more than are multiplied next where no other rows come after these.
   static int held(const QLinear& linear, int rows) {
@@ -72,7 +132,6 @@ class FloatProduct {
     const std::ptrdiff_t stride = std::ptrdiff_t{steps_} * kQuad;
     const std::uint8_t* codes = codes_ + r * stride;
     const int begin = block * block_steps_, end = begin + block_steps_;
-    if (r == 0) fetch_scales(block + kBlocksAhead, p, panels);
     if (!linear_.nibbles) {
       const auto* weight = static_cast<const std::int8_t*>(linear_.weight) + (std::ptrdiff_t{p} * steps_ + begin) * kTileBytes;
       multiply_steps(codes + begin * kQuad, stride, weight, std::ptrdiff_t{steps_} * kTileBytes, block_steps_, sums);
@@ -117,21 +176,6 @@ class FloatProduct {
       __builtin_prefetch(linear_.scale + cells + c);
       if (Isa::kOffset != 0) __builtin_prefetch(linear_.row_sums + cells + c);
     }
-  }
-
-  // Calls `done(isa, at, i, y)` with sums * scale of the row * scale of the output, cell i of `sums`, of row r + at.
-  template <class Done>
-  void scale_sums(int r, int rows, int block, int column, int width, const std::int32_t* sums, const Done& done) const {
-    sweep_float<Isa>(std::min(width, linear_.outputs - column), [&](auto isa, int i) {
-      using V = decltype(isa);
-      const std::ptrdiff_t cell = std::ptrdiff_t{block} * linear_.outputs + column + i;
-      const auto correction = V::mul(V::load(linear_.row_sums + cell), V::set(Isa::kOffset));
-      const auto scale = V::load_float(linear_.scale + cell);
-      for (int at = 0; at < rows; ++at) {
-        const auto total = V::sub(V::load(sums + at * width + i), correction);
-        done(isa, at, at * width + i, V::mul_float(V::mul_float(V::to_float(total), V::set_float(scales_[r + at])), scale));
-      }
-    });
   }
 
   const QLinear& linear_;

@@ -66,8 +66,10 @@ void by_blocks(int rows, const void* weights, std::ptrdiff_t panel, int begin, i
   if (rows == 0) return;
   for (int p = begin; p < end; p += Isa::kPanels) {
     const int panels = std::min(Isa::kPanels, end - p);
-    // Short panels are over before the hardware has seen a stream: the next ones are asked for early, a part a block.
-    const std::ptrdiff_t ahead = panels * panel <= kAhead && p + 2 * Isa::kPanels <= end ? panels * panel : 0;
+    // Short panels are over before the hardware has seen a stream: the next ones are asked for early, a part a block. For
+    // one block of rows all weights are a stream, and asking for a panel at once would only hold it up.
+    const bool streams = rows <= Isa::kRows || panels * panel > kAhead;
+    const std::ptrdiff_t ahead = !streams && p + 2 * Isa::kPanels <= end ? panels * panel : 0;
     const std::ptrdiff_t share = ceil_div(static_cast<int>(ahead), ceil_div(rows, Isa::kRows));
     for (int r = 0; r < rows; r += Isa::kRows) {
       const int block = std::min(Isa::kRows, rows - r);

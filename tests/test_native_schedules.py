@@ -258,13 +258,62 @@ def test_floats_are_close_to_the_modules(load: Load, options: dict[str, Any], pa
     assert padding == "all" or off.median() < 1e-5
 
 
+MIXES = {
+    "w4a8": ('rules={"part:ffn.*": {"weights": "int4:group:8:sym"}}',),
+    "int4": ("weights=int4:channel:sym",),
+    "groups": ("weights=int8:group:8:sym", 'rules={"part:attention.*": {"weights": "int3:group:4:sym"}}'),
+    "rows": ("weights=int6:rows:4:sym", 'rules={"part:ffn.down": {"weights": "int4:block:4x8:sym"}}'),
+    "static": ("weights=int4:group:16:sym", "activations=int8:tensor:sym"),
+}
+
+
+@pytest.mark.parametrize("mix", list(MIXES))
+def test_any_mix_of_weights_is_joined(load: Load, mix: str, isa: str, calls: list[tuple[str, int]]) -> None:
+    """Close to the modules as in the test above; the same for any number of threads, on both forms of sharing."""
+    model = load(BERT, "zeroquant", *MIXES[mix])
+    for shape in ("one token", "together", "alone"):
+        inputs = batch(model, *SHAPES[shape])
+        calls.clear()
+        joined = hidden_states(model, inputs)
+        assert "qtool_float_encoder" in dict(calls) and "qtool_float_linear" not in dict(calls)
+        embedded = model.base_model.embeddings(inputs["input_ids"])
+        mask = inputs["attention_mask"].bool()[:, None, None, :].expand(-1, 1, embedded.shape[1], -1)
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(model.base_model.encoder(embedded, mask).last_hidden_state)
+        assert torch.equal(found[1], found[0]) and torch.equal(found[2], found[0])
+        with one_by_one():
+            wanted = hidden_states(model, inputs)
+        real = inputs["attention_mask"].bool()
+        off = (joined - wanted)[real].norm(dim=-1) / wanted[real].norm(dim=-1)
+        assert (off < 0.1).all() and off.median() < 1e-5
+
+
+@pytest.mark.parametrize("change", ["another tensor", "activations", "weights", "subclass"])
+def test_a_linear_of_another_kind_is_not_joined(load: Load, change: str, calls: list[tuple[str, int]]) -> None:
+    """The kernels read what they know: whatever else a linear computes with must keep its own forward."""
+    model = load(BERT, "zeroquant")
+    dense = model.bert.encoder.layer[1].intermediate.dense
+    if change == "another tensor":
+        dense.register_buffer("weight_zero_point", torch.zeros(1, dtype=torch.int8))
+    elif change == "activations":
+        dense.activations = "float"
+    elif change == "weights":
+        dense.weights = QuantSpec.parse("int8:channel:asym")
+    else:
+        dense.__class__ = type("Other", (type(dense),), {})
+    hidden_states(model, batch(model, 3, 5))
+    assert "qtool_float_encoder" not in dict(calls)
+
+
 @pytest.mark.parametrize(
     ("entries", "options"),
     [
-        (("weights=int8:group:8:sym",), {}),
+        (('rules={"part:ffn.up": {"weights": "int8:group:2:sym"}}',), {}),  # blocks that cut through tiles
         ((), {"hidden_act": "gelu_new"}),
     ],
-    ids=["groups", "another gelu"],
+    ids=["groups of two", "another gelu"],
 )
 def test_what_does_not_fit_runs_by_modules(
     load: Load, entries: tuple[str, ...], options: dict[str, Any], calls: list[tuple[str, int]]

@@ -63,7 +63,7 @@ class Native(Reference):
 
     def prepare(self, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int = 1) -> Any:
         """The stored tiles with the sums of their rows; the reference's operand for blocks that cut through tiles."""
-        if shape[1] // column_blocks % TILE_COLUMNS and column_blocks > 1:
+        if not whole_tiles(shape[1], column_blocks):
             return super().prepare(codes, shape)
         return Operand.of(codes, shape, column_blocks)
 
@@ -246,6 +246,11 @@ class Native(Reference):
         if where is not None:
             rows = torch.zeros((real.numel(), width), dtype=torch.int32).index_copy_(0, where, rows)
         return rows.view(*real.shape, width)
+
+
+def whole_tiles(inputs: int, column_blocks: int) -> bool:
+    """Whether blocks of inputs that share scales are made of whole tiles, as the kernels need it."""
+    return column_blocks == 1 or inputs // column_blocks % TILE_COLUMNS == 0
 
 
 def q_linear(

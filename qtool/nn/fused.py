@@ -7,12 +7,15 @@ import torch
 from torch import nn
 
 from qtool.kernels import structs
-from qtool.kernels.integer import Native, Operand, q_linear
+from qtool.kernels.integer import Native, Operand, q_linear, whole_tiles
 from qtool.nn.linear import QLinear
 from qtool.nn.plan import Plan
+from qtool.numerics import QuantSpec
 
 LINEARS = ("query", "key", "value", "output", "up", "down")
 NORMS = ("attention_norm", "ffn_norm")
+BUFFERS = {"weight", "weight_scale", "bias", "act_scale"}
+ACTIVATION_SPECS = (QuantSpec.parse("int8:token:sym"), QuantSpec.parse("int8:tensor:sym"))
 ACTIVATIONS = {"gelu": structs.QEncoder.GELU, "relu": structs.QEncoder.RELU}
 
 Parts = Mapping[str, nn.Module]
@@ -20,7 +23,7 @@ Parts = Mapping[str, nn.Module]
 
 
 def fits(blocks: Sequence[Parts], heads: int, activation: str) -> bool:
-    """Whether the kernels run such blocks: int8 linears of one scale a row, float32 throughout."""
+    """Whether the kernels run such blocks: int8 or int4 linears in any mix, float32 throughout."""
     hidden = int(blocks[0]["query"].in_features)  # type: ignore[arg-type]
     return (
         activation in ACTIVATIONS
@@ -50,11 +53,17 @@ def _shares_codes(one: Any, other: Any) -> bool:
 
 
 def _fits_linear(linear: Any, role: str, hidden: int) -> bool:
-    if not isinstance(linear, QLinear) or linear.output_dtype != torch.float32 or linear.weight.dtype != torch.int8:
+    if type(linear) is not QLinear or linear.output_dtype != torch.float32:
+        return False
+    # What is listed is what the kernels read: a linear with another tensor or spec computes something else.
+    if not {name for name, _ in linear.named_buffers(recurse=False)} <= BUFFERS:
+        return False
+    known = linear.weights.symmetric and linear.weights.storage in ("int8", "nibble")
+    if not known or linear.activations not in ACTIVATION_SPECS:
         return False
     columns = linear.weights.scale_shape((linear.out_features, linear.in_features))[1]
     sizes = (linear.in_features if role != "down" else hidden, linear.out_features if role != "up" else hidden)
-    return columns == 1 and sizes == (hidden, hidden)
+    return whole_tiles(linear.in_features, columns) and sizes == (hidden, hidden)
 
 
 def _fits_norm(norm: Any) -> bool:

@@ -1,10 +1,11 @@
-// The blocks of an encoder with int8 weights and token-wise int8 activations, float in between, in one call.
+// The blocks of an encoder with int8 or int4 weights and int8 activations, float in between, in one call.
 
 #pragma once
 
 #include <vector>
 
 #include "float_attention.h"
+#include "float_product.h"
 
 namespace qtool {
 namespace {
@@ -22,7 +23,9 @@ class FloatEncoder {
     value_ = cutter.take<float>(cells);
     context_ = cutter.take<float>(cells);
     workers_.reserve(threads);
-    for (int t = 0; t < threads; ++t) workers_.emplace_back(encoder, schedule_.rows_of(t), schedule_.longest(), cutter);
+    std::int64_t unpacked = 0;
+    for (int i = 0; i < encoder.count; ++i) unpacked = std::max(unpacked, unpacked_bytes(encoder.blocks[i], schedule_.rows_of(0)));
+    for (int t = 0; t < threads; ++t) workers_.emplace_back(encoder, schedule_.rows_of(t), unpacked, schedule_.longest(), cutter);
     used_ = cutter.used();
   }
 
@@ -33,89 +36,101 @@ class FloatEncoder {
   void run(const Crew& crew) {
     for (int layer = 0; layer <= encoder_.count; ++layer) {
       schedule_.by_rows(crew, layer, [&](const Crew& some, int owner, int begin, int end) {
-        Worker& scratch = workers_[owner];
-        if (layer > 0) finish_block(some, scratch, encoder_.blocks[layer - 1], begin, end - begin);
-        if (layer < encoder_.count) start_block(some, scratch, encoder_.blocks[layer], begin, end - begin);
+        // A thread is alone with what it owns, or one of those that share what the first one owns.
+        const Rows rows = {some, workers_[owner], workers_[owner + some.index].unpacked, begin, end - begin};
+        if (layer > 0) finish_block(rows, encoder_.blocks[layer - 1]);
+        if (layer < encoder_.count) start_block(rows, encoder_.blocks[layer]);
       });
       if (layer < encoder_.count) attend(crew, layer);
     }
   }
 
  private:
-  // A thread's memory: intermediate results of the rows of a block, and a head.
+  using Product = FloatProduct<Isa>;
+
+  // A thread's memory: intermediate results of the rows of a block, unpacked weights, and a head.
   struct Worker {
-    Worker(const QEncoder& e, std::int64_t rows, int longest, Cutter& cutter)
-        : codes(cutter.take<std::uint8_t>(rows * stride(e.blocks[0].query))),
-          inner_codes(cutter.take<std::uint8_t>(rows * stride(e.blocks[0].down))),
+    Worker(const QEncoder& e, std::int64_t rows, std::int64_t unpacked_bytes, int longest, Cutter& cutter)
+        : codes(cutter.take<std::uint8_t>(rows * Product::stride(e.blocks[0].query))),
+          inner_codes(cutter.take<std::uint8_t>(rows * Product::stride(e.blocks[0].down))),
           inner(cutter.take<float>(rows * e.blocks[0].up.outputs)),
           scales(cutter.take<float>(rows)),
+          unpacked(cutter.take<std::int8_t>(unpacked_bytes)),
           head(e.hidden / e.heads, longest, cutter) {}
 
     std::uint8_t *codes, *inner_codes;
     float *inner, *scales;
+    std::int8_t* unpacked;
     FloatHead<Isa> head;
   };
 
-  static int stride(const QLinear& linear) { return ceil_div(linear.inputs, kQuad) * kQuad; }
+  // Rows that a crew takes through a block, and where; `unpacked` is each thread's own.
+  struct Rows {
+    const Crew& crew;
+    Worker& scratch;
+    std::int8_t* unpacked;
+    int begin, count;
+  };
+
+  static std::int64_t unpacked_bytes(const QBlock& block, int rows) {
+    std::int64_t most = 0;
+    for (const QLinear* linear : {&block.query, &block.key, &block.value, &block.output, &block.up, &block.down}) {
+      most = std::max(most, Product::unpacked_bytes(*linear, rows));
+    }
+    return most;
+  }
   Target<float> target(float* matrix, int begin) const { return {row(matrix, begin), encoder_.hidden}; }
   float* row(float* matrix, int r) const { return matrix + std::int64_t{r} * encoder_.hidden; }
 
-  void start_block(const Crew& crew, Worker& scratch, const QBlock& block, int begin, int count) {
-    quantize(crew, block.query, row(hidden_, begin), encoder_.hidden, scratch.codes, scratch.scales, count);
-    crew.wait();
+  void start_block(const Rows& rows, const QBlock& block) {
+    quantize(rows, block.query, row(hidden_, rows.begin), rows.scratch.codes);
     const auto keep = [](auto isa, float* cell, auto y) { decltype(isa)::store_float(cell, y); };
-    product(crew, block.query, scratch.codes, scratch.scales, count, target(query_, begin), keep);
-    product(crew, block.key, scratch.codes, scratch.scales, count, target(key_, begin), keep);
-    product(crew, block.value, scratch.codes, scratch.scales, count, target(value_, begin), keep);
+    product(rows, block.query, rows.scratch.codes, target(query_, rows.begin), keep);
+    product(rows, block.key, rows.scratch.codes, target(key_, rows.begin), keep);
+    product(rows, block.value, rows.scratch.codes, target(value_, rows.begin), keep);
   }
 
-  void finish_block(const Crew& crew, Worker& scratch, const QBlock& block, int begin, int count) {
+  void finish_block(const Rows& rows, const QBlock& block) {
+    Worker& scratch = rows.scratch;
+    float* const hidden = row(hidden_, rows.begin);
     const auto residual = [](auto isa, float* cell, auto y) {
       using V = decltype(isa);
       V::store_float(cell, V::add_float(y, V::load_float(cell)));
     };
-    quantize(crew, block.output, row(context_, begin), encoder_.hidden, scratch.codes, scratch.scales, count);
-    crew.wait();
-    product(crew, block.output, scratch.codes, scratch.scales, count, target(hidden_, begin), residual);
-    crew.wait();
-    normalize(crew, block.attention_norm, begin, count);
-    quantize(crew, block.up, row(hidden_, begin), encoder_.hidden, scratch.codes, scratch.scales, count);
-    crew.wait();
-    const int width = block.up.outputs;
+    quantize(rows, block.output, row(context_, rows.begin), scratch.codes);
+    product(rows, block.output, scratch.codes, target(hidden_, rows.begin), residual);
+    rows.crew.wait();
+    normalize(rows, block.attention_norm);
+    quantize(rows, block.up, hidden, scratch.codes);
     const bool relu = encoder_.activation == kFloatRelu;
-    product(crew, block.up, scratch.codes, scratch.scales, count, Target<float>{scratch.inner, width},
-            [relu](auto isa, float* cell, auto y) {
-              using V = decltype(isa);
-              V::store_float(cell, relu ? V::max_float(V::set_float(0.0f), y) : gelu<V>(y));
-            });
-    crew.wait();
-    quantize(crew, block.down, scratch.inner, width, scratch.inner_codes, scratch.scales, count);
-    crew.wait();
-    product(crew, block.down, scratch.inner_codes, scratch.scales, count, target(hidden_, begin), residual);
-    crew.wait();
-    normalize(crew, block.ffn_norm, begin, count);
+    product(rows, block.up, scratch.codes, Target<float>{scratch.inner, block.up.outputs}, [relu](auto isa, float* cell, auto y) {
+      using V = decltype(isa);
+      V::store_float(cell, relu ? V::max_float(V::set_float(0.0f), y) : gelu<V>(y));
+    });
+    rows.crew.wait();
+    quantize(rows, block.down, scratch.inner, scratch.inner_codes);
+    product(rows, block.down, scratch.inner_codes, target(hidden_, rows.begin), residual);
+    rows.crew.wait();
+    normalize(rows, block.ffn_norm);
   }
 
-  void normalize(const Crew& crew, const Norm& norm, int begin, int count) {
-    for (int r = crew.begin(count); r < crew.end(count); ++r) norm_row<Isa>(norm, row(hidden_, begin + r), row(hidden_, begin + r));
-  }
-
-  static void quantize(const Crew& crew, const QLinear& linear, const float* x, int width, std::uint8_t* codes, float* scales, int count) {
-    for (int r = crew.begin(count); r < crew.end(count); ++r) {
-      scales[r] = quantize_row<Isa>(linear, x + std::int64_t{r} * width, Isa::kOffset, codes + std::int64_t{r} * stride(linear));
+  void normalize(const Rows& rows, const Norm& norm) {
+    for (int r = rows.crew.begin(rows.count); r < rows.crew.end(rows.count); ++r) {
+      norm_row<Isa>(norm, row(hidden_, rows.begin + r), row(hidden_, rows.begin + r));
     }
   }
 
+  // Codes of all rows, and their scales; returns when the crew has made them.
+  static void quantize(const Rows& rows, const QLinear& linear, const float* x, std::uint8_t* codes) {
+    quantize_rows<Isa>(rows.crew, linear, x, rows.count, codes, rows.scratch.scales);
+    rows.crew.wait();
+  }
+
   template <class Store>
-  static void product(const Crew& crew, const QLinear& linear, const std::uint8_t* codes, const float* scales, int count,
-                      const Target<float>& target, const Store& store) {
-    const int steps = ceil_div(linear.inputs, kQuad), panels = ceil_div(linear.outputs, kTile), groups = ceil_div(panels, Isa::kPanels);
-    multiply<Isa>(codes, stride(linear), count, static_cast<const std::int8_t*>(linear.weight), std::ptrdiff_t{steps} * 64, steps,
-                  crew.begin(groups) * Isa::kPanels, std::min(crew.end(groups) * Isa::kPanels, panels), target,
-                  [&](int first, int rows, int column, const std::int32_t* sums, int width) {
-                    finish_sums<Isa>(linear, scales + first, rows, 0, column, sums, width,
-                                     [&](auto isa, int r, int c, auto y) { store(isa, target.at(first + r, c), y); });
-                  });
+  static void product(const Rows& rows, const QLinear& linear, const std::uint8_t* codes, const Target<float>& target, const Store& store) {
+    const int groups = Product::groups(linear);
+    Product(linear, codes, rows.scratch.scales, rows.count, rows.unpacked)
+        .run(rows.crew.begin(groups), rows.crew.end(groups), target, store);
   }
 
   void attend(const Crew& crew, int layer) {

@@ -80,25 +80,13 @@ float quantize_row(const QLinear& linear, const float* x, int offset, std::uint8
   return scale + nothing;
 }
 
-// Calls `done(isa, i, column, y)` with sums * scale of the row * scale of the output for row i of sums [count][width] of a
-// column block, from `column` on, and with the bias unless there are more blocks.
-template <class Isa, class Done>
-void finish_sums(const QLinear& linear, const float* act_scales, int count, int block, int column, const std::int32_t* sums, int width,
-                 const Done& done) {
-  const bool biased = linear.bias != nullptr && linear.column_blocks == 1;
-  sweep_float<Isa>(std::min(width, linear.outputs - column), [&](auto isa, int i) {
-    using V = decltype(isa);
-    const int c = column + i;
-    const std::ptrdiff_t cell = std::ptrdiff_t{block} * linear.outputs + c;
-    const auto correction = V::mul(V::load(linear.row_sums + cell), V::set(Isa::kOffset));
-    const auto scale = V::load_float(linear.scale + cell);
-    for (int r = 0; r < count; ++r) {
-      const auto total = V::sub(V::load(sums + r * width + i), correction);
-      auto y = V::mul_float(V::mul_float(V::to_float(total), V::set_float(act_scales[r])), scale);
-      if (biased) y = V::add_float(y, V::load_float(linear.bias + c));
-      done(isa, r, c, y);
-    }
-  });
+// quantize_row of this thread's share of `rows` rows, codes from a multiple of four bytes on.
+template <class Isa>
+void quantize_rows(const Crew& crew, const QLinear& linear, const float* x, int rows, std::uint8_t* codes, float* scales) {
+  const std::ptrdiff_t stride = ceil_div(linear.inputs, kQuad) * kQuad;
+  for (int r = crew.begin(rows); r < crew.end(rows); ++r) {
+    scales[r] = quantize_row<Isa>(linear, x + std::ptrdiff_t{r} * linear.inputs, Isa::kOffset, codes + r * stride);
+  }
 }
 
 // LayerNorm of a row; `out` may be `x`.

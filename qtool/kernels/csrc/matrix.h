@@ -58,28 +58,40 @@ struct Near {
   void fetch(int, int, int, int) const {}
 };
 
-// Products of `rows` rows of `a`, `stride` bytes apart, with panels [begin, end) of `w`; a panel has `steps` tiles and
-// starts `panel` bytes behind the one before. `done(row, count, column, sums, width)` gets int32 sums [count][width] of some
-// rows and outputs; `width` is a multiple of 16. What `target` says of them is fetched beforehand.
-template <class Isa, class Where, class Done>
-void multiply(const std::uint8_t* a, std::ptrdiff_t stride, int rows, const std::int8_t* w, std::ptrdiff_t panel, int steps, int begin,
-              int end, const Where& target, const Done& done) {
+// Calls `body(row, count, panel, panels)` for blocks of `rows` rows by panels [begin, end) of weights, of which one starts
+// `panel` bytes behind the one before, in the order in which weights stay in the cache. What `target` says of a block is
+// fetched beforehand.
+template <class Isa, class Where, class Body>
+void by_blocks(int rows, const void* weights, std::ptrdiff_t panel, int begin, int end, const Where& target, const Body& body) {
   if (rows == 0) return;
-  alignas(64) std::int32_t sums[Isa::kRows * Isa::kPanels * kTile];
   for (int p = begin; p < end; p += Isa::kPanels) {
     const int panels = std::min(Isa::kPanels, end - p);
-    // Short panels are over before the hardware has seen a stream: the next ones are asked for early, a part a block.
-    const std::ptrdiff_t ahead = panels * panel <= kAhead && p + 2 * Isa::kPanels <= end ? panels * panel : 0;
+    // Short panels are over before the hardware has seen a stream: the next ones are asked for early, a part a block. For
+    // one block of rows all weights are a stream, and asking for a panel at once would only hold it up.
+    const bool streams = rows <= Isa::kRows || panels * panel > kAhead;
+    const std::ptrdiff_t ahead = !streams && p + 2 * Isa::kPanels <= end ? panels * panel : 0;
     const std::ptrdiff_t share = ceil_div(static_cast<int>(ahead), ceil_div(rows, Isa::kRows));
     for (int r = 0; r < rows; r += Isa::kRows) {
       const int block = std::min(Isa::kRows, rows - r);
-      const std::int8_t* next = w + (p + panels) * panel + r / Isa::kRows * share;
+      const auto* next = static_cast<const std::int8_t*>(weights) + (p + panels) * panel + r / Isa::kRows * share;
       for (std::ptrdiff_t i = 0; i < share; i += 64) __builtin_prefetch(next + i, 0, 2);
       target.fetch(r, block, p * kTile, panels * kTile);
-      Tiles<Isa>::of(block, panels)(a + r * stride, stride, w + p * panel, panel, steps, sums);
-      done(r, block, p * kTile, sums, panels * kTile);
+      body(r, block, p, panels);
     }
   }
+}
+
+// Products of `rows` rows of `a`, `stride` bytes apart, with panels [begin, end) of `w`; a panel has `steps` tiles and
+// starts `panel` bytes behind the one before. `done(row, count, column, sums, width)` gets int32 sums [count][width] of some
+// rows and outputs; `width` is a multiple of 16. For `target` see by_blocks.
+template <class Isa, class Where, class Done>
+void multiply(const std::uint8_t* a, std::ptrdiff_t stride, int rows, const std::int8_t* w, std::ptrdiff_t panel, int steps, int begin,
+              int end, const Where& target, const Done& done) {
+  alignas(64) std::int32_t sums[Isa::kRows * Isa::kPanels * kTile];
+  by_blocks<Isa>(rows, w, panel, begin, end, target, [&](int r, int block, int p, int panels) {
+    Tiles<Isa>::of(block, panels)(a + r * stride, stride, w + p * panel, panel, steps, sums);
+    done(r, block, p * kTile, sums, panels * kTile);
+  });
 }
 
 // Calls `body(isa, i)` for i = 0, kLanes, 2 kLanes ... and lane by lane for what is left of `count`.

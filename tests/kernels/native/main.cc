@@ -596,7 +596,14 @@ void float_encoders(const std::vector<Isa>& all, int count) {
     Shape shape = shape_of(draw, number);
     const int hidden = shape.heads * shape.size;
     const bool is_static = number % 5 == 4;
-    const auto linear = [&](int inputs, int outputs) { return q_linear_of(draw, heap, inputs, outputs, 1, false, draw.coin(), is_static); };
+    const auto linear = [&](int inputs, int outputs) {
+      int parts = 1;  // half of the linears hold nibbles, and half of those that can have blocks of columns
+      for (int wanted : {2, 3, 5}) {
+        if (inputs % (4 * wanted) == 0 && draw.coin()) parts = wanted;
+      }
+      const bool nibbles = draw.coin(), biased = draw.coin();
+      return q_linear_of(draw, heap, inputs, outputs, parts, nibbles, biased, is_static);
+    };
     const auto norm = [&]() {
       Norm made = {};
       made.weight = heap.reals(draw, hidden, 0.5f, 1.5f), made.bias = heap.reals(draw, hidden, -0.5f, 0.5f);

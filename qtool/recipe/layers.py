@@ -168,6 +168,15 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     problem = error.errors()[0]
     where = ".".join(str(step) for step in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return one_of(str(problem["loc"][-1]), list(model.model_fields), "option")
+        *outer, key = problem["loc"]
+        for step in outer:
+            model = _section_of(model, str(step))
+        return "".join(f"{step}." for step in outer) + one_of(str(key), list(model.model_fields), "option")
     message = str(problem["msg"]).removeprefix("Value error, ")
     return f"{where}: {message[0].lower()}{message[1:]}" if where else message
+
+
+def _section_of(model: type[BaseModel], name: str) -> type[BaseModel]:
+    """The class of a section inside a section."""
+    inner = model.model_fields[name].annotation
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else model

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 from qtool.anatomy import Anatomy, Part, Unit
 from qtool.calibrate.statistics import Statistics
 from qtool.distill import Schedule, distill
+from qtool.errors import InputError
 from qtool.lesson import Lesson
 from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
 from qtool.methods.zeroquant import migration
@@ -76,6 +77,8 @@ class ZeroQuant(Method):
 
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
         """A rule's overrides are applied here; a spec that cannot be executed is refused with the module's name."""
+        if self.options.tuning and self.options.smoothing is None:
+            raise InputError("methods.zeroquant.tuning: it tunes the smoothing, which is null")
         self._anatomy = anatomy
         whole = {part.path: (unit, part) for unit, part in anatomy.parts()}  # parts of a fused matrix share a module
         self.recipe.check_rules(list(whole))

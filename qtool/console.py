@@ -185,6 +185,7 @@ def plan_json(job: "Job", expected: "Estimate") -> dict[str, Any]:
         "source_bytes": job.checkpoint.num_bytes,
         "seconds": round(expected.seconds, 2),
         "peak_memory_bytes": expected.peak_bytes,
+        "anonymous_memory_bytes": expected.anonymous_bytes,
     }
 
 
@@ -208,7 +209,8 @@ def render_plan(screen: Screen, job: "Job", expected: "Estimate") -> None:
     )
     screen.line(
         f"Expected on this machine, within a factor of two: {expected.seconds:.0f} s, "
-        f"peak memory {megabytes(expected.peak_bytes)}."
+        f"peak memory {megabytes(expected.peak_bytes)}, of which {megabytes(expected.anonymous_bytes)} "
+        "beside imports and mapped files (what --max-memory bounds)."
     )
 
 

@@ -5,12 +5,13 @@ Every Linear of every block (GPT-2's Conv1D too) runs as an int8 × int8 → int
 Embedding tables are stored as integers with a scale a row; the head stays in float, as do LayerNorm, softmax and GELU.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
-from qtool.anatomy import Anatomy, Part, Unit
+from qtool.anatomy import Anatomy, Part, Unit, matrix_kind
 from qtool.calibrate.statistics import Statistics
 from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
 from qtool.methods.zeroquant.kept import float_rest, irreplaceable
@@ -19,9 +20,10 @@ from qtool.nn import MODULES, QEmbedding, QLinear, QModule
 from qtool.numerics import QTensor, QuantSpec
 from qtool.recipe import Spec
 from qtool.rounding import ROUNDINGS
-from qtool.stream import Reader
+from qtool.stream import Reader, stored
 
 _QMAX = 127
+_TILED, _TURNED, _WIDE = 4, 4, 32  # bytes of a weight while it is laid out, turned round, or tried on many scales
 
 
 class ZeroQuantOptions(Options):
@@ -88,6 +90,15 @@ class ZeroQuant(Method):
         paths = dict.fromkeys(part.path for part in unit.parts)
         return {path: "minmax" for path in paths if path in plan.modules and _is_static(plan.modules[path])}
 
+    def in_hand(self, module: Any, description: Mapping[str, Any]) -> int:
+        """Codes in rows, padded, in tiles; a matrix the other way round; blocks that MSE rounding takes whole."""
+        if description["type"] == "embedding":
+            return 0
+        elements = int(module.weight.numel())
+        copies = _TILED + (_TURNED if matrix_kind(module) == "conv1d" else 0)
+        whole = self.recipe.weights.rounding == "mse" and QuantSpec.parse(description["weights"]).block[0] is None
+        return elements * (copies + (_WIDE if whole else 0))
+
     def lower(self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None) -> dict[str, QModule]:
         """Round each matrix of the unit and fill a module with codes and scales."""
         lowered: dict[str, QModule] = {}
@@ -96,7 +107,7 @@ class ZeroQuant(Method):
             if not unit.owns(path) or description["type"] == "tied_linear":  # a tied layer has only a float bias
                 continue
             module = MODULES[description["type"]].from_description(torch.nn.Module(), path, description, device="meta")
-            weight = weights(f"{path}.weight")
+            weight = stored(weights, f"{path}.weight")
             weight = weight.t().contiguous() if path in transposed else weight
             spec = QuantSpec.parse(description["weights"])
             rounding = ROUNDINGS[self.recipe.weights.rounding]

@@ -157,7 +157,7 @@ def _golden(job: "Job") -> Iterator[Need]:
     moment = pass_bytes(job, (golden.SEQUENCES, golden.TOKENS))
     stored = lowered_bytes(job)
     for unit in job.anatomy.units:
-        copies = 0 if backend().name == "native" else _COPIES * stored[unit.name]
+        copies = _COPIES * stored[unit.name] if unit.kind == "block" and backend().name != "native" else 0
         yield Need("golden check", unit.name, FIXED + outputs + moment + copies)
 
 

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from qtool.calibrate.sources import Batches
     from qtool.pipeline import Job
 
-FIXED = 96 << 20
+FIXED = 128 << 20
 """Bytes beside what grows with the model: weights in float64 a stretch at a time, buffers of the products, and what the
-allocator keeps (measured: 60 to 80 MB)."""
+allocator keeps. Measured: 55 MB at width 1024, 110 MB at 2560."""
+GOLDEN_FIXED = 72 << 20
+"""The same in the golden check's process, which rounds nothing; measured: 57 MB."""
 MEASURED_BATCHES = 2
 """How many calibration batches flow through a lowered model to measure its errors and its saturation."""
 
@@ -55,11 +57,11 @@ def needs(job: "Job", shapes: Sequence[tuple[int, int]], *, calibrates: bool, sp
     found = [*_lowering(job), *_golden(job)]
     if calibrates and job.observed():
         flow = 0 if spill else sum(_states(job, shape) for shape in shapes)
-        found += _passing("calibrate", job, flow + _largest_pass(job, shapes), models=1)
+        found += _passing("calibrate", job, flow, shapes, models=1)
     if job.lowering.follows:
         chosen = shapes[:: followed(job, len(shapes))]
         flow = 0 if spill else 2 * sum(_states(job, shape) for shape in chosen)
-        found += _passing("quantize", job, flow + 2 * _largest_pass(job, chosen), models=2)
+        found += _passing("quantize", job, flow, chosen, models=2)
     return found
 
 
@@ -153,26 +155,40 @@ def lowered_bytes(job: "Job") -> dict[str, int]:
 
 def _golden(job: "Job") -> Iterator[Need]:
     """The fresh process: outputs, a block's activations, and copies of codes where the backend makes them."""
-    outputs = _LOGITS * 4 * golden.SEQUENCES * golden.TOKENS * getattr(job.model.config, "vocab_size", 0)
+    outputs = _LOGITS * 4 * golden.SEQUENCES * golden.TOKENS * _vocabulary(job)
     moment = pass_bytes(job, (golden.SEQUENCES, golden.TOKENS))
     stored = lowered_bytes(job)
     for unit in job.anatomy.units:
         copies = _COPIES * stored[unit.name] if unit.kind == "block" and backend().name != "native" else 0
-        yield Need("golden check", unit.name, FIXED + outputs + moment + copies)
+        yield Need("golden check", unit.name, GOLDEN_FIXED + outputs + moment + copies)
 
 
-def _passing(step: str, job: "Job", beside: int, *, models: int) -> Iterator[Need]:
-    """Batches through float units, `beside` what else is in memory; with two models, also through lowered ones."""
+def _passing(step: str, job: "Job", flow: int, shapes: Sequence[tuple[int, int]], *, models: int) -> Iterator[Need]:
+    """Batches through float units, `flow` bytes of their states; with two models, also through lowered ones."""
     stored = lowered_bytes(job)
     sizes = {unit.name: _widened(job, unit) for unit in job.anatomy.units}
     if job.anatomy.head.name not in job.observed() and models == 1:
         sizes.pop(job.anatomy.head.name)
-    else:
+    else:  # a head runs inside the model's forward, which begins with the embeddings
         sizes[job.anatomy.head.name] += sizes[job.anatomy.embeddings.name]
     for unit in job.anatomy.units:
         if unit.name in sizes:
+            moment = models * max(_moment(job, unit, shape) for shape in shapes)
             kept = (models - 1) * (stored[unit.name] + job.lowering.memory(unit, job.plan))
-            yield Need(step, unit.name, FIXED + sizes[unit.name] + kept + beside)
+            yield Need(step, unit.name, FIXED + sizes[unit.name] + kept + flow + moment)
+
+
+def _moment(job: "Job", unit: Unit, shape: tuple[int, int]) -> int:
+    """Bytes of a batch inside a unit, at most."""
+    if unit.kind == "block":
+        return pass_bytes(job, shape)
+    wide = _vocabulary(job) if unit.kind == "head" else 0
+    return 4 * 2 * shape[0] * shape[1] * (_hidden(job) + wide)
+
+
+def _vocabulary(job: "Job") -> int:
+    """Outputs a token of a language model's head; 0 for others, which are small."""
+    return int(job.model.config.vocab_size) if job.anatomy.head_kind.endswith("-lm") else 0
 
 
 def _widened(job: "Job", unit: Unit) -> int:
@@ -185,10 +201,6 @@ def _states(job: "Job", shape: tuple[int, int]) -> int:
     """Bytes of the hidden states of a batch between two blocks, and of the masks that its blocks are called with."""
     sequences, tokens = shape
     return 4 * sequences * tokens * (_hidden(job) + tokens)
-
-
-def _largest_pass(job: "Job", shapes: Sequence[tuple[int, int]]) -> int:
-    return max(pass_bytes(job, shape) for shape in shapes)
 
 
 def pass_bytes(job: "Job", shape: tuple[int, int]) -> int:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,7 @@ _DESCRIPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 _LARGEST = 2**31 - 1  # rows or columns of a matrix: more is damage
 _CHUNK = 1 << 20
+_VALUES = 1 << 22  # of a tensor that is written, at a time
 _DIGEST_LENGTH = 16  # hex digits: enough to tell damage, small enough for config.json
 
 Manifest = dict[str, list[Any]]
@@ -87,19 +88,36 @@ class _Entry:
         return self.end - self.begin
 
 
-def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]") -> None:
-    """One safetensors file, complete or absent: written beside its place, synced and moved in."""
-    from safetensors.torch import save_file
+def write_tensors(path: Path, tensors: "Mapping[str, torch.Tensor]", as_float32: Collection[str] = ()) -> None:
+    """One safetensors file, complete or absent: written beside its place, synced and moved in.
 
+    Tensors named in `as_float32` become that on the way, a part at a time, so that no wide copy is ever whole.
+    """
     scratch = path.with_name(f"{path.name}.part")
+    described = []
+    for name, tensor in tensors.items():
+        wide = name in as_float32
+        size = 4 if wide else tensor.element_size()
+        described.append((name, "F32" if wide else _dtype_name(tensor.dtype), tensor.shape, tensor.numel() * size))
+    described.sort(key=lambda tensor: _place(tensor[0], tensor[1]))
     try:
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, scratch, metadata={"format": "pt"})  # one key: several are written in random order
+        with scratch.open("wb") as out:
+            out.write(_header(described))
+            for name, *_ in described:
+                _write_values(tensors[name], out, wide=name in as_float32)
         _sync(scratch)
         os.replace(scratch, path)
     except Exception as error:
         scratch.unlink(missing_ok=True)
         raise writing_failed(path, error) from error
+
+
+def _write_values(tensor: "torch.Tensor", out: Any, *, wide: bool) -> None:
+    """The bytes of a tensor, as float32 if `wide`."""
+    import torch
+
+    for part in tensor.detach().flatten().split(_VALUES):
+        out.write((part.float() if wide else part).view(torch.uint8).numpy().data)
 
 
 def write_text(path: Path, text: str) -> None:

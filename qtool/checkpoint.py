@@ -1,6 +1,7 @@
 """The float source model: where it is, whether it can be read, and its tensors one at a time.
 
-Only safetensors are read and no code of a model is ever run. Tensors are memory-mapped: reading one costs its own size.
+Only safetensors are read and no code of a model is ever run. Tensors are memory-mapped: what is not read costs nothing,
+and what is read can be dropped again by the system; only a copy in another dtype takes memory of the process.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "I16": 2, "F16": 2, "BF16
 """Bytes of a value by safetensors' name of its dtype; the names that are missing take one."""
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_PART = 1 << 22  # values that are looked at together
 
 
 def locate(name: str | Path, revision: str | None = None) -> Path:
@@ -197,7 +199,7 @@ class Checkpoint:
             names = {name for key in pair if (name := self._spelled(key, model.base_model_prefix)) is not None}
             if len(names) == 2:
                 one, other = (self._read(name) for name in names)
-                if one.shape != other.shape or not bool((one == other).all()):
+                if one.shape != other.shape or not _equal(one, other):
                     return True
         return False
 
@@ -237,16 +239,25 @@ class Checkpoint:
                 return self._stored_as[name]
         return None
 
-    def tensor(self, name: str) -> Any:
+    def __call__(self, name: str) -> Any:
         """The tensor for parameter `name` of the model; floats as float32. Raises InputError on NaN or infinity."""
+        value = self.stored(name)
+        return value.float() if value.is_floating_point() else value
+
+    tensor = __call__
+
+    def stored(self, name: str) -> Any:
+        """The same in the dtype of the file, and not in memory but mapped. Raises InputError on NaN or infinity."""
         source = self._names[name]
         value = self._read(source)
-        if not value.is_floating_point():
-            return value
-        value = value.float()
-        if not value.isfinite().all():
+        parts = value.flatten().split(_PART) if value.is_floating_point() else ()
+        if not all(bool(part.float().isfinite().all()) for part in parts):  # a float64 may be too large for float32
             raise InputError(f"{self.folder}: tensor {source} holds NaN or infinity; this checkpoint is damaged")
         return value
+
+    def info(self, name: str) -> TensorInfo:
+        """What the file says of the tensor for parameter `name` of the model."""
+        return self.infos[self._names[name]]
 
     def _read(self, name: str) -> Any:
         with opened(self.infos[name].file) as tensors:
@@ -263,6 +274,12 @@ class Checkpoint:
             files = (self.folder / "config.json", *self.files)
             self._digest = hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
         return self._digest
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two tensors of a shape hold the same values; a part at a time: a mask of a whole table is large."""
+    parts = zip(one.flatten().split(_PART), other.flatten().split(_PART), strict=True)
+    return all(bool((first == second).all()) for first, second in parts)
 
 
 def _renamed(model: Any, stored: Iterable[str]) -> tuple[dict[str, str], bool]:

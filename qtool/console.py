@@ -187,6 +187,7 @@ def plan_json(job: "Job", batches: "Batches", expected: "Estimate") -> dict[str,
         "source_bytes": job.checkpoint.num_bytes,
         "seconds": round(expected.seconds, 2),
         "peak_memory_bytes": expected.peak_bytes,
+        "anonymous_memory_bytes": expected.anonymous_bytes,
     }
 
 
@@ -212,7 +213,8 @@ def render_plan(screen: Screen, job: "Job", batches: "Batches", expected: "Estim
     )
     screen.line(
         f"Expected on this machine, within a factor of two: {expected.seconds:.0f} s, "
-        f"peak memory {megabytes(expected.peak_bytes)}."
+        f"peak memory {megabytes(expected.peak_bytes)}, of which {megabytes(expected.anonymous_bytes)} "
+        "beside imports and mapped files (what --max-memory bounds)."
     )
 
 

@@ -5,7 +5,7 @@ is a module that both models have): the mean error corrects biases, the rest bec
 shows. Hidden states of these batches are kept, twice.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from qtool.nn.integer.module import integer_outputs
 from qtool.numerics.grid import Grid
 from qtool.stream import Batch, Call, Stream, give_back
 
-Flow = list[tuple[torch.Tensor, tuple[Call, ...]]]
+Flow = MutableSequence[tuple[torch.Tensor, tuple[Call, ...]]]
 
 
 @dataclass
@@ -46,9 +46,12 @@ class _Loss:
 class Follower:
     """Two streams that see the same batches."""
 
-    def __init__(self, exact: Stream, lowered: Stream, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, exact: Stream, lowered: Stream, batches: Sequence[Batch], keep: Callable[[], Flow] = list
+    ) -> None:
+        """`keep` makes the lists of hidden states, which may lie on disk."""
         self.exact, self.lowered, self.batches = exact, lowered, batches
-        self._flows: dict[Stream, Flow] = {exact: [], lowered: []}
+        self._flows: dict[Stream, Flow] = {exact: keep(), lowered: keep()}
         self._passed: set[str] = set()
 
     def passed(self, unit: Unit) -> bool:

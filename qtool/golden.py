@@ -1,7 +1,8 @@
 """The golden batch: a few inputs whose outputs were recorded while quantizing, computed again from the saved model.
 
 `python -m qtool.golden FOLDER EXPECTED.safetensors` is what the pipeline runs in a fresh process before it publishes:
-a model that does not reload to the same numbers is never put in place.
+a model that does not reload to the same numbers is never put in place. It is loaded as users load it, whatever its
+size: what transformers loads is the files themselves, mapped, and the system drops and reads pages as it likes.
 """
 
 import hashlib
@@ -16,12 +17,14 @@ import torch
 
 from qtool.errors import InputError
 from qtool.nn.integer.embedding import IntEmbeddings
+from qtool.nn.module import fleeting_operands
 from qtool.nn.plan import one_by_one
 
 SEQUENCES, TOKENS = 4, 32
 GROSS = 0.1
 """Relative L2 error from which another machine's outputs count as damage. Floats that round differently flip activation
 codes here and there: 0.035 was measured on the logits of an intact model."""
+_AT_ONCE = 1 << 20  # values that are compared in float64
 _KEPT = 256  # values of each output: enough to tell damage from rounding, and a few kilobytes
 
 
@@ -46,15 +49,18 @@ def compute(folder: Path, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch
     """Outputs of the model in `folder`. Raises InputError when kernels that join modules compute something else.
 
     Float modules run one by one, so that no kernel's order of operations is recorded; joined ones may be off by
-    `GROSS`, as on another machine. Integers are the same either way.
+    `GROSS`, as on another machine. Integers are the same either way. Tensors stay mapped from the files and what a
+    product makes of its codes is dropped again, so that models larger than memory are checked too.
     """
     model = load(folder)
-    with one_by_one():
-        outputs = _run(model, inputs)
+    with fleeting_operands():
+        with one_by_one():
+            outputs = _run(model, inputs)
+        again = _run(model, inputs)
     exact = isinstance(getattr(model.base_model, "embeddings", None), IntEmbeddings)
-    for name, joined in _run(model, inputs).items():
+    for name, joined in again.items():
         wanted = _real(outputs[name], inputs)
-        off = _relative_error(_real(joined, inputs), wanted.flatten().tolist())
+        off = _relative_error(_real(joined, inputs), wanted.flatten())
         if off > (0.0 if exact else GROSS):
             raise InputError(f"{folder}: {name} of the joined kernels is off by {off:.2%}; please report this")
     return outputs
@@ -145,14 +151,20 @@ def recorded_inputs(folder: Path, recorded: Mapping[str, Any]) -> dict[str, torc
     return _read(folder, recorded)[0]
 
 
-def _relative_error(found: torch.Tensor, first: Sequence[float]) -> float:
+def _relative_error(found: torch.Tensor, first: Sequence[float] | torch.Tensor) -> float:
     """`|found - first| / |first|` in the L2 norm over the values that were kept; infinite when any is not finite."""
-    want = torch.tensor(first, dtype=torch.float64)
-    have = found.flatten()[: len(first)].double()
-    if len(want) != min(found.numel(), len(first)) or not (found.isfinite().all() and want.isfinite().all()):
+    want = first if isinstance(first, torch.Tensor) else torch.tensor(first, dtype=torch.float64)
+    have = found.flatten()[: len(first)]
+    if len(want) != len(have):
         return math.inf
-    off = (have - want).norm().item()
-    return off / max(want.norm().item(), torch.finfo(torch.float32).tiny) if off else 0.0
+    off = size = 0.0
+    for exact, value in zip(want.split(_AT_ONCE), have.split(_AT_ONCE), strict=True):
+        exact, value = exact.double(), value.double()
+        if not (exact.isfinite().all() and value.isfinite().all()):
+            return math.inf
+        off += (value - exact).square().sum().item()
+        size += exact.square().sum().item()
+    return math.sqrt(off) / max(math.sqrt(size), torch.finfo(torch.float32).tiny) if off else 0.0
 
 
 def _read(folder: Path, recorded: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:

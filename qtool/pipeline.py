@@ -15,9 +15,10 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,16 @@ from qtool.errors import InputError, QtoolError
 from qtool.follow import Follower
 from qtool.hf import adapt
 from qtool.kernels import backend, reference
+from qtool.memory import followed
 from qtool.methods import build, entry
 from qtool.methods.base import Method, Plan
 from qtool.nn import QModule
 from qtool.recipe import Recipe
 from qtool.rundir import RunDirectory
-from qtool.stream import Call, Reader, Stream, give_back
+from qtool.spill import SpilledStates, State
+from qtool.stream import Call, Reader, Stream, give_back, stored
 
-MEASURED_BATCHES = 2
-"""How many calibration batches flow through a lowered model to measure its errors and its saturation."""
+Keep = Callable[[], MutableSequence[State]]
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,14 @@ def unit_seed(seed: int, unit: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{unit}".encode()).digest()[:8], "big", signed=True)
 
 
-def calibrate(job: Job, batches: Batches) -> Generator[Event, None, Statistics]:
-    """Pass 1: stream the float units once. Returns the statistics that the job's method asked for."""
+def calibrate(job: Job, batches: Batches, keep: Keep = list) -> Generator[Event, None, Statistics]:
+    """Pass 1: stream the float units once. Returns the statistics that the job's method asked for.
+
+    `keep` makes the lists of hidden states.
+    """
     stream = Stream(job.model, job.anatomy, job.checkpoint.tensor)
     states: dict[tuple[str, str], Any] = {}
-    flow: list[tuple[torch.Tensor, tuple[Call, ...]]] = []
+    flow = keep()
     observed = job.observed()
     units = job.anatomy.units if job.anatomy.head.name in observed else job.anatomy.units[:-1]
     for index, unit in enumerate(units):
@@ -242,8 +247,14 @@ def quantize(
     inputs: Mapping[str, torch.Tensor],
     run: RunDirectory,
     statistics: Statistics | None = None,
+    *,
+    spill: bool = False,
 ) -> Generator[Event, None, None]:
-    """Both passes and the publication. Shards that `run` already holds are kept; `inputs` is the golden batch."""
+    """Both passes and the publication. Shards that `run` already holds are kept; `inputs` is the golden batch.
+
+    With `spill` the hidden states of calibration batches lie on disk, in the run directory.
+    """
+    keep: Keep = partial(SpilledStates, run.path) if spill else list
     if run.already_published():
         yield Note(f"{run.out} was already published by this run")
         run.finish()
@@ -254,19 +265,19 @@ def quantize(
             f"({len(job.anatomy.blocks)} blocks, all Linears in them)"
         )
     if job.observed():
-        statistics = yield from _statistics(job, batches, run, statistics)
-    outputs = yield from _lower_all(job, run, batches, statistics, inputs)
+        statistics = yield from _statistics(job, batches, run, statistics, keep)
+    outputs = yield from _lower_all(job, run, batches, statistics, inputs, keep)
     yield from _publish(job, run, batches, inputs, outputs)
 
 
 def _statistics(
-    job: Job, batches: Batches, run: RunDirectory, given: Statistics | None
+    job: Job, batches: Batches, run: RunDirectory, given: Statistics | None, keep: Keep
 ) -> Generator[Event, None, Statistics]:
     """Given ones, those of an earlier try, or pass 1."""
     kept = run.shard("statistics")
     if given is None and kept.exists():
         return Statistics.read(kept)
-    statistics = given or (yield from calibrate(job, batches))
+    statistics = given or (yield from calibrate(job, batches, keep))
     artifact.write_tensors(kept, statistics.tensors())
     return statistics
 
@@ -277,14 +288,16 @@ def _lower_all(
     batches: Batches,
     statistics: Statistics | None,
     inputs: Mapping[str, torch.Tensor],
+    keep: Keep,
 ) -> Generator[Event, None, dict[str, torch.Tensor]]:
     """Pass 2. Returns the golden outputs, computed from the shards as they lie on disk."""
     job.lowering.resolve(job.plan, statistics)
-    source = job.lowering.source(job.plan, statistics, job.checkpoint.tensor)
+    source = job.lowering.source(job.plan, statistics, job.checkpoint)
     model = job.lowered_skeleton()
     names = job.stored_names(model)
     stream = Stream(model, job.anatomy, _shard_reader(job, run))
-    follower = _follower(job, source, stream, batches) if job.lowering.follows or job.lowering.learns else None
+    follows = job.lowering.follows or job.lowering.learns
+    follower = _follower(job, source, stream, batches, keep) if follows else None
     hidden, calls, outputs = torch.empty(0), tuple[Call, ...](), {}
     total = len(job.anatomy.units)
     for index, unit in enumerate(job.anatomy.units):
@@ -310,12 +323,10 @@ def _lower_all(
     return outputs
 
 
-def _follower(job: Job, source: Reader, lowered: Stream, batches: Batches) -> Follower:
-    """All batches where a method learns or corrects errors; to measure these, an even sample of them is enough."""
-    method = job.lowering
-    every = method.learns or any(method.stages(unit) for unit in job.anatomy.units)
-    step = 1 if every else -(-len(batches.batches) // MEASURED_BATCHES)
-    return Follower(Stream(job.model, job.anatomy, source), lowered, batches.batches[::step])
+def _follower(job: Job, source: Reader, lowered: Stream, batches: Batches, keep: Keep) -> Follower:
+    """Over the batches that a run of this size can afford."""
+    step = followed(job, len(batches.batches))
+    return Follower(Stream(job.model, job.anatomy, source), lowered, batches.batches[::step], keep)
 
 
 def _write_unit(
@@ -343,12 +354,11 @@ def _write_unit(
     tensors = {
         f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()
     }
-    tensors |= method.floats(unit)
-    for name in names:
-        if name not in tensors:
-            tensors[name] = source(name)
+    kept = dict(method.floats(unit))
+    kept |= {name: stored(source, name) for name in names if name not in tensors and name not in kept}  # mapped, mostly
+    wide = [name for name, value in kept.items() if value.is_floating_point()]
     artifact.write_json(shard.with_suffix(".json"), figures)
-    artifact.write_tensors(shard, tensors)
+    artifact.write_tensors(shard, {**tensors, **kept}, as_float32=wide)
 
 
 def _refine(job: Job, unit: Unit, lowered: Mapping[str, QModule], follower: Follower) -> dict[str, dict[str, float]]:

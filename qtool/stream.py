@@ -176,6 +176,15 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def stored(weights: Reader, name: str) -> torch.Tensor:
+    """A float tensor in the dtype that its file has, where `weights` can give it so (a checkpoint can), else as read.
+
+    Half the memory or none of it: what is stored is mapped. Rounding computes in float64 and takes any dtype.
+    """
+    read: Reader = getattr(weights, "stored", weights)
+    return read(name)
+
+
 def give_back() -> None:
     """Return freed memory to the system: glibc keeps what tensors of some megabytes leave, more with every batch."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -16,7 +16,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kernels"}),
     frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream"}),
     frozenset({"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "fused", "audit"}),
-    frozenset({"pipeline", "follow", "purity", "evaluation", "estimate", "inspection", "doctor", "bench"}),
+    frozenset(
+        {"pipeline", "memory", "spill", "follow", "purity", "evaluation", "estimate", "inspection", "doctor", "bench"}
+    ),
     frozenset({"api"}),
     frozenset({"cli", "console", "demo", "__main__"}),
 )

@@ -140,6 +140,17 @@ def test_written_tensors_carry_one_metadata_key_and_any_stride(tmp_path: Path) -
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float32])
+def test_floats_are_widened_on_the_way(tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifact, "_VALUES", 5)
+    draw = torch.Generator().manual_seed(0)
+    value, codes = torch.randn(3, 7, generator=draw).to(dtype), torch.arange(11, dtype=torch.int8)
+    written = {"value": value.t(), "as it is": value, "codes": codes, "one": value[0, 0]}
+    artifact.write_tensors(tmp_path / "x.safetensors", written, as_float32=["value", "one"])
+    found = load_file(tmp_path / "x.safetensors")
+    assert same(found, {**written, "value": value.t().float(), "one": value[0, 0].float()})
+
+
 def test_a_truncated_shard_is_an_error(tmp_path: Path) -> None:
     (shard,) = shards_of({"a": torch.zeros(100)}, tmp_path, 1)
     shard.write_bytes(shard.read_bytes()[:-50])

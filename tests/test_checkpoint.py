@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from qtool import checkpoint as module
 from qtool.checkpoint import (
     WEIGHTS,
     WEIGHTS_INDEX,
@@ -144,6 +145,39 @@ def test_floats_become_float32(tiny: Any, dtype: torch.dtype) -> None:
     for name, value in stored.items():
         assert found.tensor(name).dtype == torch.float32
         assert torch.equal(found.tensor(name), value.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_stored_is_not_in_memory(tiny: Any, dtype: torch.dtype) -> None:
+    folder = change(tiny(), lambda tensors: {name: value.to(dtype) for name, value in tensors.items()})
+    found, stored = read(folder), load_file(folder / WEIGHTS)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    value = found.stored(name)
+    assert value.dtype == dtype and torch.equal(value, stored[name])
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(folder / WEIGHTS))]
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+    assert any(first <= value.data_ptr() < last for first, last in ranges)
+
+
+@pytest.mark.parametrize("part", [1, 7, 10**9])
+def test_damage_and_ties_are_found_in_any_part(tiny: Any, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PART", part)
+    folder = tiny("BertForMaskedLM")
+    model, _ = open_float(folder)
+    target, source = next(pair for pair in model.all_tied_weights_keys.items() if pair[0].endswith("weight"))
+
+    def last(value: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        def changed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            other = tensors[source].clone()
+            other[-1, -1] = value
+            return {**tensors, target: other}
+
+        return changed
+
+    found = open_float(change(folder, last(9.0)))
+    assert not found[0].config.tie_word_embeddings
+    with pytest.raises(InputError, match="holds NaN or infinity"):
+        open_float(change(folder, last(float("inf"))))[1].stored(target)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float8_e4m3fn])

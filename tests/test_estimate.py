@@ -69,7 +69,7 @@ def test_more_data_takes_more(tiny: Any, desk: Path, qtool_command: Command, mon
 
     monkeypatch.setattr(estimate, "_timed", lambda step, seconds=0.0: step() is None or 1.0)
     monkeypatch.setattr(estimate, "_hash_second", lambda: 0.0)
-    monkeypatch.setattr(estimate, "_lowering", lambda job, sizes: (0.0, 0))
+    monkeypatch.setattr(estimate, "_lowering_second", lambda job: 0.0)
     monkeypatch.setattr(estimate, "peak_bytes", lambda: 0)
     empty = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
     monkeypatch.setattr(estimate.psutil, "Process", lambda: empty)
@@ -80,5 +80,6 @@ def test_more_data_takes_more(tiny: Any, desk: Path, qtool_command: Command, mon
         found[count] = estimate.estimate(job, calibration_batches(job), startup=0.0, reading=0.0)
     grown = found[64000].peak_bytes - found[32].peak_bytes
     tokens, hidden = (64000 - 32) * 32, 32
-    assert grown == pytest.approx(4 * hidden * tokens, rel=0.3), "the states of one block"
+    assert grown == pytest.approx(4 * (hidden + 32) * tokens, rel=0.3), "the states of one block, and its masks"
+    assert found[64000].anonymous_bytes - found[32].anonymous_bytes == pytest.approx(grown, rel=0.3)
     assert found[64000].seconds > 1000 * found[32].seconds

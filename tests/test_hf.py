@@ -855,6 +855,23 @@ def test_float_weights_are_never_in_memory(
     assert all(isinstance(model.get_submodule(path), QModule) for path in modules)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", [BERT, "RobertaForMaskedLM"])
+def test_codes_and_what_keeps_its_type_stay_in_the_file(
+    quantized: Quantized, architecture: str, dtype: torch.dtype
+) -> None:
+    """Loading is a memory map: the system reads pages when they are used, and may drop them again."""
+    folder = quantized(architecture)
+    model = auto_class(architecture).from_pretrained(folder, dtype=dtype)
+    outputs(model, dtype)
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = [line.split()[0].split("-") for line in lines if line.endswith(str(folder / WEIGHTS))]
+    ranges = [[int(end, 16) for end in ends] for ends in mapped]
+    for name, value in model.state_dict().items():
+        if dtype == torch.float32 or not value.is_floating_point():
+            assert any(first <= value.data_ptr() < last for first, last in ranges), name
+
+
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_a_float_parameter_answers_for_type_and_device(quantized: Quantized, architecture: str) -> None:
     model = auto_class(architecture).from_pretrained(quantized(architecture))

@@ -418,6 +418,7 @@ FULL = {
     "output": "out",
     "seed": 3,
     "threads": 2,
+    "max_memory": "3GB",
 }
 
 
@@ -482,3 +483,30 @@ def test_the_schema_can_be_exported() -> None:
     schema = Recipe.model_json_schema()
     assert set(schema["properties"]) == set(FULL)
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("3GB", 3_000_000_000), ("512MiB", 536_870_912), ("1.5 gb", 1_500_000_000), ("2TiB", 2 << 40), ("7kb", 7000),
+        ("100B", 100), ("12", 12), (4096, 4096),
+    ],
+)  # fmt: skip
+def test_sizes(text: Any, size: int, write: Write) -> None:
+    assert built({"max_memory": text}).max_memory == size
+    assert typed("--method", "zeroquant", "--max-memory", str(text)).max_memory == size
+    again = built(yaml.safe_load(built({"max_memory": text}).to_yaml()))
+    assert again.max_memory == size
+
+
+def test_the_memory_of_a_run_decides_no_byte() -> None:
+    assert built({"max_memory": "1GB"}).quantization_part() == built({}).quantization_part()
+
+
+@pytest.mark.parametrize("text", ["", "3 GX", "-1", "0", "0.1B", "GB", True, None])
+def test_other_words_are_no_sizes(text: Any) -> None:
+    if text is None:
+        assert built({"max_memory": None}).max_memory is None
+        return
+    with pytest.raises(InputError, match=r"max_memory.*no size; write one such as 3GB or 512MiB"):
+        built({"max_memory": text})

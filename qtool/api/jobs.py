@@ -3,10 +3,11 @@
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qtool.api.data import calibration_events, golden_inputs
+from qtool.api.data import calibration_events, golden_inputs, planned_batches
 from qtool.api.recipes import FLAG_KEYS, resolve_recipe
 from qtool.errors import InputError, QtoolError, one_of
 from qtool.recipe import Recipe
@@ -14,6 +15,7 @@ from qtool.recipe import Recipe
 if TYPE_CHECKING:
     from qtool.calibrate.sources import Batches
     from qtool.calibrate.statistics import Statistics
+    from qtool.memory import Budget
     from qtool.pipeline import Event, Job
 
 
@@ -59,6 +61,31 @@ def open_job(model: str, recipe: Recipe) -> "Job":
     return Job(locate(model, recipe.model.revision), model, recipe)
 
 
+def divided_batches(job: "Job", *, calibrates: bool) -> "tuple[Batches, Budget]":
+    """The job's calibration data in batches that its `max_memory` allows; the job's recipe then says so.
+
+    Where the model would write them itself, random tokens stand for its text. Raises UnavailableError when no batches
+    are small enough.
+    """
+    from qtool.memory import divide
+
+    batches, recipe = planned_batches(job), job.recipe
+    budget = divide(job, batches, recipe.max_memory, calibrates=calibrates)
+    if budget.batch_size < recipe.calibration.batch_size:
+        calibration = recipe.calibration.model_copy(update={"batch_size": budget.batch_size})
+        job.recipe = recipe.model_copy(update={"calibration": calibration})
+        batches = planned_batches(job)
+    return batches, budget
+
+
+def batches_events(job: "Job", *, calibrates: bool) -> 'Generator["Event", None, tuple[Batches, Budget]]':
+    """The same, and text of the model's own is written now."""
+    batches, budget = divided_batches(job, calibrates=calibrates)
+    if job.recipe.calibration.source == "self":
+        batches = yield from calibration_events(job)
+    return batches, budget
+
+
 def read_statistics(path: str | Path, job: "Job", batches: "Batches") -> "Statistics":
     """Statistics from a file. Raises InputError unless they were made from this model, data and these observers."""
     from qtool.calibrate.statistics import Statistics
@@ -95,14 +122,19 @@ def quantize_events(
     job = open_job(model, recipe)
     rundir.keep_apart(out, job.source)
     source_bytes = job.checkpoint.num_bytes
-    batches = yield from calibration_events(job)
+    batches, budget = yield from batches_events(job, calibrates=not statistics)
     yield pipeline.Note(_about_calibration(job, batches, statistics))
+    if budget.batch_size < recipe.calibration.batch_size:
+        yield pipeline.Note(f"calibration batches of {budget.batch_size} sequences, to stay in max-memory")
+    if budget.spill:
+        yield pipeline.Note("hidden states of the calibration data lie on disk, beside the output")
     known = read_statistics(statistics, job, batches) if statistics else None
     fingerprint = job.fingerprint(batches, Path(statistics) if statistics else None)
     run = rundir.RunDirectory(out, fingerprint, resume=resume, overwrite=overwrite)
     with closing(run):
         try:
-            yield from pipeline.quantize(job, batches, golden_inputs(job, batches), run, known)
+            inputs = golden_inputs(job, batches)
+            yield from pipeline.quantize(job, batches, inputs, run, known, spill=budget.spill)
         except QtoolError:
             run.discard_if_empty()
             raise
@@ -185,6 +217,7 @@ def calibrate_events(
     """Pass 1 alone, into a statistics file; ends with the number of activations that were observed."""
     from qtool import pipeline
     from qtool.artifact import write_tensors
+    from qtool.spill import SpilledStates
 
     if file.exists() and not overwrite:
         raise InputError(f"{file} exists; choose another -o or pass --overwrite")
@@ -195,8 +228,9 @@ def calibrate_events(
     if not job.observed():
         names = ", ".join(method.name for method in job.methods)
         raise InputError(f"{names} needs no statistics with this recipe: activation scales are computed at run time")
-    batches = yield from calibration_events(job)
+    batches, budget = yield from batches_events(job, calibrates=True)
     yield pipeline.Note(f"calibration data: {batches.description}")
-    statistics = yield from pipeline.calibrate(job, batches)
+    keep = partial(SpilledStates, file.absolute().parent) if budget.spill else list
+    statistics = yield from pipeline.calibrate(job, batches, keep)
     write_tensors(file, statistics.tensors())
     return len(statistics.states)

@@ -82,6 +82,7 @@ FLAG_KEYS: dict[str, tuple[str, ...]] = {
     "revision": ("model.revision",),
     "seed": ("seed",),
     "threads": ("threads",),
+    "max_memory": ("max_memory",),
 }
 """Recipe keys that a flag of the command line, or the argument of `quantize` with its name, sets."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qtool.cli.options import drain, json_option, model_of, run_options, screen_of, verbosity
+from qtool.cli.options import drain, json_option, max_memory_option, model_of, run_options, screen_of, verbosity
 from qtool.errors import GateError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -243,6 +243,7 @@ def conclude(
 @click.argument("recipe_files", metavar="RECIPE...", nargs=-1, required=True)
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a key of every recipe.")
 @click.option("-o", "--output", metavar="DIR", help="Where the model goes; for one recipe only.")
+@max_memory_option
 @run_options
 @json_option
 @verbosity
@@ -285,7 +286,8 @@ def _jobs(files: tuple[str, ...], params: dict[str, Any]) -> "list[tuple[str, Re
     from qtool.evaluation.tasks import task
 
     jobs = []
-    for label, recipe in api.recipe_list(files, sets=params["sets"]):
+    bound = [f"max_memory={params['max_memory']}"] if params["max_memory"] else []
+    for label, recipe in api.recipe_list(files, sets=[*params["sets"], *bound]):
         name = model_of(None, recipe)
         if not recipe.evaluate.tasks:
             raise InputError(f"{label}: evaluate.task is missing; name the task to score, or use qtool quantize")

@@ -34,6 +34,9 @@ verbosity = options(
     click.option("-q", "--quiet", is_flag=True, help="Only results and errors."),
 )
 json_option = click.option("--json", "json_file", metavar="FILE", help="Write the result as JSON; - is stdout.")
+max_memory_option = click.option(
+    "--max-memory", metavar="SIZE", help="Memory beside imports and mapped files that the run may take: 3GB, 512MiB."
+)
 recipe_options = options(
     click.option("--method", "methods", multiple=True, metavar="NAME", help="Method; `qtool methods` lists them."),
     click.option("-c", "--config", metavar="RECIPE", help="Recipe file, or the name of a preset."),
@@ -47,6 +50,7 @@ recipe_options = options(
     click.option("--revision", help="Branch, tag or commit of a model on the hub."),
     click.option("--seed", type=click.IntRange(0), help="Seed of everything random [0]."),
     click.option("--threads", type=click.IntRange(1, 1024), help="Threads of torch [its own choice]."),
+    max_memory_option,
 )  # fmt: skip
 run_options = options(
     click.option("--resume", is_flag=True, help="Continue an interrupted run; without one, start."),

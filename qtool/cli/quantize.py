@@ -62,9 +62,10 @@ def _rehearse(name: str, recipe: "Recipe", started: float, *, calibrates: bool) 
     api.set_threads(recipe)
     job = api.open_job(name, recipe)
     startup = time.perf_counter() - started
-    batches = api.planned_batches(job)
+    batches, budget = api.divided_batches(job, calibrates=calibrates)
     reading = time.perf_counter() - started - startup
-    return job, batches, estimate(job, batches, startup=startup, reading=reading, calibrates=calibrates)
+    times = {"startup": startup, "reading": reading}
+    return job, batches, estimate(job, batches, **times, calibrates=calibrates, spill=budget.spill)
 
 
 @click.command()

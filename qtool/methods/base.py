@@ -18,7 +18,8 @@ from qtool.numerics.grid import Grid
 from qtool.recipe import Recipe
 from qtool.stream import Reader
 
-_ROWS = 4096
+_IN_HAND = 16  # bytes of a weight
+_AT_ONCE = 1 << 20  # weights that are compared in float64 at a time
 
 PHASES = ("shape", "lower", "attach")
 """Methods run in this order; exactly one of a recipe's methods lowers."""
@@ -112,6 +113,17 @@ class Method(ABC):
         """What users should know of a unit that was just lowered."""
         return ""
 
+    def in_hand(self, module: Any, description: Mapping[str, Any]) -> int:
+        """Bytes that the matrix of a float `module` takes while it becomes the one of a description, beside the codes.
+
+        Here: float32, codes again, and what these stand for.
+        """
+        return _IN_HAND * int(module.weight.numel())
+
+    def memory(self, unit: Unit, plan: Plan) -> int:
+        """Bytes that are kept for a unit while it is lowered, beside its codes and the matrix in hand."""
+        return 0
+
     def report(self) -> dict[str, dict[str, float]]:
         """Figures by module path, of the units that were lowered in this process."""
         return self._report
@@ -120,11 +132,13 @@ class Method(ABC):
 def weight_sqnr_db(weight: torch.Tensor, tensor: QTensor) -> float:
     """Signal to quantization noise of `tensor` for float `weight` `[rows, columns]`, in dB; 999 for an exact matrix."""
     noise = signal = 0.0
+    first = 0
     # In stretches of rows: float64 copies of a whole vocabulary table would take more memory than all else.
-    for rows, stored in zip(weight.split(_ROWS), tensor.dequantize().split(_ROWS), strict=True):
-        exact = rows.double()
-        noise += (exact - stored.double()).square().sum().item()
+    for stretch in tensor.stretches(_AT_ONCE // max(1, weight.shape[1])):
+        exact = weight[first : first + stretch.shape[0]].double()
+        noise += (exact - stretch.dequantize().double()).square().sum().item()
         signal += exact.square().sum().item()
+        first += stretch.shape[0]
     return decibels(signal, noise)
 
 

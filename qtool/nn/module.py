@@ -1,13 +1,27 @@
 """What quantized modules have in common: integer buffers, scales that keep their dtype, a description."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import nn
 
 from qtool import kernels
+
+_FLEETING: ContextVar[bool] = ContextVar("operands are not kept", default=False)
+
+
+@contextmanager
+def fleeting_operands() -> Iterator[None]:
+    """While active, modules keep no operands: a backend that copies codes holds those of one module at a time."""
+    token = _FLEETING.set(True)
+    try:
+        yield
+    finally:
+        _FLEETING.reset(token)
 
 
 class QModule(nn.Module, ABC):
@@ -56,7 +70,7 @@ class CodesModule(QModule):
     def _prepared(self) -> Any:
         """The operand of the weights that are present now."""
         codes = self.weight
-        if codes.is_inference():  # such tensors do not count their changes
+        if codes.is_inference() or _FLEETING.get():  # tensors of inference mode do not count their changes
             return self._prepare(codes)
         known, ops = self._operand, kernels.backend()
         if known is None or known[0] is not codes or known[1] != codes._version or known[2] is not ops:

@@ -5,7 +5,9 @@ on ties. Scales are float32 because that is what files and float epilogues hold;
 scale as stored, so that a code is the best one for the scale that will multiply it.
 """
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -21,7 +23,7 @@ TILE_ROWS, TILE_COLUMNS = 16, 4
 """One tile holds 16 outputs x 4 inputs: the order that VNNI, AVX2 and AMX dot products can all consume."""
 
 _DTYPES = {"nibble": torch.int8, "int8": torch.int8, "int16": torch.int16, "int32": torch.int32}
-_CHUNK = 1 << 22  # values in float64 at a time: bounds the memory that quantizing a large table takes
+_CHUNK = 1 << 20  # values in float64 at a time: bounds the memory that quantizing a large table takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +120,24 @@ class QTensor:
         wide = torch.float64 if self.spec.storage == "int32" else torch.float32
         scales = _row_scales(self.params.scale, self.shape)
         return (_column_blocks(self.integers().to(wide), scales) * scales[:, :, None]).flatten(1).float()
+
+    def stretches(self, rows: int) -> Iterator["QTensor"]:
+        """This matrix cut into about so many rows at a time, from the top; codes and scales stay where they are.
+
+        A cut never goes through a tile or a block of scales.
+        """
+        tile_rows = TILE_ROWS if self.layout == "tiled" else 1
+        whole = self.spec.block[0] is None  # one block of rows, which every stretch shares
+        share = 1 if whole else self.shape[0] // self.params.scale.shape[0]
+        grain = math.lcm(share, tile_rows)
+        step = grain * max(1, rows // grain)
+        for start in range(0, self.shape[0], step):
+            end = min(start + step, self.shape[0])
+            own = slice(None) if whole else slice(start // share, end // share)
+            cut = {name: value[own] for name, value in vars(self.params).items() if value is not None}
+            codes = self.codes[start // tile_rows : -(-end // tile_rows)]
+            shape = (end - start, self.shape[1])
+            yield QTensor(codes, replace(self.params, **cut), self.spec, shape, self.layout)
 
 
 def stored_shape(spec: QuantSpec, shape: tuple[int, int], layout: Layout) -> tuple[int, ...]:

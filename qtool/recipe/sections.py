@@ -1,5 +1,6 @@
 """The sections of a recipe as data classes: which keys exist, what values they take, and what follows from them."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +13,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     SerializerFunctionWrapHandler,
+    WithJsonSchema,
     model_serializer,
     model_validator,
 )
@@ -45,10 +47,30 @@ def _worded(spec: Any) -> dict[str, Any]:
     return merge_specs(spec["spec"], words) if "spec" in spec else words
 
 
+def parse_size(value: Any) -> int:
+    """Bytes of a size such as `3GB`, `512MiB` or a whole number. Raises ValueError."""
+    found = re.fullmatch(_SIZE, str(value).strip(), re.IGNORECASE) if not isinstance(value, bool) else None
+    size = int(float(found["number"]) * _UNITS[(found["unit"] or "").upper()]) if found else 0
+    if size < 1:
+        raise ValueError(f"'{value}' is no size; write one such as 3GB or 512MiB")
+    return size
+
+
+_SIZE = r"(?P<number>\d+(\.\d+)?) ?(?P<unit>([KMGT]i?)?B)?"
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
 PART = "part:"
 """How a rule begins that names parts of blocks, the same in every architecture, instead of modules."""
 
 Spec = Annotated[QuantSpec, BeforeValidator(_spec), PlainSerializer(str)]
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["3GB", "512MiB"]}]}),
+]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -195,10 +217,11 @@ class Recipe(Section):
     output: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    max_memory: Size | None = None
 
     def quantization_part(self) -> dict[str, Any]:
         """What decides the bytes of the artifact; JSON-clean. Rules are a list: their order counts."""
-        part = self.model_dump(mode="json", exclude={"model", "evaluate", "gate", "output", "threads"})
+        part = self.model_dump(mode="json", exclude={"model", "evaluate", "gate", "output", "threads", "max_memory"})
         return {**part, "rules": list(part["rules"].items())}
 
     def to_yaml(self) -> str:
@@ -212,7 +235,7 @@ class Recipe(Section):
             calibration = calibration.model_copy(update={"source": Path(calibration.source).name})
         model = self.model.model_copy(update={"name": Path(self.model.name).name if self.model.name else None})
         evaluate = self.evaluate.model_copy(update={"data": None, "baseline": None})
-        changes = {"calibration": calibration, "model": model, "evaluate": evaluate, "output": None}
+        changes = {"calibration": calibration, "model": model, "evaluate": evaluate, "output": None, "max_memory": None}
         return self.model_copy(update=changes)
 
     def for_parts(self, parts: Mapping[str, Sequence[str]]) -> "Recipe":

@@ -10,6 +10,7 @@ from torch import nn
 
 from qtool.errors import InputError
 from qtool.nn import MODULES, QEmbedding, QLinear, QModule, QTiedLinear, describe, install
+from qtool.nn.module import fleeting_operands
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
 CASTS: list[tuple[Callable[[nn.Module], nn.Module], torch.dtype]] = [
@@ -179,3 +180,12 @@ def test_an_unknown_type_names_the_module() -> None:
 def test_a_tied_layer_needs_a_quantized_table() -> None:
     with pytest.raises(InputError, match="head: its table table is not a quantized embedding"):
         install(Model(), {"head": {"type": "tied_linear", "table": "table", "bias": True}}, dtype=torch.float32)
+
+
+def test_fleeting_operands_are_not_kept_and_change_nothing(make: Any) -> None:
+    module, x = kinds(make)["linear"]
+    assert isinstance(module, QLinear)
+    with fleeting_operands():
+        found = module(x)
+        assert module._operand is None
+    assert torch.equal(module(x), found) and module._operand is not None

@@ -186,6 +186,23 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         QParams.absmax(torch.tensor([[1e300]], dtype=torch.float64), QuantSpec(8))
 
 
+@pytest.mark.parametrize("layout", ["rows", "tiled"])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [(None, None), (1, None), (1, 6), (6, None), (9, 12), (None, 4)])
+@pytest.mark.parametrize("step", [1, 7, 16, 40, 500])
+def test_stretches_are_the_matrix_cut_between_tiles_and_blocks(
+    step: int, block: tuple[int | None, int | None], bits: int, layout: Layout
+) -> None:
+    spec = QuantSpec(bits, block=block)
+    whole = QTensor.quantize(matrix(90, 12), spec, layout=layout)
+    parts = list(whole.stretches(step))
+    assert torch.equal(torch.cat([part.dequantize() for part in parts]), whole.dequantize())
+    assert torch.equal(torch.cat([part.integers() for part in parts]), whole.integers())
+    assert all(part.codes.data_ptr() - whole.codes.data_ptr() < whole.codes.nbytes for part in parts), "no copies"
+    least = math.lcm(block[0] or 1, 16 if layout == "tiled" else 1)
+    assert max(part.shape[0] for part in parts) <= max(step, least)
+
+
 def test_a_scale_of_zero_is_refused() -> None:
     with pytest.raises(InputError, match="NaN, infinite or zero"):
         QTensor.quantize(torch.ones(1, 1), QuantSpec(8), params=QParams(torch.zeros(1, 1)))

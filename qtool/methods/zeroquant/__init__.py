@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from qtool.anatomy import Anatomy, Part, Unit
+from qtool.anatomy import Anatomy, Part, Unit, matrix_kind
 from qtool.calibrate.statistics import Statistics
 from qtool.distill import Schedule, distill
 from qtool.errors import InputError
@@ -25,9 +25,12 @@ from qtool.nn import MODULES, QEmbedding, QLinear, QModule
 from qtool.numerics import QTensor, QuantSpec
 from qtool.recipe import Count, Recipe, Spec
 from qtool.rounding import DATA_ROUNDINGS, ROUNDINGS, Moments
-from qtool.stream import Reader
+from qtool.stream import Reader, stored
 
 _QMAX = 127
+_TILED, _TURNED, _WIDE = 4, 4, 32  # bytes of a weight while it is laid out, turned round, or tried on many scales
+_SQUARES = 8  # float64 matrices of inputs by inputs: moments, factors and what they are made from
+_LEARNING = 40  # bytes of a weight that is distilled: itself, places, gradient, two moments, the best, products
 
 
 class LKD(Options):
@@ -138,7 +141,7 @@ class ZeroQuant(Method):
         self._migration = Migration(
             self._anatomy, plan.modules, statistics, weights, alpha=self.options.smoothing, tuning=self.options.tuning
         )
-        return self._migration.read
+        return self._migration
 
     @property
     def learns(self) -> bool:
@@ -156,6 +159,25 @@ class ZeroQuant(Method):
     def remark(self, unit: Unit) -> str:
         """The loss of a block before and after its distillation."""
         return self._remarks.get(unit.name, "")
+
+    def in_hand(self, module: Any, description: Mapping[str, Any]) -> int:
+        """Codes in rows, padded, in tiles; a matrix the other way round; what rounding with care takes whole."""
+        if description["type"] == "embedding":
+            return 0
+        elements = int(module.weight.numel())
+        copies = _TILED + (_TURNED if matrix_kind(module) == "conv1d" else 0)
+        whole = self.recipe.weights.rounding == "mse" and QuantSpec.parse(description["weights"]).block[0] is None
+        if not self._rounds_with_data:
+            return elements * (copies + (_WIDE if whole else 0))
+        inputs = elements // int(description["shape"][0])
+        return elements * (copies + _WIDE) + _SQUARES * 8 * inputs * inputs
+
+    def memory(self, unit: Unit, plan: Plan) -> int:
+        """What distillation keeps: float weights, places and scales with their gradients and optimizer state, twice."""
+        if not self.options.lkd.enabled or unit.kind != "block":
+            return 0
+        shapes = (one["shape"] for path, one in plan.modules.items() if unit.owns(path))
+        return _LEARNING * sum(int(rows) * int(columns) for rows, columns in shapes)
 
     def lower(
         self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None
@@ -191,7 +213,7 @@ class ZeroQuant(Method):
     @staticmethod
     def _matrix(unit: Unit, path: str, weights: Reader) -> torch.Tensor:
         """The float weight of a module, `[out, in]`."""
-        weight = weights(f"{path}.weight")
+        weight = stored(weights, f"{path}.weight")
         return weight.t().contiguous() if any(part.transposed for part in unit.parts if part.path == path) else weight
 
     def _lower(

@@ -48,7 +48,7 @@ class Migration:
         self._factors: dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
         self._largest: dict[str, torch.Tensor] = {}
 
-    def read(self, name: str) -> torch.Tensor:
+    def __call__(self, name: str) -> torch.Tensor:
         """A tensor of the model by name."""
         tensor = self._weights(name)
         unit = next((unit for unit in self._anatomy.blocks if unit.owns(name)), None)

@@ -4,7 +4,7 @@ Small and rare operations are the reference's own.
 """
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,30 +17,34 @@ from qtool.numerics.qtensor import TILE_COLUMNS, tile
 
 @dataclass
 class Operand:
-    """A weight as the kernels read it: int8 tiles (uint8 of two codes each), and int32 sums `[column blocks, out]`."""
+    """A weight as the kernels read it: int8 tiles (uint8 of two codes each), and int32 sums `[column blocks, out]`.
+
+    Scales are shared by `width` inputs of a row.
+    """
 
     tiles: torch.Tensor
     row_sums: torch.Tensor
     shape: tuple[int, int]
-    _scale: tuple[torch.Tensor, int | None, torch.Tensor] | None = None
+    width: int
+    _spread: dict[str, tuple[torch.Tensor, int | None, torch.Tensor]] = field(default_factory=dict)
 
-    def scale(self, weight_scale: torch.Tensor) -> torch.Tensor:
-        """Scales of blocks `[row blocks, column blocks]` as `[column blocks, out]`; the last ones are kept."""
-        version = None if weight_scale.is_inference() else weight_scale._version
-        known = self._scale
-        if known is None or known[0] is not weight_scale or known[1] != version or version is None:
-            wide = weight_scale.repeat_interleave(self.shape[0] // len(weight_scale), dim=0)
-            known = self._scale = weight_scale, version, wide.t().contiguous()
+    def spread(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Numbers of blocks `[row blocks, column blocks]` as `[column blocks, out]`; the last of a name are kept."""
+        version = None if values.is_inference() else values._version
+        known = self._spread.get(name)
+        if known is None or known[0] is not values or known[1] != version or version is None:
+            wide = values.repeat_interleave(self.shape[0] // len(values), dim=0)
+            known = self._spread[name] = values, version, wide.t().contiguous()
         return known[2]
 
     @classmethod
-    def of(cls, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int) -> "Operand":
+    def of(cls, codes: torch.Tensor, shape: tuple[int, int], width: int) -> "Operand":
         """From stored codes in either layout; tiles are taken as they are."""
         tiles = codes if codes.dim() == 4 and codes.is_contiguous() else tile(reference.whole_codes(codes, shape))
-        sums = torch.empty((column_blocks, shape[0]), dtype=torch.int32)
+        sums = torch.empty((max(1, -(-shape[1] // width)), shape[0]), dtype=torch.int32)
         nibbles = tiles.dtype == torch.uint8
-        native.call("qtool_row_sums", address(tiles), nibbles, *shape, column_blocks, address(sums))
-        return cls(tiles, sums, shape)
+        native.call("qtool_row_sums", address(tiles), nibbles, *shape, width, address(sums))
+        return cls(tiles, sums, shape, width)
 
     def correction(self, unsigned: bool) -> torch.Tensor | None:
         """What is added to the sums of every output for codes that are stored larger than they are."""
@@ -61,11 +65,11 @@ class Native(Reference):
 
     name = "native"
 
-    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int = 1) -> Any:
+    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], width: int | None = None) -> Any:
         """The stored tiles with the sums of their rows; the reference's operand for blocks that cut through tiles."""
-        if shape[1] // column_blocks % TILE_COLUMNS and column_blocks > 1:
-            return super().prepare(codes, shape)
-        return Operand.of(codes, shape, column_blocks)
+        if width is None or width >= shape[1]:
+            return Operand.of(codes, shape, shape[1])
+        return super().prepare(codes, shape, width) if width % TILE_COLUMNS else Operand.of(codes, shape, width)
 
     def row_sums(self, operand: Any) -> torch.Tensor:
         """int32 `[out]`."""
@@ -79,13 +83,14 @@ class Native(Reference):
         weight_scale: torch.Tensor,
         bias: torch.Tensor | None,
         act_scale: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Reference.int8_linear`; the same bits."""
         if not isinstance(operand, Operand):
-            return super().int8_linear(x, operand, weight_scale, bias, act_scale)
+            return super().int8_linear(x, operand, weight_scale, bias, act_scale, weight_offset)
         x = x.contiguous()
         kept: list[torch.Tensor] = []
-        struct = q_linear(operand, weight_scale, bias, act_scale, kept)
+        struct = q_linear(operand, weight_scale, bias, act_scale, kept, weight_offset)
         result = torch.empty((len(x), operand.shape[0]), dtype=torch.float32)
         native.call(
             "qtool_float_linear",
@@ -254,14 +259,16 @@ def q_linear(
     bias: torch.Tensor | None,
     act_scale: torch.Tensor | None,
     kept: list[torch.Tensor],
+    weight_offset: torch.Tensor | None = None,
 ) -> structs.QLinear:
     """The struct of a linear layer; tensors made for it are appended to `kept`, which must outlive it."""
     outputs, inputs = operand.shape
-    tensors = (operand.tiles, operand.row_sums, operand.scale(weight_scale), bias, act_scale)
+    offset = None if weight_offset is None else operand.spread("offset", weight_offset)
+    tensors = (operand.tiles, operand.row_sums, operand.spread("scale", weight_scale), bias, act_scale, offset)
     kept += [tensor for tensor in tensors if tensor is not None]
     return structs.QLinear(
         *(address(tensor) for tensor in tensors), inputs, outputs,
-        weight_scale.shape[1], operand.tiles.dtype == torch.uint8,
+        weight_scale.shape[1], operand.width, operand.tiles.dtype == torch.uint8,
     )  # fmt: skip
 
 

@@ -27,10 +27,14 @@ Product = Literal["direct", "split", "integer"]
 
 @dataclass(frozen=True)
 class Operand:
-    """A weight ready for `int8_gemm`: digits are int8 `[out, in]`, value = codes, or 2 · digits[0] + digits[1]."""
+    """A weight ready for `int8_gemm`: digits are int8 `[out, in]`, value = codes, or 2 · digits[0] + digits[1].
+
+    Scales are shared by `width` inputs of a row, by all when it is None.
+    """
 
     digits: tuple[torch.Tensor, ...]
     product: Product
+    width: int | None = None
 
     @property
     def in_features(self) -> int:
@@ -38,14 +42,14 @@ class Operand:
         return self.digits[0].shape[1]
 
 
-def operand(codes: torch.Tensor, product: Product | None = None) -> Operand:
-    """Prepare int8 `codes` `[out, in]` in ±127 for the exact product of this machine (or for the `product` named)."""
+def operand(codes: torch.Tensor, product: Product | None = None, width: int | None = None) -> Operand:
+    """Prepare int8 `codes` `[out, in]` for the exact product of this machine (or for the `product` named)."""
     product = product or exact_product()
     if codes.shape[1] == 1:  # torch._int_mm leaves the product with a matrix of one column unwritten (torch 2.13)
         product = "integer"
     if product == "split":
-        return Operand((codes >> 1, codes & 1), product)
-    return Operand((codes,), product)
+        return Operand((codes >> 1, codes & 1), product, width)
+    return Operand((codes,), product, width)
 
 
 def whole_codes(stored: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -79,7 +83,7 @@ def _passes_self_test(product: Product) -> bool:
     mixed = torch.randint(-QMAX, QMAX + 1, (tokens, k), generator=generator, dtype=torch.int8)
     full = torch.full((tokens, k), QMAX, dtype=torch.int8)
     weights = torch.full((out, k), QMAX, dtype=torch.int8)
-    weights[1::2] = -QMAX
+    weights[1::2] = -QMAX - 1  # which asymmetric weights use
     weights[2::3] = torch.randint(-QMAX, QMAX + 1, (k,), generator=generator, dtype=torch.int8)
     try:
         return all(
@@ -380,9 +384,9 @@ class Reference:
     integer_gelu = staticmethod(integer_gelu)
     integer_tanh = staticmethod(integer_tanh)
 
-    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int = 1) -> Any:
+    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], width: int | None = None) -> Any:
         """A row-major operand from codes of logical `shape` `(out, in)` in either layout."""
-        return operand(whole_codes(codes, shape))
+        return operand(whole_codes(codes, shape), width=width)
 
     def row_sums(self, operand: Operand) -> torch.Tensor:
         """int32 `[out]`."""
@@ -396,10 +400,12 @@ class Reference:
         weight_scale: torch.Tensor,
         bias: torch.Tensor | None,
         act_scale: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`((acc · act scale) · weight scale) + bias` in float32, in this order; one term a column block.
 
-        `x` is float32 `[tokens, in]`; the result is float32 `[tokens, out]`.
+        With a `weight_offset` each term is followed by `(sum · act scale) · offset`, added before the next block's; sum
+        is that of the block's activation codes. `x` is float32 `[tokens, in]`; the result is float32 `[tokens, out]`.
         """
         if act_scale is None:
             codes, act_scale = quantize_tokens(x)
@@ -407,11 +413,15 @@ class Reference:
             codes, act_scale = quantize_static(x, act_scale)
         out_features = operand.digits[0].shape[0]
         row_scale = weight_scale.repeat_interleave(out_features // weight_scale.shape[0], dim=0)
-        width = operand.in_features // weight_scale.shape[1]
+        width = operand.width or operand.in_features
         result: torch.Tensor | None = None
         for block, scale in enumerate(row_scale.unbind(dim=1)):
             columns = slice(block * width, (block + 1) * width)
             term = int8_gemm(codes[:, columns], operand, columns).float().mul_(act_scale).mul_(scale)
+            if weight_offset is not None:
+                offset = weight_offset[:, block].repeat_interleave(out_features // weight_offset.shape[0])
+                sums = codes[:, columns].sum(1, keepdim=True, dtype=torch.int32)
+                term.add_(sums.float().mul_(act_scale) * offset)
             result = term if result is None else result.add_(term)
         assert result is not None  # a weight has at least one column block
         return result if bias is None else result.add_(bias)

@@ -88,8 +88,8 @@ class QLinear(ctypes.Structure):
     """A linear layer of float rows and integer weights."""
 
     _fields_ = (
-        *[(name, _P) for name in ("weight", "row_sums", "scale", "bias", "act_scale")],
-        *[(name, _I32) for name in ("inputs", "outputs", "column_blocks", "nibbles")],
+        *[(name, _P) for name in ("weight", "row_sums", "scale", "bias", "act_scale", "offset")],
+        *[(name, _I32) for name in ("inputs", "outputs", "column_blocks", "width", "nibbles")],
     )
 
 

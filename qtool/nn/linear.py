@@ -9,20 +9,25 @@ from torch import nn
 from qtool import kernels
 from qtool.errors import InputError
 from qtool.nn.module import CodesModule
-from qtool.numerics import QuantSpec
-from qtool.numerics.qtensor import stored_dtype, stored_shape
+from qtool.numerics import QParams, QTensor, QuantSpec
+from qtool.numerics.qtensor import column_width, stored_dtype, stored_shape
 
 
 class QLinear(CodesModule):
     """`x @ W^T + b` as int8 activations × int8 weights → int32, scaled in float32.
 
     Buffers: `weight`, tiled codes of the logical `[out_features, in_features]` matrix; `weight_scale`, float32
-    `[row blocks, column blocks]`; `bias`, `[out_features]`; `act_scale`, float32 `[1]`, for static activations only.
-    Input `[..., in_features]`, output `[..., out_features]` in `output_dtype`. Source: ZeroQuant (Yao et al. 2022), 3.
+    `[row blocks, column blocks]`; `bias`, `[out_features]`; `act_scale`, float32 `[1]`, for static activations only;
+    for asymmetric weights `weight_zero_point`, int8, or `weight_offset`, float32 (what code 0 stands for, of specs with
+    a float minimum), in the shape of the scales. Input `[..., in_features]`, output `[..., out_features]` in
+    `output_dtype`. Source: ZeroQuant (Yao et al. 2022), 3.
     """
 
-    _scales = ("weight_scale", "act_scale")
+    _scales = ("weight_scale", "act_scale", "weight_offset")
+    _known_offset: tuple[Any, ...] | None = None
     weight_scale: torch.Tensor
+    weight_zero_point: torch.Tensor | None
+    weight_offset: torch.Tensor | None
     bias: torch.Tensor | None
     act_scale: torch.Tensor | None
 
@@ -39,6 +44,9 @@ class QLinear(CodesModule):
         # Said explicitly: while transformers loads a model in bfloat16, that is what torch makes by default.
         scale = torch.empty(weights.scale_shape(shape), dtype=torch.float32, device=device)
         self.register_buffer("weight_scale", scale)
+        point = None if weights.symmetric or weights.minimum else torch.empty_like(scale, dtype=torch.int8)
+        self.register_buffer("weight_zero_point", point)
+        self.register_buffer("weight_offset", torch.empty_like(scale) if weights.minimum else None)
         self.register_buffer("bias", torch.empty(self.out_features, device=device) if bias else None)
         static = None if activations.dynamic else torch.empty(1, dtype=torch.float32, device=device)
         self.register_buffer("act_scale", static)
@@ -47,12 +55,31 @@ class QLinear(CodesModule):
         """Any leading shape, any float dtype."""
         rows = x.reshape(-1, self.in_features).float()
         bias = None if self.bias is None else self.bias.float()
-        y = kernels.backend().int8_linear(rows, self._prepared(), self.weight_scale, bias, self.act_scale)
+        operand, offset = self._prepared(), self._offset()
+        y = kernels.backend().int8_linear(rows, operand, self.weight_scale, bias, self.act_scale, offset)
         return y.view(*x.shape[:-1], self.out_features).to(self.output_dtype)
 
+    def fill(self, tensor: QTensor) -> None:
+        """Take the codes and the parameters of `tensor`, tiled, as they are."""
+        self.weight, self.weight_scale = tensor.codes, tensor.params.scale
+        self.weight_zero_point, self.weight_offset = tensor.params.zero_point, tensor.params.offset
+
     def _prepare(self, codes: torch.Tensor) -> Any:
-        blocks = self.weights.scale_shape((self.out_features, self.in_features))[1]
-        return kernels.backend().prepare(codes, (self.out_features, self.in_features), blocks)
+        width = column_width(self.weights, self.in_features)
+        return kernels.backend().prepare(codes, (self.out_features, self.in_features), width)
+
+    def _offset(self) -> torch.Tensor | None:
+        """What code 0 stands for in each block; of integer zero points it is computed once."""
+        point, scale = self.weight_zero_point, self.weight_scale
+        if point is None:
+            return self.weight_offset
+        if point.is_inference() or scale.is_inference():  # such tensors do not count their changes
+            return QParams(scale, point).offsets()
+        known, versions = self._known_offset, (point._version, scale._version)
+        if known is None or known[0] is not point or known[1] is not scale or known[2] != versions:
+            known = self._known_offset = point, scale, versions, QParams(scale, point).offsets()
+        offset: torch.Tensor = known[3]
+        return offset
 
     def description(self) -> dict[str, Any]:
         """Shape and specs."""
@@ -81,8 +108,8 @@ class QLinear(CodesModule):
 
 def _refuse_unexecuted(weights: QuantSpec, activations: QuantSpec) -> None:
     """A description may ask for other codes than the int8 product multiplies: it must not run as if it did."""
-    if weights.dynamic or not weights.symmetric or weights.storage not in ("nibble", "int8"):
-        raise InputError(f"weights {weights} cannot run; a linear takes static symmetric int2 to int8 weights")
+    if weights.dynamic or weights.storage not in ("nibble", "int8"):
+        raise InputError(f"weights {weights} cannot run; a linear takes static int2 to int8 weights")
     token_wise = activations.dynamic and activations.block == (1, None)
     tensor_wise = not activations.dynamic and activations.block == (None, None)
     if activations.num_bits != 8 or not activations.symmetric or not (token_wise or tensor_wise):

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qtool.errors import InputError, QtoolError, UsageError, one_of
+from qtool.numerics.spec import WORDS
 from qtool.recipe.sections import (
     Activations,
     Calibration,
@@ -125,7 +126,6 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "model": Model, "calibration": Calibration, "weights": Weights, "activations": Activations,
     "evaluate": Evaluate, "gate": GateSection,
 }  # fmt: skip
-_SPEC_WORDS = ("num_bits", "type", "symmetric", "dynamic", "strategy", "group_size", "block_structure")
 
 
 def check_keys(values: Mapping[str, Any], where: str) -> None:
@@ -133,7 +133,7 @@ def check_keys(values: Mapping[str, Any], where: str) -> None:
     _refuse_remote_code(values, where)
     _known(values, list(Recipe.model_fields), where)
     for name, cls in _SECTIONS.items():
-        words = _SPEC_WORDS if issubclass(cls, SpecSection) else ()
+        words = WORDS if issubclass(cls, SpecSection) else ()
         section = values.get(name)
         if not isinstance(section, Mapping | None) and not (words and isinstance(section, str)):
             raise InputError(

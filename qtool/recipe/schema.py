@@ -15,6 +15,7 @@ _WORDS: dict[str, Any] = {
     "num_bits": {"type": "integer", "minimum": 2, "maximum": 32},
     "type": {"const": "int"},
     "symmetric": {"type": "boolean"},
+    "minimum": {"type": "boolean", "description": "Asymmetric, with a float minimum instead of an integer zero point."},
     "dynamic": {"type": "boolean", "description": "Scales are computed from each input at run time."},
     "strategy": {"enum": list(STRATEGIES), "description": "Which values share a scale."},
     "group_size": {"type": "integer", "minimum": 1, "description": "Columns of a group, or rows of rows."},
@@ -28,7 +29,7 @@ _WORDS: dict[str, Any] = {
 _SHORT = {
     "type": "string",
     "pattern": f"^\\s*{re.sub(r'[?]P<[a-z]+>', '', _SPELLING.pattern)}\\s*$",
-    "examples": ["int8:channel:sym", "int8:token:sym", "int4:group:64:sym", "int8:block:16x64:asym"],
+    "examples": ["int8:channel:sym", "int8:token:sym", "int4:group:64:sym", "int4:group:32:min", "int8:tensor:asym"],
 }
 _SPEC = {
     "title": "QuantSpec",

@@ -34,6 +34,8 @@ def merge_specs(old: Any, new: Any) -> dict[str, Any]:
     if {"strategy", "group_size", "block_structure"} & set(words):
         gone = {"strategy", "group_size", "block_structure", "dynamic"}
         kept = {key: value for key, value in kept.items() if key not in gone}
+    if "symmetric" in words or "minimum" in words:  # one answers what the other asks
+        kept = {key: value for key, value in kept.items() if key not in ("symmetric", "minimum")}
     return {**kept, **words}
 
 
@@ -98,6 +100,13 @@ class Weights(SpecSection):
 
     spec: Spec = QuantSpec.parse("int8:channel:sym")
     rounding: Literal["nearest", "mse"] = "nearest"
+    scale_rule: Literal["absmax", "zeroquant"] = "absmax"
+
+    @model_validator(mode="after")
+    def _one_choice_of_scales(self) -> "Weights":
+        if self.scale_rule != "absmax" and self.rounding != "nearest":
+            raise ValueError(f"scale_rule {self.scale_rule} needs rounding nearest; {self.rounding} chooses the scales")
+        return self
 
 
 class Activations(SpecSection):

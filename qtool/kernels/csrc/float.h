@@ -8,13 +8,14 @@
 
 namespace qtool {
 
-// QLinear. `weight` is tiled int8, or with `nibbles` tiles of two codes a byte; `row_sums` (int32) and
-// `scale` are [column_blocks, outputs]; `bias` and `act_scale` may be null: no bias, a scale for every token.
+// QLinear. `weight` is tiled int8, or with `nibbles` tiles of two codes a byte; `row_sums` (int32), `scale` and `offset`
+// are [column_blocks, outputs]. A block has `width` inputs, a multiple of 4 where there are several; the last may be
+// shorter. `bias`, `act_scale` and `offset` may be null: no bias, a scale for every token, symmetric weights.
 struct QLinear {
   const void* weight;
   const std::int32_t* row_sums;
-  const float *scale, *bias, *act_scale;
-  std::int32_t inputs, outputs, column_blocks, nibbles;
+  const float *scale, *bias, *act_scale, *offset;
+  std::int32_t inputs, outputs, column_blocks, width, nibbles;
 };
 
 struct Norm {

@@ -26,7 +26,9 @@ struct FloatTable {
     const int groups = ceil_div(panels, Isa::kPanels);
     auto job = [&](const Crew& crew) {
       for (int r = crew.begin(rows); r < crew.end(rows); ++r) {
-        parts.scales[r] = quantize_row<Isa>(linear, x + std::int64_t{r} * linear.inputs, Isa::kOffset, parts.codes + std::int64_t{r} * stride);
+        std::uint8_t* codes = parts.codes + std::int64_t{r} * stride;
+        parts.scales[r] = quantize_row<Isa>(linear, x + std::int64_t{r} * linear.inputs, Isa::kOffset, codes);
+        if (linear.offset != nullptr) add_codes(linear, codes, parts.code_sums + std::int64_t{r} * linear.column_blocks);
       }
       crew.wait();
       for (int g = crew.begin(groups); g < crew.end(groups); ++g) {
@@ -35,7 +37,7 @@ struct FloatTable {
           fetch_scales(linear, block + kBlocksAhead, first, last);
           column_block(linear, parts, block, first, last, rows, out, parts.unpacked + crew.index * kUnpacked);
         }
-        if (linear.bias != nullptr && linear.column_blocks > 1) add_bias(linear, first, last, rows, out);
+        if (linear.bias != nullptr && (linear.column_blocks > 1 || linear.offset != nullptr)) add_bias(linear, first, last, rows, out);
       }
     };
     together(threads, job);
@@ -59,6 +61,7 @@ struct FloatTable {
   struct Parts {
     std::uint8_t* codes;
     float* scales;
+    std::int32_t* code_sums;  // [rows, column blocks], for weights with offsets
     std::int8_t* unpacked;
   };
 
@@ -66,8 +69,19 @@ struct FloatTable {
     Parts parts;
     parts.codes = cutter.take<std::uint8_t>(std::int64_t{rows} * ceil_div(linear.inputs, kQuad) * kQuad);
     parts.scales = cutter.take<float>(rows);
+    parts.code_sums = cutter.take<std::int32_t>(linear.offset != nullptr ? std::int64_t{rows} * linear.column_blocks : 0);
     parts.unpacked = cutter.take<std::int8_t>(linear.nibbles ? std::int64_t{threads} * kUnpacked : 0);
     return parts;
+  }
+
+  // Sums of a row's codes, as they are without kOffset, over each block of columns.
+  static void add_codes(const QLinear& linear, const std::uint8_t* codes, std::int32_t* sums) {
+    for (int block = 0; block < linear.column_blocks; ++block) {
+      const int begin = block * linear.width, end = std::min(begin + linear.width, linear.inputs);
+      std::int32_t sum = 0;
+      for (int k = begin; k < end; ++k) sum += Isa::kOffset != 0 ? codes[k] - Isa::kOffset : static_cast<std::int8_t>(codes[k]);
+      sums[block] = sum;
+    }
   }
 
   // Asks for the scales and sums of a block of columns. They lie a row of outputs apart, where no hardware expects them.
@@ -77,6 +91,7 @@ struct FloatTable {
     for (int c = first * kTile; c < std::min(last * kTile, linear.outputs); c += kTile) {
       __builtin_prefetch(linear.scale + cells + c);
       __builtin_prefetch(linear.row_sums + cells + c);
+      if (linear.offset != nullptr) __builtin_prefetch(linear.offset + cells + c);
     }
   }
 
@@ -84,12 +99,17 @@ struct FloatTable {
   static void column_block(const QLinear& linear, const Parts& parts, int block, int first, int last, int rows, float* out,
                            std::int8_t* unpacked) {
     const int all = ceil_div(linear.inputs, kQuad), stride = all * kQuad;
-    const int begin = block * (all / linear.column_blocks), steps = linear.column_blocks == 1 ? all : all / linear.column_blocks;
+    const int most = ceil_div(linear.width, kQuad), begin = block * most, steps = std::min(most, all - begin);
     const auto done = [&](int first_row, int count, int column, const std::int32_t* sums, int width) {
       float* matrix = out + std::int64_t{first_row} * linear.outputs;
       finish_sums<Isa>(linear, parts.scales + first_row, count, block, column, sums, width, [&](auto isa, int r, int c, auto y) {
         using V = decltype(isa);
         float* cell = matrix + std::int64_t{r} * linear.outputs + c;
+        if (linear.offset != nullptr) {
+          const auto sum = static_cast<float>(parts.code_sums[std::int64_t{first_row + r} * linear.column_blocks + block]);
+          const auto offset = V::load_float(linear.offset + std::ptrdiff_t{block} * linear.outputs + c);
+          y = V::add_float(y, V::mul_float(V::set_float(sum * parts.scales[first_row + r]), offset));
+        }
         V::store_float(cell, block == 0 ? y : V::add_float(V::load_float(cell), y));
       });
     };

@@ -81,11 +81,11 @@ float quantize_row(const QLinear& linear, const float* x, int offset, std::uint8
 }
 
 // Calls `done(isa, i, column, y)` with sums * scale of the row * scale of the output for row i of sums [count][width] of a
-// column block, from `column` on, and with the bias unless there are more blocks.
+// column block, from `column` on, and with the bias unless something else is added first: offsets, or more blocks.
 template <class Isa, class Done>
 void finish_sums(const QLinear& linear, const float* act_scales, int count, int block, int column, const std::int32_t* sums, int width,
                  const Done& done) {
-  const bool biased = linear.bias != nullptr && linear.column_blocks == 1;
+  const bool biased = linear.bias != nullptr && linear.column_blocks == 1 && linear.offset == nullptr;
   sweep_float<Isa>(std::min(width, linear.outputs - column), [&](auto isa, int i) {
     using V = decltype(isa);
     const int c = column + i;

@@ -16,7 +16,7 @@ from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
 from qtool.methods.zeroquant.kept import float_rest, irreplaceable
 from qtool.methods.zeroquant.specs import check_linear, check_table
 from qtool.nn import MODULES, QEmbedding, QLinear, QModule
-from qtool.numerics import QTensor, QuantSpec
+from qtool.numerics import QuantSpec
 from qtool.recipe import Spec
 from qtool.rounding import ROUNDINGS
 from qtool.stream import Reader
@@ -100,8 +100,11 @@ class ZeroQuant(Method):
             weight = weight.t().contiguous() if path in transposed else weight
             spec = QuantSpec.parse(description["weights"])
             rounding = ROUNDINGS[self.recipe.weights.rounding]
-            tensor = rounding(weight, spec, layout="tiled" if isinstance(module, QLinear) else "rows")
-            _fill(module, tensor)
+            rule = self.recipe.weights.scale_rule
+            chosen = {} if rule == "absmax" else {"scale_rule": rule}
+            tensor = rounding(weight, spec, layout="tiled" if isinstance(module, QLinear) else "rows", **chosen)
+            assert isinstance(module, QLinear | QEmbedding)
+            module.fill(tensor)
             if isinstance(module, QLinear):
                 if module.bias is not None:
                     module.bias = weights(f"{path}.bias")
@@ -110,11 +113,6 @@ class ZeroQuant(Method):
             self._report[path] = {"weight_sqnr_db": weight_sqnr_db(weight, tensor)}
             lowered[path] = module
         return lowered
-
-
-def _fill(module: QModule, tensor: QTensor) -> None:
-    assert isinstance(module, QLinear | QEmbedding)
-    module.weight, module.weight_scale = tensor.codes, tensor.params.scale
 
 
 def _is_static(description: Any) -> bool:

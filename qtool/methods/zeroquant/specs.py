@@ -8,8 +8,8 @@ from qtool.numerics import QuantSpec
 
 def check_linear(weights: QuantSpec, activations: QuantSpec, shape: Any, path: str) -> None:
     """Refuse specs that the int8 product cannot execute. Raises InputError naming the module."""
-    if weights.dynamic or not weights.symmetric or weights.num_bits > 8:
-        raise InputError(f"{path}: weights {weights} cannot run; zeroquant takes static symmetric int2 to int8 weights")
+    if weights.dynamic or weights.num_bits > 8:
+        raise InputError(f"{path}: weights {weights} cannot run; zeroquant takes static int2 to int8 weights")
     token_wise = activations.dynamic and activations.block == (1, None)
     tensor_wise = not activations.dynamic and activations.block == (None, None)
     if activations.num_bits != 8 or not activations.symmetric or not (token_wise or tensor_wise):

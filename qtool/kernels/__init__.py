@@ -57,6 +57,22 @@ class Backend(Protocol):
         stands for. `act_scale` is one static scale, or None for a scale per token.
         """
 
+    def code_linear(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        shape: tuple[int, int],
+        width: int,
+        scale: torch.Tensor,
+        offset: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`x @ (codes · scale + offset)^T + bias` with float activations and tiled codes, which are never all floats.
+
+        Backends agree up to the rounding of float32 sums. `scale` and `offset` are `[row blocks, column blocks]` of
+        `width` inputs; the last may be fewer.
+        """
+
     def row_table_linear(
         self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

@@ -60,6 +60,10 @@ def threads(work: int) -> int:
     return torch.get_num_threads() if work > _ALONE else 1
 
 
+_FEW_ROWS = 4  # of activations for which a table is read code by code
+_CODE_WORK = 8  # multiply-adds of bytes that take as long as one of a code and a float
+
+
 class Native(Reference):
     """Compiled kernels for the CPU's instruction set."""
 
@@ -101,6 +105,31 @@ class Native(Reference):
             threads(x.numel() * operand.shape[0]),
         )
         return result
+
+    def code_linear(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        shape: tuple[int, int],
+        width: int,
+        scale: torch.Tensor,
+        offset: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Reference.code_linear`; the reference's own for blocks that cut through tiles."""
+        if (width % TILE_COLUMNS and width < shape[1]) or not codes.is_contiguous():
+            return super().code_linear(x, codes, shape, width, scale, offset, bias)
+        layout = structs.CodeLinear.NIBBLES if codes.dtype == torch.uint8 else structs.CodeLinear.TILES
+        return _code_linear(x, codes, shape, width, scale, offset, bias, layout)
+
+    def row_table_linear(
+        self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `Reference.row_table_linear`; torch's product of unpacked rows is better for many tokens."""
+        if len(x) > _FEW_ROWS or codes.dtype != torch.int8 or not codes.is_contiguous():
+            return super().row_table_linear(x, codes, scale, bias)
+        rows, columns = codes.shape
+        return _code_linear(x, codes, (rows, columns), columns, scale, None, bias, structs.CodeLinear.ROWS)
 
     @staticmethod
     def float_encoder(encoder: structs.QEncoder, hidden: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
@@ -251,6 +280,29 @@ class Native(Reference):
         if where is not None:
             rows = torch.zeros((real.numel(), width), dtype=torch.int32).index_copy_(0, where, rows)
         return rows.view(*real.shape, width)
+
+
+def _code_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    shape: tuple[int, int],
+    width: int,
+    scale: torch.Tensor,
+    offset: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    layout: int,
+) -> torch.Tensor:
+    outputs, inputs = shape
+    x, scale = x.detach().contiguous(), scale.contiguous()
+    offset = None if offset is None else offset.contiguous()
+    struct = structs.CodeLinear(
+        address(codes), address(scale), address(offset), address(bias),
+        inputs, outputs, outputs // len(scale), scale.shape[1], width, layout,
+    )  # fmt: skip
+    result = torch.empty((len(x), outputs), dtype=torch.float32)
+    work = _CODE_WORK * x.numel() * outputs
+    native.call("qtool_code_linear", ctypes.byref(struct), address(x), len(x), address(result), threads(work))
+    return result
 
 
 def q_linear(

@@ -154,6 +154,7 @@ def _checked(loaded: ctypes.CDLL, path: Path) -> _Attempt:
         "integer_linear": (i32, p, p, p, i32, p, i32),
         "integer_norm": (i32, p, p, i32, p, i32),
         "float_linear": (i32, p, p, i32, p, i32),
+        "code_linear": (i32, p, p, i32, p, i32),
         "float_encoder": (i32, p, p, p, i32, i32),
         "integer_attention": (i32, p, p, p, p, p, p, i32, i32, p, i32),
     }

@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 
 from qtool.numerics.dyadic import rescale
-from qtool.numerics.qtensor import TILE_COLUMNS, rows_of, unpack_nibbles
+from qtool.numerics.qtensor import TILE_COLUMNS, TILE_ROWS, on_blocks, rows_of, unpack_nibbles
 
 QMAX = 127
 _TINY = torch.finfo(torch.float32).tiny
-_TABLE_ROWS = 512  # of a vocabulary table, expanded to float at a time: they should stay in the cache
+_TABLE_ROWS = 512  # of a matrix of codes, expanded to float at a time: they should stay in the cache
 
 Product = Literal["direct", "split", "integer"]
 
@@ -424,6 +424,35 @@ class Reference:
                 term.add_(sums.float().mul_(act_scale) * offset)
             result = term if result is None else result.add_(term)
         assert result is not None  # a weight has at least one column block
+        return result if bias is None else result.add_(bias)
+
+    def code_linear(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        shape: tuple[int, int],
+        width: int,
+        scale: torch.Tensor,
+        offset: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`x` float32 `[tokens, in]`, tiled `codes` of logical `shape` `(out, in)` → float32 `[tokens, out]`.
+
+        Some rows of weights at a time are what the codes stand for, rounded to float32 by each operation.
+        """
+        outputs, inputs = shape
+        scales, offsets = (
+            None if values is None else values.repeat_interleave(outputs // values.shape[0], 0)
+            for values in (scale, offset)
+        )
+        result = torch.empty((x.shape[0], outputs), dtype=torch.float32)
+        for first in range(0, outputs, _TABLE_ROWS):
+            rows = slice(first, min(first + _TABLE_ROWS, outputs))
+            panels = codes[first // TILE_ROWS : -(-rows.stop // TILE_ROWS)]
+            weight = whole_codes(panels, (rows.stop - first, inputs)).float()
+            for operation, values in (("mul", scales), ("add", offsets)):
+                on_blocks(weight, operation, None if values is None else values[rows], width)  # type: ignore[arg-type]
+            result[:, rows] = x @ weight.t()
         return result if bias is None else result.add_(bias)
 
     def row_table_linear(

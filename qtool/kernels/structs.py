@@ -93,6 +93,16 @@ class QLinear(ctypes.Structure):
     )
 
 
+class CodeLinear(ctypes.Structure):
+    """A linear layer of float rows and integer weights that stays in float."""
+
+    TILES, NIBBLES, ROWS = 0, 1, 2
+    _fields_ = (
+        *[(name, _P) for name in ("weight", "scale", "offset", "bias")],
+        *[(name, _I32) for name in ("inputs", "outputs", "block_rows", "column_blocks", "width", "layout")],
+    )
+
+
 class Norm(ctypes.Structure):
     """LayerNorm."""
 

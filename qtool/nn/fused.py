@@ -52,7 +52,7 @@ def _shares_codes(one: Any, other: Any) -> bool:
 def _fits_linear(linear: Any, role: str, hidden: int) -> bool:
     if not isinstance(linear, QLinear) or linear.output_dtype != torch.float32 or linear.weight.dtype != torch.int8:
         return False
-    if not linear.weights.symmetric:
+    if not linear.weights.symmetric or linear.activations == "float":
         return False
     columns = linear.weights.scale_shape((linear.out_features, linear.in_features))[1]
     sizes = (linear.in_features if role != "down" else hidden, linear.out_features if role != "up" else hidden)

@@ -1,7 +1,7 @@
-"""The linear layer on integer codes."""
+"""The linear layer on integer codes, with activations that are quantized too or stay in float."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,8 +19,9 @@ class QLinear(CodesModule):
     Buffers: `weight`, tiled codes of the logical `[out_features, in_features]` matrix; `weight_scale`, float32
     `[row blocks, column blocks]`; `bias`, `[out_features]`; `act_scale`, float32 `[1]`, for static activations only;
     for asymmetric weights `weight_zero_point`, int8, or `weight_offset`, float32 (what code 0 stands for, of specs with
-    a float minimum), in the shape of the scales. Input `[..., in_features]`, output `[..., out_features]` in
-    `output_dtype`. Source: ZeroQuant (Yao et al. 2022), 3.
+    a float minimum), in the shape of the scales. With activations `float` the codes are widened while float32 inputs
+    are multiplied by them. Input `[..., in_features]`, output `[..., out_features]` in `output_dtype`. Source:
+    ZeroQuant (Yao et al. 2022), 3.
     """
 
     _scales = ("weight_scale", "act_scale", "weight_offset")
@@ -32,7 +33,13 @@ class QLinear(CodesModule):
     act_scale: torch.Tensor | None
 
     def __init__(
-        self, shape: tuple[int, int], weights: QuantSpec, activations: QuantSpec, *, bias: bool, device: str = "cpu"
+        self,
+        shape: tuple[int, int],
+        weights: QuantSpec,
+        activations: QuantSpec | Literal["float"],
+        *,
+        bias: bool,
+        device: str = "cpu",
     ) -> None:
         """Raises InputError for specs that this product does not execute."""
         super().__init__()
@@ -48,15 +55,23 @@ class QLinear(CodesModule):
         self.register_buffer("weight_zero_point", point)
         self.register_buffer("weight_offset", torch.empty_like(scale) if weights.minimum else None)
         self.register_buffer("bias", torch.empty(self.out_features, device=device) if bias else None)
-        static = None if activations.dynamic else torch.empty(1, dtype=torch.float32, device=device)
+        static = (
+            None
+            if activations == "float" or activations.dynamic
+            else torch.empty(1, dtype=torch.float32, device=device)
+        )
         self.register_buffer("act_scale", static)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Any leading shape, any float dtype."""
         rows = x.reshape(-1, self.in_features).float()
         bias = None if self.bias is None else self.bias.float()
-        operand, offset = self._prepared(), self._offset()
-        y = kernels.backend().int8_linear(rows, operand, self.weight_scale, bias, self.act_scale, offset)
+        scale, offset = self.weight_scale, self._offset()
+        if self.activations == "float":
+            shape, width = (self.out_features, self.in_features), column_width(self.weights, self.in_features)
+            y = kernels.backend().code_linear(rows, self.weight, shape, width, scale, offset, bias)
+        else:
+            y = kernels.backend().int8_linear(rows, self._prepared(), scale, bias, self.act_scale, offset)
         return y.view(*x.shape[:-1], self.out_features).to(self.output_dtype)
 
     def fill(self, tensor: QTensor) -> None:
@@ -96,8 +111,11 @@ class QLinear(CodesModule):
         """See `QModule`."""
         rows, columns = description["shape"]
         try:
-            specs = (QuantSpec.parse(description[key]) for key in ("weights", "activations"))
-            return cls((rows, columns), *specs, bias=description["bias"], device=device)
+            weights, activations = (
+                QuantSpec.parse(description["weights"]),
+                parse_activations(description["activations"]),
+            )
+            return cls((rows, columns), weights, activations, bias=description["bias"], device=device)
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
 
@@ -106,10 +124,17 @@ class QLinear(CodesModule):
         return f"{self.in_features}, {self.out_features}, weights={self.weights}, activations={self.activations}"
 
 
-def _refuse_unexecuted(weights: QuantSpec, activations: QuantSpec) -> None:
+def parse_activations(spelling: str) -> QuantSpec | Literal["float"]:
+    """The activations of a description. Raises InputError for what is no spec."""
+    return "float" if spelling == "float" else QuantSpec.parse(spelling)
+
+
+def _refuse_unexecuted(weights: QuantSpec, activations: QuantSpec | Literal["float"]) -> None:
     """A description may ask for other codes than the int8 product multiplies: it must not run as if it did."""
     if weights.dynamic or weights.storage not in ("nibble", "int8"):
         raise InputError(f"weights {weights} cannot run; a linear takes static int2 to int8 weights")
+    if activations == "float":
+        return
     token_wise = activations.dynamic and activations.block == (1, None)
     tensor_wise = not activations.dynamic and activations.block == (None, None)
     if activations.num_bits != 8 or not activations.symmetric or not (token_wise or tensor_wise):

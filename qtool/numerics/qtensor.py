@@ -159,8 +159,9 @@ class QTensor:
         """The values that the codes stand for, float32 `[rows, columns]`, rounded once."""
         scale, point, offset = (None if t is None else _by_row(t, self.shape) for t in _fields(self.params))
         wide = torch.float64 if self.spec.storage == "int32" or offset is not None else torch.float32
-        values = on_blocks(self.integers().to(wide), "sub", point, self.spec)
-        return on_blocks(on_blocks(values, "mul", scale, self.spec), "add", offset, self.spec).float()
+        width = column_width(self.spec, self.shape[1])
+        values = on_blocks(self.integers().to(wide), "sub", point, width)
+        return on_blocks(on_blocks(values, "mul", scale, width), "add", offset, width).float()
 
 
 def stored_shape(spec: QuantSpec, shape: tuple[int, int], layout: Layout) -> tuple[int, ...]:
@@ -224,9 +225,8 @@ def column_width(spec: QuantSpec, columns: int) -> int:
     return min(spec.block[1] or columns, columns)
 
 
-def on_blocks(x: Tensor, operation: Operation, values: Tensor | None, spec: QuantSpec) -> Tensor:
+def on_blocks(x: Tensor, operation: Operation, values: Tensor | None, width: int) -> Tensor:
     """`x [rows, columns]` with an operation done in place by numbers of its blocks `[rows, column blocks]`, if any."""
-    width = column_width(spec, x.shape[1])
     whole = x.shape[1] - x.shape[1] % width
     for part, first in ((x[:, :whole], 0), (x[:, whole:], whole // width)):
         if values is not None and part.shape[1]:
@@ -274,10 +274,11 @@ def _by_row(values: Tensor, shape: tuple[int, int]) -> Tensor:
 def _nearest(x: Tensor, fields: Sequence[Tensor | None], spec: QuantSpec) -> Tensor:
     """Codes in float64 `[rows, columns]` of some rows of a matrix; its `_fields` are `[rows, column blocks]`."""
     scale, point, offset = fields
-    ratio = on_blocks(x.to(torch.float64, copy=True), "sub", offset, spec)
-    if not on_blocks(ratio, "div", scale, spec).isfinite().all():
+    width = column_width(spec, x.shape[1])
+    ratio = on_blocks(x.to(torch.float64, copy=True), "sub", offset, width)
+    if not on_blocks(ratio, "div", scale, width).isfinite().all():
         raise InputError(f"cannot quantize to {spec}: the matrix or its scales hold NaN, infinite or zero-scale values")
-    return on_blocks(ratio, "add", point, spec).add_(0.5).floor_().clamp_(spec.qmin, spec.qmax)
+    return on_blocks(ratio, "add", point, width).add_(0.5).floor_().clamp_(spec.qmin, spec.qmax)
 
 
 def _check_scales(params: QParams, spec: QuantSpec, shape: tuple[int, int]) -> None:

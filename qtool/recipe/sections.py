@@ -28,15 +28,39 @@ def _spec(value: Any) -> QuantSpec:
         raise ValueError(str(error)) from error
 
 
+def _activation_spec(value: Any) -> QuantSpec | Literal["float"]:
+    if value == FLOAT:
+        return "float"
+    try:
+        return QuantSpec.parse(value)
+    except QtoolError as error:
+        raise ValueError(f"{error}, or float") from error
+
+
 def merge_specs(old: Any, new: Any) -> dict[str, Any]:
-    """The words of both. A new strategy or group size replaces the old block, not only half of it."""
-    kept, words = _worded(old), _worded(new)
+    """The words of both. A new strategy or group size replaces the old block, not only half of it.
+
+    The word `float` and a spec replace each other.
+    """
+    if _is_float(new):
+        return {"spec": FLOAT}
+    kept, words = {} if _is_float(old) else _worded(old), _worded(new)
     if {"strategy", "group_size", "block_structure"} & set(words):
         gone = {"strategy", "group_size", "block_structure", "dynamic"}
         kept = {key: value for key, value in kept.items() if key not in gone}
     if "symmetric" in words or "minimum" in words:  # one answers what the other asks
         kept = {key: value for key, value in kept.items() if key not in ("symmetric", "minimum")}
     return {**kept, **words}
+
+
+def _is_float(spec: Any) -> bool:
+    """Whether a section says `float`, alone. Raises InputError where it says something else too."""
+    said = spec.get("spec") if isinstance(spec, Mapping) else spec
+    if said == FLOAT and isinstance(spec, Mapping) and len(spec) > 1:
+        raise InputError(
+            f"float has no {', '.join(key for key in spec if key != 'spec')}; write float alone, or a spec"
+        )
+    return isinstance(said, str) and said == FLOAT
 
 
 def _worded(spec: Any) -> dict[str, Any]:
@@ -47,10 +71,14 @@ def _worded(spec: Any) -> dict[str, Any]:
     return merge_specs(spec["spec"], words) if "spec" in spec else words
 
 
+FLOAT = "float"
+"""What is not quantized."""
+
 PART = "part:"
 """How a rule begins that names parts of blocks, the same in every architecture, instead of modules."""
 
 Spec = Annotated[QuantSpec, BeforeValidator(_spec), PlainSerializer(str)]
+ActivationSpec = Annotated[QuantSpec | Literal["float"], BeforeValidator(_activation_spec), PlainSerializer(str)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -64,14 +92,14 @@ class Section(BaseModel):
 class SpecSection(Section):
     """A section that is a `QuantSpec`, written as words or in the short spelling, with further keys beside it."""
 
-    spec: Spec
+    spec: Any
 
     @model_validator(mode="before")
     @classmethod
     def _gather_words(cls, value: Any) -> Any:
         if isinstance(value, str | QuantSpec):
             return {"spec": value}
-        if isinstance(value, Mapping) and not isinstance(value.get("spec"), QuantSpec):
+        if isinstance(value, Mapping) and not isinstance(value.get("spec"), QuantSpec) and not _is_float(value):
             words = _worded(value)
             own = {key: words.pop(key) for key in cls.model_fields if key in words}
             return {**own, "spec": words} if words else own
@@ -110,16 +138,16 @@ class Weights(SpecSection):
 
 
 class Activations(SpecSection):
-    """How the inputs of quantized layers are quantized."""
+    """How the inputs of quantized layers are quantized, or `float`: only weights are."""
 
-    spec: Spec = QuantSpec.parse("int8:token:sym")
+    spec: ActivationSpec = QuantSpec.parse("int8:token:sym")
 
 
 class Rule(Section):
     """An override for the modules that a glob matches: other specs, or `float` to leave them alone."""
 
     weights: Spec | None = None
-    activations: Spec | None = None
+    activations: ActivationSpec | None = None
     keep_float: bool = False
 
     @model_validator(mode="before")

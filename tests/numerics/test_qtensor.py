@@ -288,7 +288,10 @@ def test_asymmetric_round_trip_is_within_half_a_scale(data: st.DataObject) -> No
     spec = QuantSpec(data.draw(st.integers(2, 8)), symmetric=False, block=block, minimum=data.draw(st.booleans()))
     quantized = QTensor.quantize(x, spec)
     step = module.on_blocks(
-        torch.ones(x.shape, dtype=torch.float64), "mul", quantized.params.scale.double().expand(rows, -1), spec
+        torch.ones(x.shape, dtype=torch.float64),
+        "mul",
+        quantized.params.scale.double().expand(rows, -1),
+        block[1] or columns,
     )
     # What float32 cannot hold of a minimum is lost, and one rounding of each value.
     size = x.double().abs().amax() + step * 2**spec.num_bits

@@ -18,6 +18,17 @@ struct QLinear {
   std::int32_t inputs, outputs, column_blocks, width, nibbles;
 };
 
+enum CodeLayout : std::int32_t { kCodeTiles = 0, kCodeNibbles = 1, kCodeRows = 2 };
+
+// Float rows by integer weights. `weight` is tiled int8, tiles of two codes a byte, or int8 row after row, by `layout`. `scale`
+// and `offset` are [row blocks, column blocks] of `block_rows` outputs and `width` inputs, as in QLinear; rows have one column
+// block and no offset. `offset` and `bias` may be null.
+struct CodeLinear {
+  const void* weight;
+  const float *scale, *offset, *bias;
+  std::int32_t inputs, outputs, block_rows, column_blocks, width, layout;
+};
+
 struct Norm {
   const float *weight, *bias;
   float eps;
@@ -41,6 +52,8 @@ struct QEncoder {
 struct FloatKernels {
   std::int64_t (*linear_bytes)(const QLinear&, int rows, int threads);
   void (*linear)(const QLinear&, const float* x, int rows, float* out, int threads, void* memory);
+  std::int64_t (*code_linear_bytes)(const CodeLinear&, int rows, int threads);
+  void (*code_linear)(const CodeLinear&, const float* x, int rows, float* out, int threads, void* memory);
   std::int64_t (*encoder_bytes)(const QEncoder&, const std::int32_t* starts, int sequences, int threads);
   // x float32 [tokens, hidden], in place; sequence i has rows starts[i] ... starts[i + 1] - 1.
   void (*encoder)(const QEncoder&, float* x, const std::int32_t* starts, int sequences, int threads, void* memory);

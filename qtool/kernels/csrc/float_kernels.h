@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "code_linear.h"
 #include "float_encoder.h"
 
 namespace qtool {
@@ -43,6 +44,16 @@ struct FloatTable {
     together(threads, job);
   }
 
+  static std::int64_t code_linear_bytes(const CodeLinear& linear, int rows, int threads) {
+    return CodeProduct<Isa>::bytes(linear, rows, threads);
+  }
+
+  static void code_linear(const CodeLinear& linear, const float* x, int rows, float* out, int threads, void* memory) {
+    CodeProduct<Isa> work(linear, x, rows, out, threads, memory);
+    auto job = [&](const Crew& crew) { work.run(crew); };
+    together(threads, job);
+  }
+
   static std::int64_t encoder_bytes(const QEncoder& encoder, const std::int32_t* starts, int sequences, int threads) {
     return FloatEncoder<Isa>::bytes(encoder, starts, sequences, threads);
   }
@@ -53,7 +64,7 @@ struct FloatTable {
     together(threads, job);
   }
 
-  static constexpr FloatKernels table() { return {&linear_bytes, &linear, &encoder_bytes, &encoder}; }
+  static constexpr FloatKernels table() { return {&linear_bytes, &linear, &code_linear_bytes, &code_linear, &encoder_bytes, &encoder}; }
 
  private:
   static constexpr int kUnpacked = Isa::kPanels * kMostSteps * 64;

@@ -200,6 +200,14 @@ QTOOL_EXPORT std::int32_t qtool_float_linear(std::int32_t isa, const QLinear* li
   return kFine;
 }
 
+QTOOL_EXPORT std::int32_t qtool_code_linear(std::int32_t isa, const CodeLinear* linear, const float* x, std::int32_t rows, float* out,
+                                            std::int32_t threads) {
+  const Memory memory(floating(isa).code_linear_bytes(*linear, rows, threads));
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).code_linear(*linear, x, rows, out, threads, memory.get());
+  return kFine;
+}
+
 QTOOL_EXPORT std::int32_t qtool_float_encoder(std::int32_t isa, const QEncoder* encoder, float* x, const std::int32_t* starts,
                                               std::int32_t sequences, std::int32_t threads) {
   const Memory memory(floating(isa).encoder_bytes(*encoder, starts, sequences, threads));

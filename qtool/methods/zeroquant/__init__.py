@@ -5,6 +5,7 @@ Every Linear of every block (GPT-2's Conv1D too) runs as an int8 × int8 → int
 Embedding tables are stored as integers with a scale a row; the head stays in float, as do LayerNorm, softmax and GELU.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from qtool.rounding import ROUNDINGS
 from qtool.stream import Reader
 
 _QMAX = 127
+_PRODUCTS = {False: "int8 x int8 -> int32", True: "float32 x integer codes -> float32"}
 
 
 class ZeroQuantOptions(Options):
@@ -59,6 +61,7 @@ class ZeroQuant(Method):
             modules[anatomy.tied_head] = {"type": "tied_linear", "table": anatomy.word_table, "bias": bias}
             changes["tie_word_embeddings"] = False
         kept |= float_rest(anatomy, model, modules)
+        self.arithmetic = _arithmetic(modules)
         return Plan(modules, kept, changes)
 
     def _describe(self, unit: Unit, part: Part, module: Any) -> dict[str, Any] | None:
@@ -115,8 +118,16 @@ class ZeroQuant(Method):
         return lowered
 
 
+def _arithmetic(modules: Mapping[str, Any]) -> str:
+    """Which products the linears of a plan are."""
+    floats = {module["activations"] == "float" for module in modules.values() if module["type"] == "linear"}
+    return " and ".join(_PRODUCTS[kind] for kind in sorted(floats)) or "none: tables only"
+
+
 def _is_static(description: Any) -> bool:
-    return description["type"] == "linear" and not QuantSpec.parse(description["activations"]).dynamic
+    if description["type"] != "linear" or description["activations"] == "float":
+        return False
+    return not QuantSpec.parse(description["activations"]).dynamic
 
 
 def _static_scale(statistics: Statistics, path: str) -> torch.Tensor:

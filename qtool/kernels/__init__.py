@@ -57,20 +57,20 @@ class Backend(Protocol):
         stands for. `act_scale` is one static scale, or None for a scale per token.
         """
 
+    def prepare_codes(self, codes: torch.Tensor, shape: tuple[int, int], width: int) -> Any:
+        """The operand that `code_linear` wants, from tiled codes; `width` inputs of a row share a scale."""
+
     def code_linear(
         self,
         x: torch.Tensor,
-        codes: torch.Tensor,
-        shape: tuple[int, int],
-        width: int,
-        scale: torch.Tensor,
-        offset: torch.Tensor | None,
+        operand: Any,
+        weight_scale: torch.Tensor,
         bias: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`x @ (codes · scale + offset)^T + bias` with float activations and tiled codes, which are never all floats.
+        """`x @ (codes · scale + offset)^T + bias` with float activations; the codes are never all unpacked.
 
-        Backends agree up to the rounding of float32 sums. `scale` and `offset` are `[row blocks, column blocks]` of
-        `width` inputs; the last may be fewer.
+        Backends agree up to the rounding of float32 sums. Scales and offsets are `[row blocks, column blocks]`.
         """
 
     def row_table_linear(

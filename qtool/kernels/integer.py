@@ -4,6 +4,7 @@ Small and rare operations are the reference's own.
 """
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class Operand:
     shape: tuple[int, int]
     width: int
     _spread: dict[str, tuple[torch.Tensor, int | None, torch.Tensor]] = field(default_factory=dict)
+    _structs: "_Structs" = field(default_factory=lambda: _Structs())
 
     def spread(self, name: str, values: torch.Tensor) -> torch.Tensor:
         """Numbers of blocks `[row blocks, column blocks]` as `[column blocks, out]`; the last of a name are kept."""
@@ -46,10 +48,67 @@ class Operand:
         native.call("qtool_row_sums", address(tiles), nibbles, *shape, width, address(sums))
         return cls(tiles, sums, shape, width)
 
+    def struct(self, *given: torch.Tensor | None) -> structs.QLinear:
+        """What the kernel is given; the tensors are those of `q_linear` in its order."""
+        made: structs.QLinear = self._structs.get((self.tiles, *given), lambda: self._make(*given))
+        return made
+
+    def _make(self, scale: Any, bias: Any, act_scale: Any, offset: Any) -> structs.QLinear:
+        kept: list[torch.Tensor] = []
+        made = q_linear(self, scale, bias, act_scale, kept, offset)
+        made.kept = kept
+        return made
+
     def correction(self, unsigned: bool) -> torch.Tensor | None:
         """What is added to the sums of every output for codes that are stored larger than they are."""
         factor = (reference.QMAX if unsigned else 0) - native.code_offset()
         return self.row_sums[0] * factor if factor else None
+
+
+Given = tuple[torch.Tensor | None, ...]
+
+
+class _Structs:
+    """The struct made last of an operand's tensors, as long as these are the same, unchanged and where they were.
+
+    A step of generation calls each layer for one row: making structs would take longer than many products.
+    """
+
+    _last: tuple[Given, tuple[int, ...], Any] | None = None
+
+    def get(self, given: Given, make: Callable[[], Any]) -> Any:
+        """That of `given`, made anew by `make` when one changed."""
+        if any(tensor is not None and tensor.is_inference() for tensor in given):  # these do not count their changes
+            return make()
+        state = tuple(part for t in given if t is not None for part in (t._version, t.data_ptr()))
+        last = self._last
+        if last is None or last[1] != state or any(a is not b for a, b in zip(last[0], given, strict=True)):
+            last = self._last = given, state, make()
+        return last[2]
+
+
+@dataclass
+class NativeCodes(reference.Codes):
+    """Tiled codes, int8 or uint8 of two a byte, and the struct that goes with them."""
+
+    _structs: _Structs = field(default_factory=_Structs)
+
+    def struct(self, scale: torch.Tensor, offset: torch.Tensor | None, bias: torch.Tensor | None) -> structs.CodeLinear:
+        """What the kernel is given."""
+        given = self.codes, scale, offset, bias
+        made: structs.CodeLinear = self._structs.get(given, lambda: self._make(scale, offset, bias))
+        return made
+
+    def _make(self, *tensors: torch.Tensor | None) -> structs.CodeLinear:
+        whole = [None if tensor is None else tensor.detach().contiguous() for tensor in tensors]
+        (outputs, inputs), (row_blocks, column_blocks) = self.shape, whole[0].shape  # type: ignore[union-attr]
+        layout = structs.CodeLinear.NIBBLES if self.codes.dtype == torch.uint8 else structs.CodeLinear.TILES
+        made = structs.CodeLinear(
+            address(self.codes), *(address(tensor) for tensor in whole),
+            inputs, outputs, outputs // row_blocks, column_blocks, self.width, layout,
+        )  # fmt: skip
+        made.kept = whole  # the tensors that it points to
+        return made
 
 
 _ALONE = 1 << 20  # multiply-adds, or as long on rows, that are done before another thread is awake
@@ -93,8 +152,7 @@ class Native(Reference):
         if not isinstance(operand, Operand):
             return super().int8_linear(x, operand, weight_scale, bias, act_scale, weight_offset)
         x = x.contiguous()
-        kept: list[torch.Tensor] = []
-        struct = q_linear(operand, weight_scale, bias, act_scale, kept, weight_offset)
+        struct = operand.struct(weight_scale, bias, act_scale, weight_offset)
         result = torch.empty((len(x), operand.shape[0]), dtype=torch.float32)
         native.call(
             "qtool_float_linear",
@@ -106,21 +164,23 @@ class Native(Reference):
         )
         return result
 
+    def prepare_codes(self, codes: torch.Tensor, shape: tuple[int, int], width: int) -> Any:
+        """Tiled codes as they are; the reference's for blocks that cut through tiles."""
+        cuts = width % TILE_COLUMNS and width < shape[1]
+        return super().prepare_codes(codes, shape, width) if cuts else NativeCodes(codes.contiguous(), shape, width)
+
     def code_linear(
         self,
         x: torch.Tensor,
-        codes: torch.Tensor,
-        shape: tuple[int, int],
-        width: int,
-        scale: torch.Tensor,
-        offset: torch.Tensor | None,
+        operand: Any,
+        weight_scale: torch.Tensor,
         bias: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Reference.code_linear`; the reference's own for blocks that cut through tiles."""
-        if (width % TILE_COLUMNS and width < shape[1]) or not codes.is_contiguous():
-            return super().code_linear(x, codes, shape, width, scale, offset, bias)
-        layout = structs.CodeLinear.NIBBLES if codes.dtype == torch.uint8 else structs.CodeLinear.TILES
-        return _code_linear(x, codes, shape, width, scale, offset, bias, layout)
+        if not isinstance(operand, NativeCodes):
+            return super().code_linear(x, operand, weight_scale, bias, weight_offset)
+        return _code_linear(x, operand.struct(weight_scale, weight_offset, bias), operand.shape[0])
 
     def row_table_linear(
         self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
@@ -129,7 +189,12 @@ class Native(Reference):
         if len(x) > _FEW_ROWS or codes.dtype != torch.int8 or not codes.is_contiguous():
             return super().row_table_linear(x, codes, scale, bias)
         rows, columns = codes.shape
-        return _code_linear(x, codes, (rows, columns), columns, scale, None, bias, structs.CodeLinear.ROWS)
+        scale = scale.contiguous()
+        struct = structs.CodeLinear(
+            address(codes), address(scale), None, address(bias),
+            columns, rows, rows // len(scale), 1, columns, structs.CodeLinear.ROWS,
+        )  # fmt: skip
+        return _code_linear(x, struct, rows)
 
     @staticmethod
     def float_encoder(encoder: structs.QEncoder, hidden: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
@@ -282,23 +347,8 @@ class Native(Reference):
         return rows.view(*real.shape, width)
 
 
-def _code_linear(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    shape: tuple[int, int],
-    width: int,
-    scale: torch.Tensor,
-    offset: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    layout: int,
-) -> torch.Tensor:
-    outputs, inputs = shape
-    x, scale = x.detach().contiguous(), scale.contiguous()
-    offset = None if offset is None else offset.contiguous()
-    struct = structs.CodeLinear(
-        address(codes), address(scale), address(offset), address(bias),
-        inputs, outputs, outputs // len(scale), scale.shape[1], width, layout,
-    )  # fmt: skip
+def _code_linear(x: torch.Tensor, struct: structs.CodeLinear, outputs: int) -> torch.Tensor:
+    x = x.detach().contiguous()
     result = torch.empty((len(x), outputs), dtype=torch.float32)
     work = _CODE_WORK * x.numel() * outputs
     native.call("qtool_code_linear", ctypes.byref(struct), address(x), len(x), address(result), threads(work))

@@ -42,6 +42,15 @@ class Operand:
         return self.digits[0].shape[1]
 
 
+@dataclass
+class Codes:
+    """Tiled codes of logical `shape` `(out, in)`, `width` inputs to a scale, that floats are multiplied by."""
+
+    codes: torch.Tensor
+    shape: tuple[int, int]
+    width: int
+
+
 def operand(codes: torch.Tensor, product: Product | None = None, width: int | None = None) -> Operand:
     """Prepare int8 `codes` `[out, in]` for the exact product of this machine (or for the `product` named)."""
     product = product or exact_product()
@@ -426,32 +435,34 @@ class Reference:
         assert result is not None  # a weight has at least one column block
         return result if bias is None else result.add_(bias)
 
+    def prepare_codes(self, codes: torch.Tensor, shape: tuple[int, int], width: int) -> Any:
+        """Tiled codes as they are."""
+        return Codes(codes, shape, width)
+
     def code_linear(
         self,
         x: torch.Tensor,
-        codes: torch.Tensor,
-        shape: tuple[int, int],
-        width: int,
-        scale: torch.Tensor,
-        offset: torch.Tensor | None,
+        operand: Codes,
+        weight_scale: torch.Tensor,
         bias: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`x` float32 `[tokens, in]`, tiled `codes` of logical `shape` `(out, in)` → float32 `[tokens, out]`.
+        """`x` float32 `[tokens, in]` → float32 `[tokens, out]`.
 
         Some rows of weights at a time are what the codes stand for, rounded to float32 by each operation.
         """
-        outputs, inputs = shape
-        scales, offsets = (
+        outputs, inputs = operand.shape
+        scale, offset = (
             None if values is None else values.repeat_interleave(outputs // values.shape[0], 0)
-            for values in (scale, offset)
+            for values in (weight_scale, weight_offset)
         )
         result = torch.empty((x.shape[0], outputs), dtype=torch.float32)
         for first in range(0, outputs, _TABLE_ROWS):
             rows = slice(first, min(first + _TABLE_ROWS, outputs))
-            panels = codes[first // TILE_ROWS : -(-rows.stop // TILE_ROWS)]
+            panels = operand.codes[first // TILE_ROWS : -(-rows.stop // TILE_ROWS)]
             weight = whole_codes(panels, (rows.stop - first, inputs)).float()
-            for operation, values in (("mul", scales), ("add", offsets)):
-                on_blocks(weight, operation, None if values is None else values[rows], width)  # type: ignore[arg-type]
+            on_blocks(weight, "mul", None if scale is None else scale[rows], operand.width)
+            on_blocks(weight, "add", None if offset is None else offset[rows], operand.width)
             result[:, rows] = x @ weight.t()
         return result if bias is None else result.add_(bias)
 

@@ -68,8 +68,7 @@ class QLinear(CodesModule):
         bias = None if self.bias is None else self.bias.float()
         scale, offset = self.weight_scale, self._offset()
         if self.activations == "float":
-            shape, width = (self.out_features, self.in_features), column_width(self.weights, self.in_features)
-            y = kernels.backend().code_linear(rows, self.weight, shape, width, scale, offset, bias)
+            y = kernels.backend().code_linear(rows, self._prepared(), scale, bias, offset)
         else:
             y = kernels.backend().int8_linear(rows, self._prepared(), scale, bias, self.act_scale, offset)
         return y.view(*x.shape[:-1], self.out_features).to(self.output_dtype)
@@ -80,8 +79,9 @@ class QLinear(CodesModule):
         self.weight_zero_point, self.weight_offset = tensor.params.zero_point, tensor.params.offset
 
     def _prepare(self, codes: torch.Tensor) -> Any:
-        width = column_width(self.weights, self.in_features)
-        return kernels.backend().prepare(codes, (self.out_features, self.in_features), width)
+        backend, width = kernels.backend(), column_width(self.weights, self.in_features)
+        prepare = backend.prepare_codes if self.activations == "float" else backend.prepare
+        return prepare(codes, (self.out_features, self.in_features), width)
 
     def _offset(self) -> torch.Tensor | None:
         """What code 0 stands for in each block; of integer zero points it is computed once."""

@@ -31,6 +31,12 @@ def drawn(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def product(ops: Any, stored: QTensor, x: torch.Tensor, *rest: torch.Tensor | None) -> torch.Tensor:
+    width = min(stored.spec.block[1] or stored.shape[1], stored.shape[1])
+    found: torch.Tensor = ops.code_linear(x, ops.prepare_codes(stored.codes, stored.shape, width), *rest)
+    return found
+
+
 def spread(values: torch.Tensor, shape: tuple[int, int], width: int) -> torch.Tensor:
     wide = values.double().repeat_interleave(shape[0] // values.shape[0], 0).repeat_interleave(width, 1)
     return wide[:, : shape[1]]
@@ -54,7 +60,7 @@ def test_within_the_rounding_of_float32_sums(ops: Any, spelling: str, bias: bool
         addend = drawn(shape[0], seed=1) if bias else None
         for rows in (0, 1, 2, 3, 9, 17):
             x = drawn(rows, inputs, seed=rows) * torch.logspace(-3, 3, rows)[:, None]
-            found = ops.code_linear(x, stored.codes, shape, width, scale, offset, addend)
+            found = product(ops, stored, x, scale, addend, offset)
             assert found.shape == (rows, shape[0]) and found.dtype == torch.float32
             exact = x.double() @ (codes + zeros).T
             size = x.double().abs() @ (codes.abs() + zeros.abs()).T
@@ -76,7 +82,7 @@ def test_sums_are_exact_where_float32_holds_them(ops: Any) -> None:
             for rows in (1, 2, 5):
                 x = torch.randint(-9, 10, (rows, inputs), generator=draw).float()
                 offset = torch.randint(-3, 4, blocks, generator=draw).float()
-                found = ops.code_linear(x, stored.codes, (37, inputs), min(20, inputs), params.scale, offset, None)
+                found = product(ops, stored, x, params.scale, None, offset)
                 assert torch.equal(found, x @ (weight + spread(offset, (37, inputs), 20).float()).T)
 
 
@@ -100,12 +106,10 @@ def test_tables_row_by_row(ops: Any, columns: int, block_rows: int) -> None:
 @pytest.mark.parametrize("spelling", ["int4:group:32:min", "int8:channel:sym"])
 def test_threads_change_nothing(ops: Any, rows: int, spelling: str) -> None:
     stored = QTensor.quantize(drawn(700, 96, seed=0), QuantSpec.parse(spelling), layout="tiled")
-    width = stored.spec.block[1] or 96
     x, found = drawn(rows, 96, seed=1), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        rest = stored.params.scale, stored.params.offsets(), None
-        found.append(ops.code_linear(x, stored.codes, (700, 96), width, *rest))
+        found.append(product(ops, stored, x, stored.params.scale, None, stored.params.offsets()))
     if isinstance(ops, Native):
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     else:
@@ -117,5 +121,21 @@ def test_damage_stays_visible(ops: Any) -> None:
     for rows in (2, 5):
         x = drawn(rows, 40, seed=1)
         x[1, 39] = float("nan")
-        y = ops.code_linear(x, stored.codes, (20, 40), 16, stored.params.scale, stored.params.offsets(), None)
+        y = product(ops, stored, x, stored.params.scale, None, stored.params.offsets())
         assert y[1].isnan().all() and y[0].isfinite().all()
+
+
+def test_a_changed_scale_or_offset_is_noticed(ops: Any) -> None:
+    stored = QTensor.quantize(drawn(20, 40, seed=0), QuantSpec.parse("int4:group:16:min"), layout="tiled")
+    operand, x = ops.prepare_codes(stored.codes, stored.shape, 16), drawn(1, 40, seed=1)
+    scale, offset = stored.params.scale.clone(), torch.zeros(20, 3)
+    before = ops.code_linear(x, operand, scale, None, offset)
+    scale *= 2
+    assert torch.equal(ops.code_linear(x, operand, scale, None, offset), 2 * before)
+    for other in (torch.ones(20, 3), offset.add_(1)):
+        found = ops.code_linear(x, operand, scale, None, other)
+        assert torch.allclose(found, 2 * before + x.sum(), rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        inner = scale.clone()
+        inner.mul_(2)
+        assert torch.allclose(ops.code_linear(x, operand, inner, None, None), 4 * before, rtol=1e-4, atol=1e-4)

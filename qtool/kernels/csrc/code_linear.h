@@ -78,13 +78,19 @@ class CodeProduct {
     }
   }
 
-  // What belongs to the outputs of a panel in one block of columns; 0 behind the last output.
-  void gather(const float* values, int panel, int block, float* out) const {
-    for (int c = 0; c < kTile; ++c) {
-      const int output = panel * kTile + c;
-      out[c] = output < linear_.outputs ? values[std::int64_t{output / linear_.block_rows} * linear_.column_blocks + block] : 0.0f;
+  // Where numbers of blocks lie for the outputs of a panel; behind the last output those of the last.
+  struct Places {
+    Places(const CodeLinear& linear, int panel) {
+      for (int c = 0; c < kTile; ++c) {
+        const int output = std::min(panel * kTile + c, linear.outputs - 1);
+        cells[c] = std::int64_t{output / linear.block_rows} * linear.column_blocks;
+      }
     }
-  }
+    void gather(const float* values, int block, float* out) const {
+      for (int c = 0; c < kTile; ++c) out[c] = values[cells[c] + block];
+    }
+    std::int64_t cells[kTile];
+  };
 
   template <bool kNibbles>
   const std::uint8_t* tiles(int panel) const {
@@ -102,6 +108,7 @@ class CodeProduct {
   void few(int panel, const float* x_sums) const {
     constexpr int kBytes = kNibbles ? kTile * kQuad / 2 : kTile * kQuad;
     alignas(64) float scale[kTile], offset[kTile], result[kTile];
+    const Places places(linear_, panel);
     for (int r = 0; r < rows_; ++r) {
       const float* x = x_ + std::int64_t{r} * linear_.inputs;
       const std::uint8_t* tile = tiles<kNibbles>(panel);
@@ -122,8 +129,8 @@ class CodeProduct {
           for (int i = 0; k + i < end; ++i) last[i] = x[k + i];
           step<kNibbles>(tile, last, sums);
         }
-        gather(linear_.scale, panel, block, scale);
-        if (linear_.offset != nullptr) gather(linear_.offset, panel, block, offset);
+        places.gather(linear_.scale, block, scale);
+        if (linear_.offset != nullptr) places.gather(linear_.offset, block, offset);
         for (int v = 0; v < kVectors; ++v) {
           const auto sum = Isa::add_float(Isa::add_float(sums[0][v], sums[1][v]), Isa::add_float(sums[2][v], sums[3][v]));
           total[v] = Isa::fused(sum, Isa::load_float(scale + v * Isa::kLanes), total[v]);
@@ -179,9 +186,10 @@ class CodeProduct {
     constexpr int kBytes = kNibbles ? kTile * kQuad / 2 : kTile * kQuad;
     alignas(64) float scale[kTile], offset[kTile] = {};
     const std::uint8_t* tile = tiles<kNibbles>(panel);
+    const Places places(linear_, panel);
     for (int block = 0; block < linear_.column_blocks; ++block) {
-      gather(linear_.scale, panel, block, scale);
-      if (linear_.offset != nullptr) gather(linear_.offset, panel, block, offset);
+      places.gather(linear_.scale, block, scale);
+      if (linear_.offset != nullptr) places.gather(linear_.offset, block, offset);
       for (int k = block * linear_.width; k < block_end(block); k += kQuad, tile += kBytes) {
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) {

@@ -13,12 +13,13 @@ from pydantic import Field
 
 from qtool.anatomy import Anatomy, Part, Unit
 from qtool.calibrate.statistics import Statistics
+from qtool.errors import InputError
 from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
-from qtool.methods.zeroquant.kept import float_rest, irreplaceable
+from qtool.methods.zeroquant.kept import float_rest, irreplaceable, vocabulary_head
 from qtool.methods.zeroquant.specs import check_linear, check_table
 from qtool.nn import MODULES, QEmbedding, QLinear, QModule
 from qtool.numerics import QuantSpec
-from qtool.recipe import Spec
+from qtool.recipe import ActivationSpec, Spec
 from qtool.rounding import ROUNDINGS
 from qtool.stream import Reader
 
@@ -27,10 +28,15 @@ _PRODUCTS = {False: "int8 x int8 -> int32", True: "float32 x integer codes -> fl
 
 
 class ZeroQuantOptions(Options):
-    """How embedding tables are stored. INT8 for the small tables costs agreement; 16 bits cost almost no space."""
+    """How embedding tables are stored. INT8 for the small tables costs agreement; 16 bits cost almost no space.
+
+    `head` is for an output layer over the vocabulary that is not tied to the word table (a tied one uses its codes).
+    """
 
     word_embeddings: Spec | Literal["float"] = Field(QuantSpec.parse("int8:channel:sym"), union_mode="left_to_right")
     small_embeddings: Spec | Literal["float"] = Field(QuantSpec.parse("int16:channel:sym"), union_mode="left_to_right")
+    head: Spec | Literal["float"] = Field("float", union_mode="left_to_right")
+    head_activations: ActivationSpec = "float"
 
 
 class ZeroQuant(Method):
@@ -60,9 +66,26 @@ class ZeroQuant(Method):
             bias = model.get_submodule(anatomy.tied_head).bias is not None
             modules[anatomy.tied_head] = {"type": "tied_linear", "table": anatomy.word_table, "bias": bias}
             changes["tie_word_embeddings"] = False
+        modules |= self._head(anatomy, model)
         kept |= float_rest(anatomy, model, modules)
         self.arithmetic = _arithmetic(modules)
         return Plan(modules, kept, changes)
+
+    def _head(self, anatomy: Anatomy, model: Any) -> dict[str, dict[str, Any]]:
+        """The output layer over the vocabulary, where an option asks for it."""
+        weights, activations = self.options.head, self.options.head_activations
+        if weights == "float":
+            if activations != "float":
+                raise InputError("methods.zeroquant.head_activations: the head itself is float; set head too")
+            return {}
+        path = vocabulary_head(anatomy, model)
+        module = model.get_submodule(path)
+        shape = tuple(module.weight.shape)
+        check_linear(weights, activations, shape, path)
+        if activations != "float" and not activations.dynamic:
+            raise InputError(f"{path}: the input of a head is not calibrated; use int8:token:sym or float")
+        words = {"weights": str(weights), "activations": str(activations), "bias": module.bias is not None}
+        return {path: {"type": "linear", "shape": list(shape), **words}}
 
     def _describe(self, unit: Unit, part: Part, module: Any) -> dict[str, Any] | None:
         """The description of one part, or None where it stays float."""

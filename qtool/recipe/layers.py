@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import yaml
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from qtool.errors import InputError, QtoolError, UsageError, one_of
 from qtool.numerics.spec import WORDS
 from qtool.recipe.sections import (
+    FLOAT,
     Activations,
     Calibration,
     Evaluate,
@@ -34,7 +36,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 value = merge_specs(old, value)
             except QtoolError as error:
-                raise InputError(f"{key}: {error}") from error
+                near = key == "activations" and isinstance(value, str) and get_close_matches(value, [FLOAT])
+                raise InputError(f"{key}: {error}{'; did you mean float?' if near else ''}") from error
         elif isinstance(old, Mapping) and isinstance(value, Mapping):
             value = merge(old, value)
         merged[key] = value

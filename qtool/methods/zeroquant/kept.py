@@ -22,9 +22,8 @@ def vocabulary_head(anatomy: Anatomy, model: Any) -> str:
     if anatomy.tied_head:
         raise InputError(f"{wanted}: {anatomy.tied_head} shares the word table and its codes; see word_embeddings")
     module = model.get_output_embeddings()
-    path = (
-        next((path for path, found in model.named_modules() if found is module), None) if module is not None else None
-    )
+    paths: list[str] = [path for path, found in model.named_modules() if found is module]
+    path = paths[0] if paths else None
     if path is None or matrix_kind(module) is None:
         raise InputError(
             f"{wanted}: {type(model).__name__} has no plain output layer over a vocabulary; leave it float"

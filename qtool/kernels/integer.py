@@ -120,7 +120,6 @@ def threads(work: int) -> int:
 
 
 _FEW_ROWS = 4  # of activations for which a table is read code by code
-_CODE_WORK = 8  # multiply-adds of bytes that take as long as one of a code and a float
 
 
 class Native(Reference):
@@ -350,8 +349,8 @@ class Native(Reference):
 def _code_linear(x: torch.Tensor, struct: structs.CodeLinear, outputs: int) -> torch.Tensor:
     x = x.detach().contiguous()
     result = torch.empty((len(x), outputs), dtype=torch.float32)
-    work = _CODE_WORK * x.numel() * outputs
-    native.call("qtool_code_linear", ctypes.byref(struct), address(x), len(x), address(result), threads(work))
+    shared = threads(x.numel() * outputs)
+    native.call("qtool_code_linear", ctypes.byref(struct), address(x), len(x), address(result), shared)
     return result
 
 

@@ -68,7 +68,7 @@ def int4_row() -> dict[str, float]:
     count = TABLE_BYTES // (inputs * outputs // 2)
     spec = QuantSpec.parse("int4:group:64:sym")
     first = QTensor.quantize(torch.randn(outputs, inputs), spec, layout="tiled")
-    layers = [(Native().prepare(first.codes.clone(), (outputs, inputs), inputs // 64)) for _ in range(count)]
+    layers = [(Native().prepare(first.codes.clone(), (outputs, inputs), 64)) for _ in range(count)]
     scale = first.params.scale
     x = torch.randn(1, inputs)
     source, target = (torch.ones(TABLE_BYTES, dtype=torch.uint8) for _ in range(2))

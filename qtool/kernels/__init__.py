@@ -32,10 +32,11 @@ class Backend(Protocol):
     def integer_gelu(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
     def integer_tanh(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 
-    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int = 1) -> Any:
+    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], width: int | None = None) -> Any:
         """The operand that `int8_linear` wants, from stored codes (tiled, or one row a slice) of logical `shape`.
 
-        uint8 codes are tiles of nibbles. `column_blocks` is how many scales a row of the weight has.
+        uint8 codes are tiles of nibbles. `width` is how many inputs of a row share a scale: None for all; the last
+        ones may be fewer.
         """
 
     def row_sums(self, operand: Any) -> torch.Tensor:
@@ -48,10 +49,28 @@ class Backend(Protocol):
         weight_scale: torch.Tensor,
         bias: torch.Tensor | None,
         act_scale: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`x @ W^T + bias` by an int8 × int8 → int32 product: float32 in, float32 out.
 
-        `weight_scale` is `[row blocks, column blocks]`. `act_scale` is one static scale, or None for a scale per token.
+        `weight_scale` is `[row blocks, column blocks]`, and so is `weight_offset`, what code 0 of asymmetric weights
+        stands for. `act_scale` is one static scale, or None for a scale per token.
+        """
+
+    def prepare_codes(self, codes: torch.Tensor, shape: tuple[int, int], width: int) -> Any:
+        """The operand that `code_linear` wants, from tiled codes; `width` inputs of a row share a scale."""
+
+    def code_linear(
+        self,
+        x: torch.Tensor,
+        operand: Any,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`x @ (codes · scale + offset)^T + bias` with float activations; the codes are never all unpacked.
+
+        Backends agree up to the rounding of float32 sums. Scales and offsets are `[row blocks, column blocks]`.
         """
 
     def row_table_linear(

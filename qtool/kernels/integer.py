@@ -4,7 +4,8 @@ Small and rare operations are the reference's own.
 """
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,35 +18,97 @@ from qtool.numerics.qtensor import TILE_COLUMNS, tile
 
 @dataclass
 class Operand:
-    """A weight as the kernels read it: int8 tiles (uint8 of two codes each), and int32 sums `[column blocks, out]`."""
+    """A weight as the kernels read it: int8 tiles (uint8 of two codes each), and int32 sums `[column blocks, out]`.
+
+    Scales are shared by `width` inputs of a row.
+    """
 
     tiles: torch.Tensor
     row_sums: torch.Tensor
     shape: tuple[int, int]
-    _scale: tuple[torch.Tensor, int | None, torch.Tensor] | None = None
+    width: int
+    _spread: dict[str, tuple[torch.Tensor, int | None, torch.Tensor]] = field(default_factory=dict)
+    _structs: "_Structs" = field(default_factory=lambda: _Structs())
 
-    def scale(self, weight_scale: torch.Tensor) -> torch.Tensor:
-        """Scales of blocks `[row blocks, column blocks]` as `[column blocks, out]`; the last ones are kept."""
-        version = None if weight_scale.is_inference() else weight_scale._version
-        known = self._scale
-        if known is None or known[0] is not weight_scale or known[1] != version or version is None:
-            wide = weight_scale.repeat_interleave(self.shape[0] // len(weight_scale), dim=0)
-            known = self._scale = weight_scale, version, wide.t().contiguous()
+    def spread(self, name: str, values: torch.Tensor) -> torch.Tensor:
+        """Numbers of blocks `[row blocks, column blocks]` as `[column blocks, out]`; the last of a name are kept."""
+        version = None if values.is_inference() else values._version
+        known = self._spread.get(name)
+        if known is None or known[0] is not values or known[1] != version or version is None:
+            wide = values.repeat_interleave(self.shape[0] // len(values), dim=0)
+            known = self._spread[name] = values, version, wide.t().contiguous()
         return known[2]
 
     @classmethod
-    def of(cls, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int) -> "Operand":
+    def of(cls, codes: torch.Tensor, shape: tuple[int, int], width: int) -> "Operand":
         """From stored codes in either layout; tiles are taken as they are."""
         tiles = codes if codes.dim() == 4 and codes.is_contiguous() else tile(reference.whole_codes(codes, shape))
-        sums = torch.empty((column_blocks, shape[0]), dtype=torch.int32)
+        sums = torch.empty((max(1, -(-shape[1] // width)), shape[0]), dtype=torch.int32)
         nibbles = tiles.dtype == torch.uint8
-        native.call("qtool_row_sums", address(tiles), nibbles, *shape, column_blocks, address(sums))
-        return cls(tiles, sums, shape)
+        native.call("qtool_row_sums", address(tiles), nibbles, *shape, width, address(sums))
+        return cls(tiles, sums, shape, width)
+
+    def struct(self, *given: torch.Tensor | None) -> structs.QLinear:
+        """What the kernel is given; the tensors are those of `q_linear` in its order."""
+        made: structs.QLinear = self._structs.get((self.tiles, *given), lambda: self._make(*given))
+        return made
+
+    def _make(self, scale: Any, bias: Any, act_scale: Any, offset: Any) -> structs.QLinear:
+        kept: list[torch.Tensor] = []
+        made = q_linear(self, scale, bias, act_scale, kept, offset)
+        made.kept = kept
+        return made
 
     def correction(self, unsigned: bool) -> torch.Tensor | None:
         """What is added to the sums of every output for codes that are stored larger than they are."""
         factor = (reference.QMAX if unsigned else 0) - native.code_offset()
         return self.row_sums[0] * factor if factor else None
+
+
+Given = tuple[torch.Tensor | None, ...]
+
+
+class _Structs:
+    """The struct made last of an operand's tensors, as long as these are the same, unchanged and where they were.
+
+    A step of generation calls each layer for one row: making structs would take longer than many products.
+    """
+
+    _last: tuple[Given, tuple[int, ...], Any] | None = None
+
+    def get(self, given: Given, make: Callable[[], Any]) -> Any:
+        """That of `given`, made anew by `make` when one changed."""
+        if any(tensor is not None and tensor.is_inference() for tensor in given):  # these do not count their changes
+            return make()
+        state = tuple(part for t in given if t is not None for part in (t._version, t.data_ptr()))
+        last = self._last
+        if last is None or last[1] != state or any(a is not b for a, b in zip(last[0], given, strict=True)):
+            last = self._last = given, state, make()
+        return last[2]
+
+
+@dataclass
+class NativeCodes(reference.Codes):
+    """Tiled codes, int8 or uint8 of two a byte, and the struct that goes with them."""
+
+    _structs: _Structs = field(default_factory=_Structs)
+
+    def struct(self, scale: torch.Tensor, offset: torch.Tensor | None, bias: torch.Tensor | None) -> structs.CodeLinear:
+        """What the kernel is given."""
+        given = self.codes, scale, offset, bias
+        made: structs.CodeLinear = self._structs.get(given, lambda: self._make(scale, offset, bias))
+        return made
+
+    def _make(self, *tensors: torch.Tensor | None) -> structs.CodeLinear:
+        whole = [None if tensor is None else tensor.detach().contiguous() for tensor in tensors]
+        (outputs, inputs), (row_blocks, column_blocks) = self.shape, whole[0].shape  # type: ignore[union-attr]
+        layout = structs.CodeLinear.NIBBLES if self.codes.dtype == torch.uint8 else structs.CodeLinear.TILES
+        made = structs.CodeLinear(
+            address(self.codes), *(address(tensor) for tensor in whole),
+            inputs, outputs, outputs // row_blocks, column_blocks, self.width, layout,
+        )  # fmt: skip
+        made.kept = whole  # the tensors that it points to
+        return made
 
 
 _ALONE = 1 << 20  # multiply-adds, or as long on rows, that are done before another thread is awake
@@ -56,16 +119,18 @@ def threads(work: int) -> int:
     return torch.get_num_threads() if work > _ALONE else 1
 
 
+_FEW_ROWS = 4  # of activations for which a table is read code by code
+
+
 class Native(Reference):
     """Compiled kernels for the CPU's instruction set."""
 
     name = "native"
 
-    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int = 1) -> Any:
+    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], width: int | None = None) -> Any:
         """The stored tiles with the sums of their rows; the reference's operand for blocks that cut through tiles."""
-        if not whole_tiles(shape[1], column_blocks):
-            return super().prepare(codes, shape)
-        return Operand.of(codes, shape, column_blocks)
+        width = width or shape[1]
+        return Operand.of(codes, shape, width) if whole_tiles(shape[1], width) else super().prepare(codes, shape, width)
 
     def row_sums(self, operand: Any) -> torch.Tensor:
         """int32 `[out]`."""
@@ -79,13 +144,13 @@ class Native(Reference):
         weight_scale: torch.Tensor,
         bias: torch.Tensor | None,
         act_scale: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `Reference.int8_linear`; the same bits."""
         if not isinstance(operand, Operand):
-            return super().int8_linear(x, operand, weight_scale, bias, act_scale)
+            return super().int8_linear(x, operand, weight_scale, bias, act_scale, weight_offset)
         x = x.contiguous()
-        kept: list[torch.Tensor] = []
-        struct = q_linear(operand, weight_scale, bias, act_scale, kept)
+        struct = operand.struct(weight_scale, bias, act_scale, weight_offset)
         result = torch.empty((len(x), operand.shape[0]), dtype=torch.float32)
         native.call(
             "qtool_float_linear",
@@ -96,6 +161,38 @@ class Native(Reference):
             threads(x.numel() * operand.shape[0]),
         )
         return result
+
+    def prepare_codes(self, codes: torch.Tensor, shape: tuple[int, int], width: int) -> Any:
+        """Tiled codes as they are; the reference's for blocks that cut through tiles."""
+        cuts = width % TILE_COLUMNS and width < shape[1]
+        return super().prepare_codes(codes, shape, width) if cuts else NativeCodes(codes.contiguous(), shape, width)
+
+    def code_linear(
+        self,
+        x: torch.Tensor,
+        operand: Any,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Reference.code_linear`; the reference's own for blocks that cut through tiles."""
+        if not isinstance(operand, NativeCodes):
+            return super().code_linear(x, operand, weight_scale, bias, weight_offset)
+        return _code_linear(x, operand.struct(weight_scale, weight_offset, bias), operand.shape[0])
+
+    def row_table_linear(
+        self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `Reference.row_table_linear`; torch's product of unpacked rows is better for many tokens."""
+        if len(x) > _FEW_ROWS or codes.dtype != torch.int8 or not codes.is_contiguous():
+            return super().row_table_linear(x, codes, scale, bias)
+        rows, columns = codes.shape
+        scale = scale.contiguous()
+        struct = structs.CodeLinear(
+            address(codes), address(scale), None, address(bias),
+            columns, rows, rows // len(scale), 1, columns, structs.CodeLinear.ROWS,
+        )  # fmt: skip
+        return _code_linear(x, struct, rows)
 
     @staticmethod
     def float_encoder(encoder: structs.QEncoder, hidden: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
@@ -248,9 +345,17 @@ class Native(Reference):
         return rows.view(*real.shape, width)
 
 
-def whole_tiles(inputs: int, column_blocks: int) -> bool:
-    """Whether blocks of inputs that share scales are made of whole tiles, as the kernels need it."""
-    return column_blocks == 1 or inputs // column_blocks % TILE_COLUMNS == 0
+def whole_tiles(inputs: int, width: int) -> bool:
+    """Whether blocks of `width` inputs that share scales are made of whole tiles, as the kernels need it."""
+    return width >= inputs or width % TILE_COLUMNS == 0
+
+
+def _code_linear(x: torch.Tensor, struct: structs.CodeLinear, outputs: int) -> torch.Tensor:
+    x = x.detach().contiguous()
+    result = torch.empty((len(x), outputs), dtype=torch.float32)
+    shared = threads(x.numel() * outputs)
+    native.call("qtool_code_linear", ctypes.byref(struct), address(x), len(x), address(result), shared)
+    return result
 
 
 def q_linear(
@@ -259,14 +364,16 @@ def q_linear(
     bias: torch.Tensor | None,
     act_scale: torch.Tensor | None,
     kept: list[torch.Tensor],
+    weight_offset: torch.Tensor | None = None,
 ) -> structs.QLinear:
     """The struct of a linear layer; tensors made for it are appended to `kept`, which must outlive it."""
     outputs, inputs = operand.shape
-    tensors = (operand.tiles, operand.row_sums, operand.scale(weight_scale), bias, act_scale)
+    offset = None if weight_offset is None else operand.spread("offset", weight_offset)
+    tensors = (operand.tiles, operand.row_sums, operand.spread("scale", weight_scale), bias, act_scale, offset)
     kept += [tensor for tensor in tensors if tensor is not None]
     return structs.QLinear(
         *(address(tensor) for tensor in tensors), inputs, outputs,
-        weight_scale.shape[1], operand.tiles.dtype == torch.uint8,
+        weight_scale.shape[1], operand.width, operand.tiles.dtype == torch.uint8,
     )  # fmt: skip
 
 

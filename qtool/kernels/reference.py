@@ -16,21 +16,25 @@ from typing import Any, Literal
 import torch
 
 from qtool.numerics.dyadic import rescale
-from qtool.numerics.qtensor import TILE_COLUMNS, rows_of, unpack_nibbles
+from qtool.numerics.qtensor import TILE_COLUMNS, TILE_ROWS, on_blocks, rows_of, unpack_nibbles
 
 QMAX = 127
 _TINY = torch.finfo(torch.float32).tiny
-_TABLE_ROWS = 512  # of a vocabulary table, expanded to float at a time: they should stay in the cache
+_TABLE_ROWS = 512  # of a matrix of codes, expanded to float at a time: they should stay in the cache
 
 Product = Literal["direct", "split", "integer"]
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A weight ready for `int8_gemm`: digits are int8 `[out, in]`, value = codes, or 2 · digits[0] + digits[1]."""
+    """A weight ready for `int8_gemm`: digits are int8 `[out, in]`, value = codes, or 2 · digits[0] + digits[1].
+
+    Scales are shared by `width` inputs of a row, by all when it is None.
+    """
 
     digits: tuple[torch.Tensor, ...]
     product: Product
+    width: int | None = None
 
     @property
     def in_features(self) -> int:
@@ -38,14 +42,23 @@ class Operand:
         return self.digits[0].shape[1]
 
 
-def operand(codes: torch.Tensor, product: Product | None = None) -> Operand:
-    """Prepare int8 `codes` `[out, in]` in ±127 for the exact product of this machine (or for the `product` named)."""
+@dataclass
+class Codes:
+    """Tiled codes of logical `shape` `(out, in)`, `width` inputs to a scale, that floats are multiplied by."""
+
+    codes: torch.Tensor
+    shape: tuple[int, int]
+    width: int
+
+
+def operand(codes: torch.Tensor, product: Product | None = None, width: int | None = None) -> Operand:
+    """Prepare int8 `codes` `[out, in]` for the exact product of this machine (or for the `product` named)."""
     product = product or exact_product()
     if codes.shape[1] == 1:  # torch._int_mm leaves the product with a matrix of one column unwritten (torch 2.13)
         product = "integer"
     if product == "split":
-        return Operand((codes >> 1, codes & 1), product)
-    return Operand((codes,), product)
+        return Operand((codes >> 1, codes & 1), product, width)
+    return Operand((codes,), product, width)
 
 
 def whole_codes(stored: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -79,7 +92,7 @@ def _passes_self_test(product: Product) -> bool:
     mixed = torch.randint(-QMAX, QMAX + 1, (tokens, k), generator=generator, dtype=torch.int8)
     full = torch.full((tokens, k), QMAX, dtype=torch.int8)
     weights = torch.full((out, k), QMAX, dtype=torch.int8)
-    weights[1::2] = -QMAX
+    weights[1::2] = -QMAX - 1  # which asymmetric weights use
     weights[2::3] = torch.randint(-QMAX, QMAX + 1, (k,), generator=generator, dtype=torch.int8)
     try:
         return all(
@@ -380,9 +393,9 @@ class Reference:
     integer_gelu = staticmethod(integer_gelu)
     integer_tanh = staticmethod(integer_tanh)
 
-    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], column_blocks: int = 1) -> Any:
+    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], width: int | None = None) -> Any:
         """A row-major operand from codes of logical `shape` `(out, in)` in either layout."""
-        return operand(whole_codes(codes, shape))
+        return operand(whole_codes(codes, shape), width=width)
 
     def row_sums(self, operand: Operand) -> torch.Tensor:
         """int32 `[out]`."""
@@ -396,10 +409,12 @@ class Reference:
         weight_scale: torch.Tensor,
         bias: torch.Tensor | None,
         act_scale: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`((acc · act scale) · weight scale) + bias` in float32, in this order; one term a column block.
 
-        `x` is float32 `[tokens, in]`; the result is float32 `[tokens, out]`.
+        With a `weight_offset` each term is followed by `(sum · act scale) · offset`, added before the next block's; sum
+        is that of the block's activation codes. `x` is float32 `[tokens, in]`; the result is float32 `[tokens, out]`.
         """
         if act_scale is None:
             codes, act_scale = quantize_tokens(x)
@@ -407,13 +422,48 @@ class Reference:
             codes, act_scale = quantize_static(x, act_scale)
         out_features = operand.digits[0].shape[0]
         row_scale = weight_scale.repeat_interleave(out_features // weight_scale.shape[0], dim=0)
-        width = operand.in_features // weight_scale.shape[1]
+        width = operand.width or operand.in_features
         result: torch.Tensor | None = None
         for block, scale in enumerate(row_scale.unbind(dim=1)):
             columns = slice(block * width, (block + 1) * width)
             term = int8_gemm(codes[:, columns], operand, columns).float().mul_(act_scale).mul_(scale)
+            if weight_offset is not None:
+                offset = weight_offset[:, block].repeat_interleave(out_features // weight_offset.shape[0])
+                sums = codes[:, columns].sum(1, keepdim=True, dtype=torch.int32)
+                term.add_(sums.float().mul_(act_scale) * offset)
             result = term if result is None else result.add_(term)
         assert result is not None  # a weight has at least one column block
+        return result if bias is None else result.add_(bias)
+
+    def prepare_codes(self, codes: torch.Tensor, shape: tuple[int, int], width: int) -> Any:
+        """Tiled codes as they are."""
+        return Codes(codes, shape, width)
+
+    def code_linear(
+        self,
+        x: torch.Tensor,
+        operand: Codes,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`x` float32 `[tokens, in]` → float32 `[tokens, out]`.
+
+        Some rows of weights at a time are what the codes stand for, rounded to float32 by each operation.
+        """
+        outputs, inputs = operand.shape
+        scale, offset = (
+            None if values is None else values.repeat_interleave(outputs // values.shape[0], 0)
+            for values in (weight_scale, weight_offset)
+        )
+        result = torch.empty((x.shape[0], outputs), dtype=torch.float32)
+        for first in range(0, outputs, _TABLE_ROWS):
+            rows = slice(first, min(first + _TABLE_ROWS, outputs))
+            panels = operand.codes[first // TILE_ROWS : -(-rows.stop // TILE_ROWS)]
+            weight = whole_codes(panels, (rows.stop - first, inputs)).float()
+            on_blocks(weight, "mul", None if scale is None else scale[rows], operand.width)
+            on_blocks(weight, "add", None if offset is None else offset[rows], operand.width)
+            result[:, rows] = x @ weight.t()
         return result if bias is None else result.add_(bias)
 
     def row_table_linear(

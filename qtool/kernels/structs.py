@@ -88,8 +88,18 @@ class QLinear(ctypes.Structure):
     """A linear layer of float rows and integer weights."""
 
     _fields_ = (
-        *[(name, _P) for name in ("weight", "row_sums", "scale", "bias", "act_scale")],
-        *[(name, _I32) for name in ("inputs", "outputs", "column_blocks", "nibbles")],
+        *[(name, _P) for name in ("weight", "row_sums", "scale", "bias", "act_scale", "offset")],
+        *[(name, _I32) for name in ("inputs", "outputs", "column_blocks", "width", "nibbles")],
+    )
+
+
+class CodeLinear(ctypes.Structure):
+    """A linear layer of float rows and integer weights that stays in float."""
+
+    TILES, NIBBLES, ROWS = 0, 1, 2
+    _fields_ = (
+        *[(name, _P) for name in ("weight", "scale", "offset", "bias")],
+        *[(name, _I32) for name in ("inputs", "outputs", "block_rows", "column_blocks", "width", "layout")],
     )
 
 

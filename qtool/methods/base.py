@@ -56,7 +56,7 @@ class Method(ABC):
     summary: ClassVar[str]
     execution: ClassVar[str]
     preset: ClassVar[str | Mapping[str, Any] | None] = None
-    arithmetic: ClassVar[str] = "int8 x int8 -> int32"
+    arithmetic: str = "int8 x int8 -> int32"
     """Which integer arithmetic its models execute, as their reports say it."""
 
     def __init__(self, recipe: Recipe, options: Options) -> None:

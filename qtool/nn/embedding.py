@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qtool.nn.module import QModule
-from qtool.numerics import QuantSpec
+from qtool.numerics import QTensor, QuantSpec
 from qtool.numerics.qtensor import stored_dtype, stored_shape
 
 
@@ -38,6 +38,10 @@ class QEmbedding(QModule):
         rows_per_scale = self.num_embeddings // self.weight_scale.shape[0]
         scale = self.weight_scale[torch.div(ids, rows_per_scale, rounding_mode="floor")]
         return (codes.float() * scale).to(self.output_dtype)
+
+    def fill(self, tensor: QTensor) -> None:
+        """Take the codes and scales of `tensor`, row by row, as they are."""
+        self.weight, self.weight_scale = tensor.codes, tensor.params.scale
 
     def description(self) -> dict[str, Any]:
         """Shape and spec."""

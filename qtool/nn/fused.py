@@ -11,6 +11,7 @@ from qtool.kernels.integer import Native, Operand, q_linear, whole_tiles
 from qtool.nn.linear import QLinear
 from qtool.nn.plan import Plan
 from qtool.numerics import QuantSpec
+from qtool.numerics.qtensor import column_width
 
 LINEARS = ("query", "key", "value", "output", "up", "down")
 NORMS = ("attention_norm", "ffn_norm")
@@ -61,9 +62,9 @@ def _fits_linear(linear: Any, role: str, hidden: int) -> bool:
     known = linear.weights.symmetric and linear.weights.storage in ("int8", "nibble")
     if not known or linear.activations not in ACTIVATION_SPECS:
         return False
-    columns = linear.weights.scale_shape((linear.out_features, linear.in_features))[1]
+    width = column_width(linear.weights, linear.in_features)
     sizes = (linear.in_features if role != "down" else hidden, linear.out_features if role != "up" else hidden)
-    return whole_tiles(linear.in_features, columns) and sizes == (hidden, hidden)
+    return whole_tiles(linear.in_features, width) and sizes == (hidden, hidden)
 
 
 def _fits_norm(norm: Any) -> bool:

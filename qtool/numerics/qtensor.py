@@ -6,7 +6,7 @@ scale as stored, so that a code is the best one for the scale that will multiply
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -18,6 +18,7 @@ from qtool.errors import InputError, one_of
 from qtool.numerics.spec import QuantSpec
 
 Layout = Literal["rows", "tiled"]
+Operation = Literal["add", "sub", "mul", "div"]
 
 TILE_ROWS, TILE_COLUMNS = 16, 4
 """One tile holds 16 outputs x 4 inputs: the order that VNNI, AVX2 and AMX dot products can all consume."""
@@ -28,35 +29,84 @@ _CHUNK = 1 << 20  # values in float64 at a time: bounds the memory that quantizi
 
 @dataclass(frozen=True, eq=False)
 class QParams:
-    """Positive float32 scales `[row blocks, column blocks]`; asymmetric specs add a zero point or a float minimum."""
+    """Positive float32 scales `[row blocks, column blocks]`, and what asymmetric specs need of the same shape.
+
+    value = (code - zero_point) * scale, with an integer zero point inside the range of codes; or for a spec with a
+    float minimum, value = code * scale + offset: the value of code 0, 2^(b-1) scales above that of the smallest code.
+    """
 
     scale: Tensor
     zero_point: Tensor | None = None
-    minimum: Tensor | None = None
+    offset: Tensor | None = None
+
+    def offsets(self) -> Tensor | None:
+        """What code 0 stands for, float32 `[row blocks, column blocks]`; None for symmetric codes, where it is 0."""
+        return self.offset if self.zero_point is None else -(self.zero_point.float() * self.scale)
 
     @classmethod
     def absmax(cls, x: Tensor, spec: QuantSpec) -> "QParams":
-        """Symmetric scales that map the largest magnitude of each block of `x [rows, columns]` to `qmax`.
+        """Scales that map the largest magnitude of each block of `x [rows, columns]` to `qmax`.
 
-        A block of zeros gets scale 1, a block of tiny values the smallest normal float32: never 0, NaN or subnormal.
-        Raises InputError when a value is not finite, blocks do not fit, `x` is empty, or the spec is asymmetric.
+        Asymmetric ones map the block's range to all codes; with an integer zero point the range is first widened to
+        hold 0, which then has a code of its own. A block of zeros gets scale 1, a block of tiny values the smallest
+        normal float32: never 0, NaN or subnormal. Raises InputError when a value is not finite, blocks do not fit, or
+        `x` is empty.
         """
-        _refuse_asymmetric(spec)
-        shape = (x.shape[0], x.shape[1])
-        if x.numel() == 0:
-            raise InputError(f"cannot choose scales for an empty {shape[0]}x{shape[1]} matrix")
-        row_blocks, column_blocks = spec.scale_shape(shape)
-        blocks = x.detach().view(row_blocks, shape[0] // row_blocks, column_blocks, shape[1] // column_blocks)
-        peak = torch.maximum(blocks.amax((1, 3)), -blocks.amin((1, 3))).double()
-        scale = (peak / spec.qmax).float().clamp_min(torch.finfo(torch.float32).tiny)
-        if not scale.isfinite().all():
-            raise InputError(f"cannot quantize a {shape[0]}x{shape[1]} matrix: it holds NaN or infinite values")
-        return cls(scale.masked_fill(peak == 0, 1.0))
+        low, high = _extremes(x, spec)
+        if spec.symmetric:
+            return cls(_positive(torch.maximum(high, -low) / spec.qmax))
+        return cls.of_range(low, high, spec)
+
+    @classmethod
+    def of_range(cls, low: Tensor, high: Tensor, spec: QuantSpec) -> "QParams":
+        """Asymmetric parameters whose smallest and largest code stand for float64 `low` and `high`, as `absmax` says.
+
+        Both are `[row blocks, column blocks]`, finite, low <= high.
+        """
+        if not spec.minimum:
+            low, high = low.clamp_max(0), high.clamp_min(0)
+        return cls._from(low, (high - low) / (spec.qmax - spec.qmin), spec)
+
+    @classmethod
+    def zeroquant(cls, x: Tensor, spec: QuantSpec) -> "QParams":
+        """The scales of ZeroQuant's published code: 2^bits steps where there are 2^bits - 1, so that one end clips.
+
+        Symmetric scales are 2 max|x| / 2^bits. Its codes are -2^(b-1)..2^(b-1)-1; ours never use the first, so both
+        ends clip by a step. Asymmetric ones are (max - min) / 2^bits with a smallest value of whole steps. With an
+        integer zero point the range is first widened to hold 0 and the point kept among the codes, which that code
+        does not do. Blocks of zeros, there 0/0, get scale 1. Raises InputError as `absmax`.
+        """
+        low, high = _extremes(x, spec)
+        steps = 1 << spec.num_bits
+        if spec.symmetric:
+            return cls(_positive(2 * torch.maximum(high, -low) / steps))
+        if not spec.minimum:
+            low, high = low.clamp_max(0), high.clamp_min(0)
+        step = (high - low) / steps
+        scale = _positive(step).double()
+        return cls._from(torch.where(step > 0, (low / scale + 0.5).floor() * scale, low), step, spec)
+
+    @classmethod
+    def _from(cls, low: Tensor, step: Tensor, spec: QuantSpec) -> "QParams":
+        """From the value of the smallest code and the step, float64."""
+        if spec.minimum:  # a block of one value needs no step: a small one keeps the offset exact
+            scale = _positive(step, empty=torch.finfo(torch.float32).tiny)
+            return cls(scale, offset=(low - spec.qmin * scale.double()).float())
+        scale = _positive(step)
+        point = (spec.qmin - low / scale.double() + 0.5).floor().clamp(spec.qmin, spec.qmax)
+        return cls(scale, zero_point=point.to(torch.int8 if spec.num_bits <= 8 else torch.int32))
+
+
+SCALE_RULES: dict[str, Callable[[Tensor, QuantSpec], QParams]] = {
+    "absmax": QParams.absmax,
+    "zeroquant": QParams.zeroquant,
+}
+"""How scales follow from the values of a block, by the word of `weights.scale_rule`."""
 
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    """Integer codes of a matrix of logical `shape` (rows, columns): value = code * scale of its block.
+    """Integer codes of a matrix of logical `shape` (rows, columns), whose values are as `QParams` says.
 
     `codes` are stored as `stored_shape` and `stored_dtype` say. Layout `rows` is `[rows, 1, columns]`: of rank 3 so
     that a loader that does not know qtool stops with a shape error instead of taking codes for weights. Layout `tiled`
@@ -83,19 +133,20 @@ class QTensor:
     ) -> "QTensor":
         """Nearest codes `clip(floor(x/scale + 0.5), qmin, qmax)` of float `x [rows, columns]`, in float64.
 
-        Without `params` the scales are those of `QParams.absmax`, and then every value is kept within scale/2 (up to
-        24 bits, the precision of a float32 scale). Raises InputError for values or scales that are not finite, blocks
-        or `params` that do not fit, and asymmetric specs.
+        Asymmetric ones are those of `(x - offset) / scale`, or of `x / scale + zero_point`. Without `params` these are
+        those of `QParams.absmax`, and then every value is kept within scale/2 (up to 24 bits, the precision of a
+        float32 scale). Raises InputError for values or scales that are not finite, and for blocks or `params` that do
+        not fit.
         """
-        _refuse_asymmetric(spec)
         shape = (x.shape[0], x.shape[1])
         params = QParams.absmax(x, spec) if params is None else params
         _check_scales(params, spec, shape)
         codes = torch.empty(shape, dtype=_DTYPES[spec.storage], device=x.device)
         step = max(1, _CHUNK // max(1, shape[1]))
-        scales = _row_scales(params.scale.double(), shape)
-        for part, values, scale in zip(*(torch.split(t, step) for t in (codes, x.detach(), scales)), strict=True):
-            part.copy_(_nearest(values, scale, spec))
+        fields = [None if t is None else _by_row(t.double(), shape) for t in _fields(params)]
+        for first in range(0, shape[0], step):
+            rows = slice(first, first + step)
+            codes[rows] = _nearest(x.detach()[rows], [None if t is None else t[rows] for t in fields], spec)
         return cls.store(codes, params, spec, layout)
 
     @classmethod
@@ -115,11 +166,12 @@ class QTensor:
         return rows_of(codes, self.shape)
 
     def dequantize(self) -> Tensor:
-        """The values `code * scale`, float32 `[rows, columns]`, rounded once."""
-        _refuse_asymmetric(self.spec)
-        wide = torch.float64 if self.spec.storage == "int32" else torch.float32
-        scales = _row_scales(self.params.scale, self.shape)
-        return (_column_blocks(self.integers().to(wide), scales) * scales[:, :, None]).flatten(1).float()
+        """The values that the codes stand for, float32 `[rows, columns]`, rounded once."""
+        scale, point, offset = (None if t is None else _by_row(t, self.shape) for t in _fields(self.params))
+        wide = torch.float64 if self.spec.storage == "int32" or offset is not None else torch.float32
+        width = column_width(self.spec, self.shape[1])
+        values = on_blocks(self.integers().to(wide), "sub", point, width)
+        return on_blocks(on_blocks(values, "mul", scale, width), "add", offset, width).float()
 
     def stretches(self, rows: int) -> Iterator["QTensor"]:
         """This matrix cut into about so many rows at a time, from the top; codes and scales stay where they are.
@@ -196,30 +248,73 @@ def _store(codes: Tensor, spec: QuantSpec, layout: Layout) -> Tensor:
     return pack_nibbles(stored) if spec.storage == "nibble" else stored
 
 
-def _row_scales(scale: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Scales `[row blocks, column blocks]` repeated to `[rows, column blocks]`."""
-    return scale.repeat_interleave(shape[0] // scale.shape[0], 0)
+def column_width(spec: QuantSpec, columns: int) -> int:
+    """Columns of a block; the last may be shorter."""
+    return min(spec.block[1] or columns, columns)
 
 
-def _column_blocks(x: Tensor, scales: Tensor) -> Tensor:
-    """`x [rows, columns]` as `[rows, column blocks, columns of a block]`."""
-    return x.view(x.shape[0], scales.shape[1], x.shape[1] // scales.shape[1])
+def on_blocks(x: Tensor, operation: Operation, values: Tensor | None, width: int) -> Tensor:
+    """`x [rows, columns]` with an operation done in place by numbers of its blocks `[rows, column blocks]`, if any."""
+    whole = x.shape[1] - x.shape[1] % width
+    for part, first in ((x[:, :whole], 0), (x[:, whole:], whole // width)):
+        if values is not None and part.shape[1]:
+            blocks = part.unflatten(1, (-1, min(width, part.shape[1])))
+            getattr(blocks, f"{operation}_")(values[:, first : first + blocks.shape[1], None])
+    return x
 
 
-def _nearest(x: Tensor, scales: Tensor, spec: QuantSpec) -> Tensor:
-    """Codes in float64 `[rows, columns]` of some rows of a matrix and their scales `[rows, column blocks]`."""
-    ratio = _column_blocks(x.double(), scales) / scales[:, :, None]
-    if not ratio.isfinite().all():
+def blocks_of(x: Tensor, spec: QuantSpec) -> list[Tensor]:
+    """`x [rows, columns]` as `[row blocks, rows, column blocks, columns]`; a shorter last column block stands apart."""
+    rows, columns = x.shape
+    row_blocks = spec.scale_shape((rows, columns))[0]
+    width = column_width(spec, columns)
+    whole = columns - columns % width
+    parts = [x[:, :whole], x[:, whole:]] if whole < columns else [x]
+    return [part.reshape(row_blocks, rows // row_blocks, -1, min(width, part.shape[1])) for part in parts]
+
+
+def _extremes(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The smallest and largest value of each block, float64 `[row blocks, column blocks]`."""
+    shape = f"{x.shape[0]}x{x.shape[1]} matrix"
+    if x.numel() == 0:
+        raise InputError(f"cannot choose scales for an empty {shape}")
+    blocks = blocks_of(x.detach(), spec)
+    low, high = (torch.cat([getattr(part, end)((1, 3)) for part in blocks], 1).double() for end in ("amin", "amax"))
+    if not (low.float().isfinite() & high.float().isfinite()).all():
+        raise InputError(f"cannot quantize a {shape}: it holds NaN or infinite values")
+    return low, high
+
+
+def _positive(step: Tensor, empty: float = 1.0) -> Tensor:
+    """Float64 steps between codes as float32 scales, `empty` where they are 0."""
+    return step.float().clamp_min(torch.finfo(torch.float32).tiny).masked_fill(step == 0, empty)
+
+
+def _fields(params: QParams) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return params.scale, params.zero_point, params.offset
+
+
+def _by_row(values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Numbers of blocks `[row blocks, column blocks]` repeated to `[rows, column blocks]`."""
+    return values.repeat_interleave(shape[0] // values.shape[0], 0)
+
+
+def _nearest(x: Tensor, fields: Sequence[Tensor | None], spec: QuantSpec) -> Tensor:
+    """Codes in float64 `[rows, columns]` of some rows of a matrix; its `_fields` are `[rows, column blocks]`."""
+    scale, point, offset = fields
+    width = column_width(spec, x.shape[1])
+    ratio = on_blocks(x.to(torch.float64, copy=True), "sub", offset, width)
+    if not on_blocks(ratio, "div", scale, width).isfinite().all():
         raise InputError(f"cannot quantize to {spec}: the matrix or its scales hold NaN, infinite or zero-scale values")
-    return ratio.add_(0.5).floor_().clamp_(spec.qmin, spec.qmax).flatten(1)
+    return on_blocks(ratio, "add", point, width).add_(0.5).floor_().clamp_(spec.qmin, spec.qmax)
 
 
 def _check_scales(params: QParams, spec: QuantSpec, shape: tuple[int, int]) -> None:
     expected, found = spec.scale_shape(shape), tuple(params.scale.shape)
     if found != expected:
         raise InputError(f"{spec} has scales of shape {expected} on a {shape[0]}x{shape[1]} matrix, found {found}")
-
-
-def _refuse_asymmetric(spec: QuantSpec) -> None:
-    if not spec.symmetric:
-        raise InputError(f"asymmetric weights ({spec}) are not supported yet by this version; use a symmetric spec")
+    wanted = (not spec.symmetric and not spec.minimum, spec.minimum)
+    for name, values, needed in zip(("zero points", "offsets"), _fields(params)[1:], wanted, strict=True):
+        if (values is not None) != needed or (values is not None and tuple(values.shape) != expected):
+            given = "none" if values is None else tuple(values.shape)
+            raise InputError(f"{spec} has {f'{name} of shape {expected}' if needed else f'no {name}'}, found {given}")

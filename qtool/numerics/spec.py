@@ -4,7 +4,7 @@ Every granularity is a block of `rows x columns` that shares one scale, so the r
 
     tensor          (None, None)   one scale
     channel, token  (1, None)      one a row: static for weights, dynamic for activations
-    group           (1, g)         g neighbouring inputs of one row
+    group           (1, g)         g neighbouring inputs of one row; the last group is shorter where g does not divide
     rows            (r, None)      r whole rows: the "groups" of the ZeroQuant paper (Yao et al. 2022)
     block           (r, c)         the general case
 """
@@ -19,13 +19,13 @@ from qtool.errors import InputError, one_of
 Storage = Literal["nibble", "int8", "int16", "int32"]
 
 STRATEGIES = ("tensor", "channel", "token", "group", "rows", "block")
-WORDS = ("num_bits", "type", "symmetric", "dynamic", "strategy", "group_size", "block_structure")
+WORDS = ("num_bits", "type", "symmetric", "minimum", "dynamic", "strategy", "group_size", "block_structure")
 
 _SIZE_WORD = {"group": "group_size", "rows": "group_size", "block": "block_structure"}
 _EXTENT = r"([0-9]{1,9}|\*)x([0-9]{1,9}|\*)"
 _SPELLING = re.compile(
     r"int(?P<bits>[0-9]{1,9}):(?:(?P<plain>tensor|channel|token)|(?P<sized>group|rows):(?P<size>[0-9]{1,9})"
-    rf"|block:(?P<block>{_EXTENT}))(?::(?P<sign>sym|asym))?(?::(?P<when>static|dynamic))?"
+    rf"|block:(?P<block>{_EXTENT}))(?::(?P<sign>sym|asym|min))?(?::(?P<when>static|dynamic))?"
 )
 
 
@@ -36,6 +36,7 @@ class QuantSpec:
     `dynamic` scales are computed from each input at run time, static ones once. Symmetric codes are `-qmax..qmax`
     without a zero point (`-2^(b-1)` is never used, so that negation and `abs` cannot overflow). Asymmetric codes use
     all of `-2^(b-1)..2^(b-1)-1`: the usual `0..2^b-1` shifted by `2^(b-1)`, so that both live in one signed storage.
+    Their zero point is an integer, or with `minimum` a float: value = code * scale + offset, as GGUF's Q4_1 stores it.
     Raises InputError for values out of range.
     """
 
@@ -43,13 +44,16 @@ class QuantSpec:
     symmetric: bool = True
     dynamic: bool = False
     block: tuple[int | None, int | None] = (None, None)
+    minimum: bool = False
 
     def __post_init__(self) -> None:
         if not _is_int(self.num_bits) or not 2 <= self.num_bits <= 32:
             raise InputError(f"num_bits must be a whole number from 2 to 32, not {self.num_bits!r}")
-        for word in ("symmetric", "dynamic"):
+        for word in ("symmetric", "minimum", "dynamic"):
             if not isinstance(getattr(self, word), bool):
                 raise InputError(f"{word} must be true or false, not {getattr(self, word)!r}")
+        if self.symmetric and self.minimum:
+            raise InputError("a spec with minimum: true is not symmetric; leave out one of the two words")
         if not isinstance(self.block, tuple) or len(self.block) != 2:
             raise InputError(f"a block is a pair (rows, columns), not {self.block!r}")
         for extent in self.block:
@@ -84,7 +88,9 @@ class QuantSpec:
         if strategy not in STRATEGIES:
             raise InputError(one_of(str(strategy), STRATEGIES, "quantization strategy"))
         dynamic = given.get("dynamic", strategy == "token")
-        return cls(given.get("num_bits", 8), given.get("symmetric", True), dynamic, _block(strategy, given))
+        minimum = given.get("minimum", False)
+        symmetric = given.get("symmetric", minimum is False)
+        return cls(given.get("num_bits", 8), symmetric, dynamic, _block(strategy, given), minimum)
 
     @property
     def strategy(self) -> str:
@@ -97,6 +103,7 @@ class QuantSpec:
     def words(self) -> dict[str, Any]:
         """The spec in compressed-tensors words, clean for JSON; `QuantSpec.parse(spec.words()) == spec`."""
         words = {"num_bits": self.num_bits, "type": "int", "symmetric": self.symmetric, "dynamic": self.dynamic}
+        words |= {"minimum": True} if self.minimum else {}
         sizes = {"group": self.block[1], "rows": self.block[0], "block": list(self.block)}
         strategy = self.strategy
         size = {_SIZE_WORD[strategy]: sizes[strategy]} if strategy in sizes else {}
@@ -107,7 +114,7 @@ class QuantSpec:
         rows, columns = self.block
         sizes = {"group": f":{columns}", "rows": f":{rows}", "block": f":{rows or '*'}x{columns}"}
         strategy = self.strategy
-        sign = "sym" if self.symmetric else "asym"
+        sign = "sym" if self.symmetric else "min" if self.minimum else "asym"
         when = ":dynamic" if self.dynamic and strategy != "token" else ""
         return f"int{self.num_bits}:{strategy}{sizes.get(strategy, '')}:{sign}{when}"
 
@@ -129,20 +136,17 @@ class QuantSpec:
         return "int8" if self.num_bits <= 8 else "int16" if self.num_bits <= 16 else "int32"
 
     def scale_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Number of scales (row blocks, column blocks) of a `[rows, columns]` matrix; InputError if they do not fit."""
-        row_blocks = self._count(shape, 0, "rows")
-        return row_blocks, self._count(shape, 1, "columns")
+        """Number of scales (row blocks, column blocks) of a `[rows, columns]` matrix.
 
-    def _count(self, shape: tuple[int, int], axis: int, name: str) -> int:
-        size, step = shape[axis], self.block[axis]
-        if step is None:
-            return 1
-        if size % step:
+        The last block of columns is shorter where they do not divide. Raises InputError where rows do not.
+        """
+        rows, columns = self.block
+        if rows is not None and shape[0] % rows:
             raise InputError(
-                f"groups of {step} {name} do not divide {size} {name} ({self} on a {shape[0]}x{shape[1]} matrix); "
-                f"choose a divisor such as {_near_divisors(size, step)}"
+                f"groups of {rows} rows do not divide {shape[0]} rows ({self} on a {shape[0]}x{shape[1]} matrix); "
+                f"choose a divisor such as {_near_divisors(shape[0], rows)}"
             )
-        return size // step
+        return shape[0] // rows if rows else 1, max(1, -(-shape[1] // columns)) if columns else 1
 
 
 def _is_int(value: object) -> bool:
@@ -155,9 +159,11 @@ def _spelled(text: str) -> dict[str, Any]:
     if match is None:
         raise InputError(
             f"cannot read {text!r} as a quantization spec; "
-            "write for example int8:channel:sym, int8:token:sym, int4:group:64:sym or int8:block:16x64:asym"
+            "write for example int8:channel:sym, int8:token:sym, int4:group:64:sym, int4:group:32:min "
+            "or int8:block:16x64:asym"
         )
-    words: dict[str, Any] = {"num_bits": int(match["bits"]), "symmetric": match["sign"] != "asym"}
+    words: dict[str, Any] = {"num_bits": int(match["bits"]), "symmetric": match["sign"] in (None, "sym")}
+    words["minimum"] = match["sign"] == "min" or None
     words["strategy"] = match["plain"] or match["sized"] or "block"
     words["group_size"] = int(match["size"]) if match["size"] else None
     words["block_structure"] = match["block"]

@@ -6,11 +6,22 @@ the nearest known one. A resolved recipe is written into the artifact, so it can
 
 from qtool.recipe.files import parse_yaml, preset, preset_folder, presets, read, read_list
 from qtool.recipe.layers import assignments, build, check_keys, first_problem, merge, method_list, nested
-from qtool.recipe.sections import Calibration, Count, Evaluate, GateSection, MethodChoice, Model, Recipe, Rule, Spec
+from qtool.recipe.sections import (
+    ActivationSpec,
+    Calibration,
+    Count,
+    Evaluate,
+    GateSection,
+    MethodChoice,
+    Model,
+    Recipe,
+    Rule,
+    Spec,
+)
 
 __all__ = [
-    "Calibration", "Count", "Evaluate", "GateSection", "MethodChoice", "Model", "Recipe", "Rule", "Spec", "assignments",
-    "build",
-    "check_keys", "first_problem", "merge", "method_list", "nested", "parse_yaml", "preset", "preset_folder", "presets",
-    "read", "read_list",
+    "ActivationSpec", "Calibration", "Count", "Evaluate", "GateSection", "MethodChoice", "Model", "Recipe", "Rule",
+    "Spec",
+    "assignments", "build", "check_keys", "first_problem", "merge", "method_list", "nested", "parse_yaml", "preset",
+    "preset_folder", "presets", "read", "read_list",
 ]  # fmt: skip

@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from qtool.errors import InputError, QtoolError, UsageError, one_of
+from qtool.numerics.spec import WORDS
 from qtool.recipe.sections import (
+    FLOAT,
     Activations,
     Calibration,
     Evaluate,
@@ -33,7 +36,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 value = merge_specs(old, value)
             except QtoolError as error:
-                raise InputError(f"{key}: {error}") from error
+                near = key == "activations" and isinstance(value, str) and get_close_matches(value, [FLOAT])
+                raise InputError(f"{key}: {error}{'; did you mean float?' if near else ''}") from error
         elif isinstance(old, Mapping) and isinstance(value, Mapping):
             value = merge(old, value)
         merged[key] = value
@@ -125,7 +129,6 @@ _SECTIONS: dict[str, type[BaseModel]] = {
     "model": Model, "calibration": Calibration, "weights": Weights, "activations": Activations,
     "evaluate": Evaluate, "gate": GateSection,
 }  # fmt: skip
-_SPEC_WORDS = ("num_bits", "type", "symmetric", "dynamic", "strategy", "group_size", "block_structure")
 
 
 def check_keys(values: Mapping[str, Any], where: str) -> None:
@@ -133,7 +136,7 @@ def check_keys(values: Mapping[str, Any], where: str) -> None:
     _refuse_remote_code(values, where)
     _known(values, list(Recipe.model_fields), where)
     for name, cls in _SECTIONS.items():
-        words = _SPEC_WORDS if issubclass(cls, SpecSection) else ()
+        words = WORDS if issubclass(cls, SpecSection) else ()
         section = values.get(name)
         if not isinstance(section, Mapping | None) and not (words and isinstance(section, str)):
             raise InputError(

@@ -15,6 +15,7 @@ _WORDS: dict[str, Any] = {
     "num_bits": {"type": "integer", "minimum": 2, "maximum": 32},
     "type": {"const": "int"},
     "symmetric": {"type": "boolean"},
+    "minimum": {"type": "boolean", "description": "Asymmetric, with a float minimum instead of an integer zero point."},
     "dynamic": {"type": "boolean", "description": "Scales are computed from each input at run time."},
     "strategy": {"enum": list(STRATEGIES), "description": "Which values share a scale."},
     "group_size": {"type": "integer", "minimum": 1, "description": "Columns of a group, or rows of rows."},
@@ -28,8 +29,9 @@ _WORDS: dict[str, Any] = {
 _SHORT = {
     "type": "string",
     "pattern": f"^\\s*{re.sub(r'[?]P<[a-z]+>', '', _SPELLING.pattern)}\\s*$",
-    "examples": ["int8:channel:sym", "int8:token:sym", "int4:group:64:sym", "int8:block:16x64:asym"],
+    "examples": ["int8:channel:sym", "int8:token:sym", "int4:group:64:sym", "int4:group:32:min", "int8:tensor:asym"],
 }
+_QUANTIZED = {"$ref": "#/$defs/QuantSpec"}
 _SPEC = {
     "title": "QuantSpec",
     "description": "How a tensor becomes integers: a short spelling, or words of compressed-tensors.",
@@ -42,8 +44,9 @@ def recipe_schema(methods: Mapping[str, tuple[str, type[BaseModel]]]) -> dict[st
     schema = Recipe.model_json_schema()
     shared = schema["$defs"]
     choices = {name: _method(name, *described, shared) for name, described in methods.items()}
-    for name in ("Weights", "Activations"):
-        shared[name] = _spec_section(shared[name])
+    shared["Weights"] = _spec_section(shared["Weights"], _QUANTIZED)
+    shared["Activations"] = _spec_section(shared["Activations"], {"anyOf": [_QUANTIZED, {"const": "float"}]})
+    shared["Activations"]["anyOf"].append({"const": "float"})
     shared["Rule"] = {**shared["Rule"], "anyOf": [{"const": "float"}, _object(shared["Rule"])]}
     for key in ("type", "properties", "additionalProperties"):
         shared["Rule"].pop(key)
@@ -61,9 +64,9 @@ def _object(section: Mapping[str, Any]) -> dict[str, Any]:
     return {key: section[key] for key in ("type", "properties", "additionalProperties")}
 
 
-def _spec_section(section: Mapping[str, Any]) -> dict[str, Any]:
+def _spec_section(section: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
     """A section that is a spec: a short spelling, or its words beside the section's own keys."""
-    keys = {**section["properties"], **_WORDS, "spec": {"$ref": "#/$defs/QuantSpec"}}
+    keys = {**section["properties"], **_WORDS, "spec": spec}
     told = {"title": section["title"], "description": section["description"]}
     return {**told, "anyOf": [_SHORT, {"type": "object", "properties": keys, "additionalProperties": False}]}
 

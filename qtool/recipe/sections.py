@@ -30,13 +30,39 @@ def _spec(value: Any) -> QuantSpec:
         raise ValueError(str(error)) from error
 
 
+def _activation_spec(value: Any) -> QuantSpec | Literal["float"]:
+    if value == FLOAT:
+        return "float"
+    try:
+        return QuantSpec.parse(value)
+    except QtoolError as error:
+        raise ValueError(f"{error}, or float") from error
+
+
 def merge_specs(old: Any, new: Any) -> dict[str, Any]:
-    """The words of both. A new strategy or group size replaces the old block, not only half of it."""
-    kept, words = _worded(old), _worded(new)
+    """The words of both. A new strategy or group size replaces the old block, not only half of it.
+
+    The word `float` and a spec replace each other.
+    """
+    if _is_float(new):
+        return {"spec": FLOAT}
+    kept, words = {} if _is_float(old) else _worded(old), _worded(new)
     if {"strategy", "group_size", "block_structure"} & set(words):
         gone = {"strategy", "group_size", "block_structure", "dynamic"}
         kept = {key: value for key, value in kept.items() if key not in gone}
+    if "symmetric" in words or "minimum" in words:  # one answers what the other asks
+        kept = {key: value for key, value in kept.items() if key not in ("symmetric", "minimum")}
     return {**kept, **words}
+
+
+def _is_float(spec: Any) -> bool:
+    """Whether a section says `float`, alone. Raises InputError where it says something else too."""
+    said = spec.get("spec") if isinstance(spec, Mapping) else spec
+    if said == FLOAT and isinstance(spec, Mapping) and len(spec) > 1:
+        raise InputError(
+            f"float has no {', '.join(key for key in spec if key != 'spec')}; write float alone, or a spec"
+        )
+    return isinstance(said, str) and said == FLOAT
 
 
 def _worded(spec: Any) -> dict[str, Any]:
@@ -61,6 +87,8 @@ _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
+FLOAT = "float"
+"""What is not quantized."""
 
 PART = "part:"
 """How a rule begins that names parts of blocks, the same in every architecture, instead of modules."""
@@ -71,6 +99,7 @@ Size = Annotated[
     BeforeValidator(parse_size),
     WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "examples": ["3GB", "512MiB"]}]}),
 ]
+ActivationSpec = Annotated[QuantSpec | Literal["float"], BeforeValidator(_activation_spec), PlainSerializer(str)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Nats = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -85,14 +114,14 @@ class Section(BaseModel):
 class SpecSection(Section):
     """A section that is a `QuantSpec`, written as words or in the short spelling, with further keys beside it."""
 
-    spec: Spec
+    spec: Any
 
     @model_validator(mode="before")
     @classmethod
     def _gather_words(cls, value: Any) -> Any:
         if isinstance(value, str | QuantSpec):
             return {"spec": value}
-        if isinstance(value, Mapping) and not isinstance(value.get("spec"), QuantSpec):
+        if isinstance(value, Mapping) and not isinstance(value.get("spec"), QuantSpec) and not _is_float(value):
             words = _worded(value)
             own = {key: words.pop(key) for key in cls.model_fields if key in words}
             return {**own, "spec": words} if words else own
@@ -122,19 +151,26 @@ class Weights(SpecSection):
 
     spec: Spec = QuantSpec.parse("int8:channel:sym")
     rounding: Literal["nearest", "mse", "gptq", "gpfq"] = "nearest"
+    scale_rule: Literal["absmax", "zeroquant"] = "absmax"
+
+    @model_validator(mode="after")
+    def _one_choice_of_scales(self) -> "Weights":
+        if self.scale_rule != "absmax" and self.rounding != "nearest":
+            raise ValueError(f"scale_rule {self.scale_rule} needs rounding nearest; {self.rounding} chooses the scales")
+        return self
 
 
 class Activations(SpecSection):
-    """How the inputs of quantized layers are quantized."""
+    """How the inputs of quantized layers are quantized, or `float`: only weights are."""
 
-    spec: Spec = QuantSpec.parse("int8:token:sym")
+    spec: ActivationSpec = QuantSpec.parse("int8:token:sym")
 
 
 class Rule(Section):
     """An override for the modules that a glob matches: other specs, or `float` to leave them alone."""
 
     weights: Spec | None = None
-    activations: Spec | None = None
+    activations: ActivationSpec | None = None
     keep_float: bool = False
 
     @model_validator(mode="before")

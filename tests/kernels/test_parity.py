@@ -117,7 +117,9 @@ def test_integer_attention(tokens: int, heads: int, size: int) -> None:
 
 WEIGHTS = ["int8:channel:sym", "int8:tensor:sym", "int6:rows:4:sym", "int8:group:8:sym", "int8:block:4x12:sym"]
 WEIGHTS += ["int8:group:6:sym", "int4:channel:sym", "int4:group:8:sym", "int3:group:24:sym", "int2:channel:sym"]
-WEIGHTS += ["int4:group:264:sym"]
+WEIGHTS += ["int4:group:264:sym", "int8:group:20:sym", "int4:group:20:sym", "int8:group:7:sym"]
+WEIGHTS += ["int8:channel:asym", "int8:group:8:asym", "int4:channel:asym", "int4:group:20:asym", "int2:rows:4:asym"]
+WEIGHTS += ["int8:channel:min", "int4:group:8:min", "int8:block:4x20:min", "int4:group:7:min", "int4:group:264:min"]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -132,13 +134,28 @@ def test_float_linear_has_the_bits_of_the_reference(weights: str, static: bool) 
         x[1:2] = 0
         act = torch.tensor([0.02]) if static else None
         bias = torch.randn(outputs, generator=draw)
-        blocks = stored.params.scale.shape[1]
+        offsets = stored.params.offsets()
         results = []
         for ops in (Native(), reference.Reference()):
-            operand = ops.prepare(stored.codes, (outputs, inputs), blocks)
-            results += [ops.int8_linear(x, operand, stored.params.scale, given, act) for given in (bias, None)]
+            operand = ops.prepare(stored.codes, (outputs, inputs), spec.block[1])
+            rest = act, offsets
+            results += [ops.int8_linear(x, operand, stored.params.scale, given, *rest) for given in (bias, None)]
         assert torch.equal(results[0], results[2])
         assert torch.equal(results[1], results[3])
+
+
+@pytest.mark.parametrize("inputs", [4, 17, 300])
+def test_the_smallest_code_of_asymmetric_weights(inputs: int) -> None:
+    """-128 has no opposite in a byte: a product that turns its sign would lose it."""
+    codes = torch.full((33, inputs), -128, dtype=torch.int8)
+    codes[1::3] = torch.tensor([-128, 127], dtype=torch.int8).repeat(inputs)[:inputs]
+    x = torch.stack([torch.full((inputs,), value) for value in (-1.0, 1.0, 0.5, 0.0)])
+    scale, offset = torch.full((33, 1), 0.01), torch.full((33, 1), 0.3)
+    mine, exact = (ops.prepare(tile(codes), (33, inputs)) for ops in (Native(), reference.Reference()))
+    found = Native().int8_linear(x, mine, scale, None, None, offset)
+    assert torch.equal(found, reference.Reference().int8_linear(x, exact, scale, None, None, offset))
+    wanted = x.double() @ (codes.double() * scale.double() + offset.double()).T
+    assert (found.double() - wanted).abs().max() < 0.01 * inputs
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -196,9 +196,9 @@ def test_attention_of_a_long_text(threads: int) -> None:
 
 
 def same_product(x: torch.Tensor, stored: QTensor, bias: torch.Tensor | None, act: torch.Tensor | None) -> bool:
-    shape, blocks = stored.shape, stored.params.scale.shape[1]
+    shape, width = stored.shape, stored.spec.block[1]
     results = [
-        ops.int8_linear(x, ops.prepare(stored.codes, shape, blocks), stored.params.scale, bias, act)
+        ops.int8_linear(x, ops.prepare(stored.codes, shape, width), stored.params.scale, bias, act)
         for ops in (Native(), reference.Reference())
     ]
     return torch.equal(*results)
@@ -249,7 +249,7 @@ def test_a_subnormal_static_scale() -> None:
 def test_row_sums_of_a_weight_with_column_blocks() -> None:
     """The sum of each row, says `Backend.row_sums`, however many scales a row has."""
     stored = stored_weight(20, 60, "int8:group:12:sym")
-    found, wanted = (ops.row_sums(ops.prepare(stored.codes, (20, 60), 5)) for ops in (Native(), reference.Reference()))
+    found, wanted = (ops.row_sums(ops.prepare(stored.codes, (20, 60), 12)) for ops in (Native(), reference.Reference()))
     assert torch.equal(found, wanted)
 
 

@@ -260,7 +260,7 @@ def test_linear_for_every_block_shape(
     weights = QTensor.quantize(random_rows(6, 24, seed=1), QuantSpec(8, block=block))
     offset = random_rows(6, seed=2) if bias else None
     static = None if act_scale is None else torch.tensor([act_scale])
-    ready = operand(weights.integers(), product)
+    ready = operand(weights.integers(), product, block[1])
     before = x.clone()
     found = Reference().int8_linear(x, ready, weights.params.scale, offset, static)
     assert found.dtype == torch.float32 and torch.equal(x, before)
@@ -281,7 +281,7 @@ def test_tiled_codes_are_prepared(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("block", [(1, None), (1, 4)])
 def test_no_tokens(product: Product, block: tuple[int, int | None]) -> None:
     weights = QTensor.quantize(random_rows(6, 24), QuantSpec(8, block=block))
-    ready = operand(weights.integers(), product)
+    ready = operand(weights.integers(), product, block[1])
     for static in (None, torch.ones(1)):
         found = Reference().int8_linear(torch.empty(0, 24), ready, weights.params.scale, torch.ones(6), static)
         assert found.shape == (0, 6) and found.dtype == torch.float32

@@ -271,19 +271,19 @@ QUERY = "bert.encoder.layer.0.attention.self.query"
 WORDS = "bert.embeddings.word_embeddings"
 
 REFUSED = [
-    ("weights=int8:group:5:sym", rf"{QUERY}: groups of 5 columns do not divide 32 columns .* such as 4 or 8"),
-    ("weights=int8:group:64:sym", rf"{QUERY}: groups of 64 columns do not divide 32 columns"),
     ("weights=int8:rows:5:sym", rf"{QUERY}: groups of 5 rows do not divide 32 rows"),
-    ("weights=int8:block:8x5:sym", rf"{QUERY}: groups of 5 columns"),
+    ("weights=int8:block:5x8:sym", rf"{QUERY}: groups of 5 rows"),
+    ("weights.scale_rule=zeroqant", r"weights\.scale_rule"),
+    ("weights={rounding: mse, scale_rule: zeroquant}", r"weights: scale_rule zeroquant needs rounding nearest; mse"),
     ("weights=int9:channel:sym", rf"{QUERY}: weights int9:channel:sym cannot run; zeroquant takes .* int2 to int8"),
     ("weights=int16:channel:sym", rf"{QUERY}: weights int16:channel:sym cannot run"),
-    ("weights=int4:channel:asym", rf"{QUERY}: weights int4:channel:asym cannot run; zeroquant takes .* symmetric"),
     ("weights.rounding=gptp", r"weights\.rounding"),
     (
         "rules={'part:ffn.middle': float}",
         r"rule 'part:ffn\.middle' matches no part of this model; it has word, ",
     ),
-    ("weights=int8:channel:asym", rf"{QUERY}: weights int8:channel:asym cannot run; zeroquant takes .* symmetric"),
+    ("weights=int9:channel:asym", rf"{QUERY}: weights int9:channel:asym cannot run; zeroquant takes .*"),
+    ("weights={symmetric: true, minimum: true}", r"minimum: true is not symmetric"),
     ("weights=int8:token:sym", rf"{QUERY}: weights int8:token:sym cannot run; zeroquant takes static"),
     ("activations=int8:token:asym", rf"{QUERY}: activations int8:token:asym cannot run; use int8:token:sym or int8:t"),
     ("activations=int4:token:sym", rf"{QUERY}: activations int4:token:sym cannot run"),

@@ -40,6 +40,8 @@ class Maker:
         tensor = QTensor.quantize(self.rows(*shape, seed=seed), spec, layout="tiled")
         module = QLinear(shape, spec, activations, bias=bias)
         state = {"weight": tensor.codes, "weight_scale": tensor.params.scale}
+        extra = {"weight_zero_point": tensor.params.zero_point, "weight_offset": tensor.params.offset}
+        state |= {name: value for name, value in extra.items() if value is not None}
         offset = self.rows(shape[0], seed=seed + 1) if bias else None
         if offset is not None:
             state["bias"] = offset
@@ -63,11 +65,18 @@ class Maker:
 
 
 def _matrix(tensor: QTensor) -> torch.Tensor:
-    """codes x scales in float64, block by block."""
-    rows, columns = tensor.shape
-    scale = tensor.params.scale.double()
-    scale = scale.repeat_interleave(rows // scale.shape[0], 0).repeat_interleave(columns // scale.shape[1], 1)
-    return tensor.integers().double() * scale
+    """What codes, scales and offsets stand for in float64, block by block."""
+    (rows, columns), params = tensor.shape, tensor.params
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        width = tensor.spec.block[1] or columns
+        wide = values.double().repeat_interleave(rows // values.shape[0], 0).repeat_interleave(width, 1)
+        return wide[:, :columns]
+
+    codes = tensor.integers().double()
+    if params.zero_point is not None:
+        codes -= spread(params.zero_point)
+    return codes * spread(params.scale) + (0 if params.offset is None else spread(params.offset))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -208,14 +209,163 @@ def test_a_scale_of_zero_is_refused() -> None:
         QTensor.quantize(torch.ones(1, 1), QuantSpec(8), params=QParams(torch.zeros(1, 1)))
 
 
-def test_asymmetric_specs_are_refused_by_name() -> None:
-    spec = QuantSpec.parse("int8:channel:asym")
-    for attempt in (QTensor.quantize, QParams.absmax):
-        with pytest.raises(InputError, match=r"asymmetric weights \(int8:channel:asym\) are not supported yet"):
-            attempt(torch.ones(2, 2), spec)
-    codes, params = torch.zeros(2, 1, 2, dtype=torch.int8), QParams(torch.ones(2, 1), minimum=torch.zeros(2, 1))
-    with pytest.raises(InputError, match="asymmetric"):
-        QTensor(codes, params, spec, (2, 2)).dequantize()
+class Slow:
+    """Codes, parameters and values by Python loops and exact rationals, one rounding of each parameter to float32."""
+
+    def __init__(self, x: Tensor, spec: QuantSpec, rule: str = "absmax") -> None:
+        self.spec, self.rule = spec, rule
+        rows, columns = x.shape
+        self.codes = [[0] * columns for _ in range(rows)]
+        self.values = [[0.0] * columns for _ in range(rows)]
+        self.params: list[list[tuple[float, float]]] = []
+        high, wide = spec.block[0] or rows, spec.block[1] or columns
+        for top in range(0, rows, high):
+            self.params.append([])
+            for left in range(0, columns, wide):
+                cells = [(i, j) for i in range(top, top + high) for j in range(left, min(left + wide, columns))]
+                self._block(x.tolist(), cells)
+
+    def _block(self, x: list[list[float]], cells: list[tuple[int, int]]) -> None:
+        spec, bottom = self.spec, -(1 << (self.spec.num_bits - 1))
+        low, high = min(x[i][j] for i, j in cells), max(x[i][j] for i, j in cells)
+        if not spec.minimum:
+            low, high = min(low, 0.0), max(high, 0.0)
+        steps = (1 << spec.num_bits) - (self.rule == "absmax")
+        scale = single((high - low) / steps) if high > low else TINY if spec.minimum else 1.0
+        if self.rule == "zeroquant" and high > low:
+            low = math.floor(Fraction(low) / Fraction(scale) + Fraction(1, 2)) * scale
+        if spec.minimum:
+            second = single(low - bottom * scale)
+            zero, point = Fraction(second), 0
+        else:
+            point = math.floor(Fraction(bottom) - Fraction(low) / Fraction(scale) + Fraction(1, 2))
+            point = min(point, -bottom - 1)
+            zero, second = Fraction(0), float(point)
+            assert point >= bottom, "a zero point is a code"
+        self.params[-1].append((scale, second))
+        for i, j in cells:
+            code = math.floor((Fraction(x[i][j]) - zero) / Fraction(scale) + point + Fraction(1, 2))
+            self.codes[i][j] = max(bottom, min(-bottom - 1, code))
+            self.values[i][j] = single(float((self.codes[i][j] - point) * Fraction(scale) + zero))
+
+
+def single(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float64).float().item()
+
+
+ASYMMETRIC = ["asym", "min"]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8, 11])
+@pytest.mark.parametrize("block", [*BLOCKS, (1, 5), (3, 7), (None, 100)])
+@pytest.mark.parametrize("sign", ASYMMETRIC)
+@pytest.mark.parametrize("rule", ["absmax", "zeroquant"])
+def test_asymmetric_blocks_agree_with_a_loop(
+    bits: int, block: tuple[int | None, int | None], sign: str, rule: str
+) -> None:
+    x, spec = matrix(6, 12, seed=bits), QuantSpec(bits, symmetric=False, block=block, minimum=sign == "min")
+    x[0] += 5  # values of one sign: 0 is not between them
+    x[1] -= 5
+    x[3:, 4:8] = 0.0
+    x[4, 8:] = 0.75
+    slow = Slow(x, spec, rule)
+    quantized = QTensor.quantize(x, spec, params=module.SCALE_RULES[rule](x, spec))
+    second = quantized.params.zero_point if sign == "asym" else quantized.params.offset
+    assert second is not None
+    found = torch.stack((quantized.params.scale.double(), second.double()), -1)
+    assert found.tolist() == [[list(pair) for pair in row] for row in slow.params]
+    assert quantized.integers().tolist() == slow.codes
+    assert quantized.dequantize().tolist() == slow.values
+    offsets = quantized.params.offsets()
+    assert offsets is not None and torch.equal(offsets, offsets.float())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("block", [(1, 5), (2, 7), (None, 8), (1, 100)])
+def test_the_last_block_of_columns_may_be_shorter(bits: int, block: tuple[int | None, int | None]) -> None:
+    x, spec = matrix(6, 12, seed=bits), QuantSpec(bits, block=block)
+    whole = QTensor.quantize(x, spec, layout="tiled")
+    wide, parts = block[1] or 12, []
+    for left in range(0, 12, wide):
+        part = x[:, left : left + wide].contiguous()
+        parts.append(QTensor.quantize(part, QuantSpec(bits, block=(block[0], None))))
+    assert torch.equal(whole.params.scale, torch.cat([part.params.scale for part in parts], 1))
+    assert torch.equal(whole.integers(), torch.cat([part.integers() for part in parts], 1))
+    assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in parts], 1))
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_asymmetric_round_trip_is_within_half_a_scale(data: st.DataObject) -> None:
+    rows, columns = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    numbers = st.floats(-(2.0**99), 2.0**99, width=32)
+    x = torch.tensor(data.draw(st.lists(numbers, min_size=rows * columns, max_size=rows * columns)))
+    x = x.view(rows, columns)
+    block = (data.draw(st.sampled_from([None, 1])), data.draw(st.sampled_from([None, 2, 4])))
+    spec = QuantSpec(data.draw(st.integers(2, 8)), symmetric=False, block=block, minimum=data.draw(st.booleans()))
+    quantized = QTensor.quantize(x, spec)
+    step = module.on_blocks(
+        torch.ones(x.shape, dtype=torch.float64),
+        "mul",
+        quantized.params.scale.double().expand(rows, -1),
+        block[1] or columns,
+    )
+    # What float32 cannot hold of a minimum is lost, and one rounding of each value.
+    size = x.double().abs().amax() + step * 2**spec.num_bits
+    assert ((quantized.dequantize().double() - x.double()).abs() <= step / 2 * (1 + 1e-6) + size * 2.0**-23).all()
+    if quantized.params.zero_point is not None:
+        assert not QTensor.quantize(torch.zeros_like(x), spec, params=quantized.params).dequantize().any(), "0 is exact"
+
+
+def test_scales_of_q4_1_are_found_again() -> None:
+    """The values of a GGUF file, code · scale + minimum in float16 for 32 inputs, come back as they were."""
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (8, 4, 32), generator=draw)
+    codes[..., 0], codes[..., 1] = 0, 15
+    scale, minimum = (torch.randn(8, 4, 1, generator=draw).half().float() for _ in range(2))
+    values = (codes * scale.abs() + minimum).flatten(1)
+    quantized = QTensor.quantize(values, QuantSpec.parse("int4:group:32:min"))
+    assert torch.equal(quantized.integers(), (codes - 8).flatten(1).to(torch.int8))
+    assert torch.allclose(quantized.dequantize(), values, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_scale_rule_of_the_published_code(bits: int) -> None:
+    """Symmetric: max|x| / 2^(b-1), which clips the largest value by a step; the smallest code is not ours."""
+    x = matrix(5, 9, seed=bits)
+    x[2] = 0
+    spec = QuantSpec(bits, block=(1, None))
+    found = QTensor.quantize(x, spec, params=QParams.zeroquant(x, spec))
+    for row, scale, codes in zip(x.tolist(), found.params.scale[:, 0].tolist(), found.integers().tolist(), strict=True):
+        peak = max(abs(value) for value in row)
+        assert scale == (single(2 * peak / 2**bits) if peak else 1.0)
+        rounded = [math.floor(Fraction(value) / Fraction(scale) + Fraction(1, 2)) for value in row]
+        assert codes == [max(-spec.qmax, min(spec.qmax, code)) for code in rounded]
+    assert (found.integers().abs().amax(1) == torch.where(x.any(1), spec.qmax, 0)).all()
+
+
+@pytest.mark.parametrize("sign", ["sym", *ASYMMETRIC])
+@pytest.mark.parametrize("rule", [QParams.absmax, QParams.zeroquant])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_no_rule_takes_what_is_not_finite(sign: str, rule: Any, bad: float) -> None:
+    x = matrix(4, 6)
+    x[1, 5] = bad
+    with pytest.raises(InputError, match="4x6 matrix: it holds NaN or infinite values"):
+        rule(x, QuantSpec.parse(f"int4:group:4:{sign}"))
+
+
+def test_parameters_of_another_kind_are_refused() -> None:
+    x, ones = torch.ones(2, 2), torch.ones(2, 1)
+    point = ones.to(torch.int8)
+    for spelling, params, says in [
+        ("int8:channel:sym", QParams(ones, offset=ones), "no offsets"),
+        ("int8:channel:asym", QParams(ones), "has zero points of shape"),
+        ("int8:channel:asym", QParams(ones, point[:1]), "has zero points of shape"),
+        ("int8:channel:asym", QParams(ones, offset=ones), "has zero points of shape"),
+        ("int8:channel:min", QParams(ones, point), "no zero points"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            QTensor.quantize(x, QuantSpec.parse(spelling), params=params)
 
 
 def test_misfits_are_refused() -> None:
@@ -226,8 +376,8 @@ def test_misfits_are_refused() -> None:
         QTensor.quantize(x, QuantSpec(16), layout="tiled")
     with pytest.raises(InputError, match="unknown layout 'tile'; did you mean tiled"):
         stored_shape(spec, (2, 4), "tile")  # type: ignore[arg-type]  # what a damaged manifest may hold
-    with pytest.raises(InputError, match="groups of 3 columns do not divide 4 columns"):
-        QTensor.quantize(x, QuantSpec(4, block=(1, 3)))
+    with pytest.raises(InputError, match="groups of 3 rows do not divide 2 rows"):
+        QTensor.quantize(x, QuantSpec(4, block=(3, None)))
     with pytest.raises(InputError, match="empty 0x4 matrix"):
         QTensor.quantize(x[:0], spec)
     with pytest.raises(InputError, match=r"codes of int8:channel:sym .* found \(\(2, 4\), torch.int8\)"):

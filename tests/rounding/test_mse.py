@@ -15,6 +15,7 @@ from qtool.rounding import mse, nearest
 
 SPECS = ["int2:channel:sym", "int3:tensor:sym", "int4:group:8:sym", "int4:rows:4:sym", "int5:block:2x4:sym"]
 SPECS += ["int8:channel:sym"]
+UNEVEN = ["int4:group:7:sym", "int4:channel:asym", "int3:group:7:asym", "int4:group:8:min", "int2:block:4x10:min"]
 
 
 def matrix(seed: int, rows: int = 8, columns: int = 24) -> torch.Tensor:
@@ -57,10 +58,40 @@ def test_every_block_has_the_best_scale(spelling: str, seed: int) -> None:
         np.testing.assert_array_equal(found.integers().numpy()[block], wanted)
 
 
-@given(st.integers(0, 2**31), st.sampled_from(SPECS), st.sampled_from([1e-30, 1e-3, 1.0, 1e30]))
+@given(st.integers(0, 2**31), st.sampled_from(SPECS + UNEVEN), st.sampled_from([1e-30, 1e-3, 1.0, 1e30]))
 def test_no_block_is_worse_than_rounded_to_nearest(seed: int, spelling: str, size: float) -> None:
     spec, weight = QuantSpec.parse(spelling), matrix(seed) * size
     assert error(weight, mse(weight, spec)) <= error(weight, nearest(weight, spec)) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("spelling", ["int3:channel:asym", "int4:group:10:min", "int3:rows:4:min", "int4:group:7:sym"])
+def test_blocks_are_searched_one_by_one(spelling: str) -> None:
+    """A block's parameters are those of the block alone, wherever it lies in the matrix."""
+    spec, weight = QuantSpec.parse(spelling), matrix(3)
+    high, wide = spec.block[0] or 8, spec.block[1] or 24
+    whole = mse(weight, spec).dequantize()
+    alone = QuantSpec(spec.num_bits, spec.symmetric, minimum=spec.minimum)
+    for top in range(0, 8, high):
+        for left in range(0, 24, wide):
+            block = np.s_[top : top + high, left : left + wide]
+            assert torch.equal(whole[block], mse(weight[block].contiguous(), alone).dequantize())
+
+
+@pytest.mark.parametrize("spelling", ["int3:tensor:asym", "int3:tensor:min"])
+def test_ranges_come_close_to_the_best_of_a_fine_search(spelling: str) -> None:
+    """Against all pairs of ends on a grid four times as fine as what is tried, in plain loops."""
+    spec = QuantSpec.parse(spelling)
+    weight = matrix(1, 1, 32).exp()
+    values, low, high = weight.double().numpy()[0], weight.min().item(), weight.max().item()
+    low = low if spec.minimum else 0.0
+    least = np.inf
+    for lower in np.linspace(low, (low + high) / 2, 60) if spec.minimum else [0.0]:
+        for upper in np.linspace((low + high) / 2 + 0.01, high * 1.1, 200):
+            scale = (upper - lower) / 7
+            codes = np.clip(np.floor((values - lower) / scale + 0.5), 0, 7)
+            least = min(least, ((codes * scale + lower - values) ** 2).sum())
+    assert error(weight, mse(weight, spec)) <= 1.1 * least
+    assert error(weight, mse(weight, spec)) < error(weight, nearest(weight, spec))
 
 
 def test_narrow_grids_gain_most() -> None:
@@ -88,7 +119,7 @@ def test_what_cannot_be_rounded(bad: float) -> None:
     with pytest.raises(InputError, match="NaN or infinite"):
         mse(weight, QuantSpec.parse("int4:channel:sym"))
     with pytest.raises(InputError, match="do not divide"):
-        mse(matrix(0), QuantSpec.parse("int4:group:7:sym"))
+        mse(matrix(0), QuantSpec.parse("int4:rows:7:sym"))
 
 
 def test_weights_that_require_a_gradient() -> None:

@@ -8,13 +8,25 @@
 
 namespace qtool {
 
-// QLinear. `weight` is tiled int8, or with `nibbles` tiles of two codes a byte; `row_sums` (int32) and
-// `scale` are [column_blocks, outputs]; `bias` and `act_scale` may be null: no bias, a scale for every token.
+// QLinear. `weight` is tiled int8, or with `nibbles` tiles of two codes a byte; `row_sums` (int32), `scale` and `offset`
+// are [column_blocks, outputs]. A block has `width` inputs, a multiple of 4 where there are several; the last may be
+// shorter. `bias`, `act_scale` and `offset` may be null: no bias, a scale for every token, symmetric weights.
 struct QLinear {
   const void* weight;
   const std::int32_t* row_sums;
-  const float *scale, *bias, *act_scale;
-  std::int32_t inputs, outputs, column_blocks, nibbles;
+  const float *scale, *bias, *act_scale, *offset;
+  std::int32_t inputs, outputs, column_blocks, width, nibbles;
+};
+
+enum CodeLayout : std::int32_t { kCodeTiles = 0, kCodeNibbles = 1, kCodeRows = 2 };
+
+// Float rows by integer weights. `weight` is tiled int8, tiles of two codes a byte, or int8 row after row, by `layout`. `scale`
+// and `offset` are [row blocks, column blocks] of `block_rows` outputs and `width` inputs, as in QLinear; rows have one column
+// block and no offset. `offset` and `bias` may be null.
+struct CodeLinear {
+  const void* weight;
+  const float *scale, *offset, *bias;
+  std::int32_t inputs, outputs, block_rows, column_blocks, width, layout;
 };
 
 struct Norm {
@@ -40,6 +52,8 @@ struct QEncoder {
 struct FloatKernels {
   std::int64_t (*linear_bytes)(const QLinear&, int rows, int threads);
   void (*linear)(const QLinear&, const float* x, int rows, float* out, int threads, void* memory);
+  std::int64_t (*code_linear_bytes)(const CodeLinear&, int rows, int threads);
+  void (*code_linear)(const CodeLinear&, const float* x, int rows, float* out, int threads, void* memory);
   std::int64_t (*encoder_bytes)(const QEncoder&, const std::int32_t* starts, int sequences, int threads);
   // x float32 [tokens, hidden], in place; sequence i has rows starts[i] ... starts[i + 1] - 1.
   void (*encoder)(const QEncoder&, float* x, const std::int32_t* starts, int sequences, int threads, void* memory);

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "code_linear.h"
 #include "float_encoder.h"
 
 namespace qtool {
@@ -21,11 +22,27 @@ struct FloatTable {
     const int groups = Product::groups(linear);
     auto job = [&](const Crew& crew) {
       quantize_rows<Isa>(crew, linear, x, rows, parts.codes, parts.scales);
+      if (linear.offset != nullptr) {
+        for (int r = crew.begin(rows); r < crew.end(rows); ++r) {
+          add_codes(linear, parts.codes + std::int64_t{r} * Product::stride(linear), parts.code_sums + std::int64_t{r} * linear.column_blocks);
+        }
+      }
       crew.wait();
-      Product(linear, parts.codes, parts.scales, rows, parts.unpacked + crew.index * Product::unpacked_bytes(linear, rows))
+      std::int8_t* unpacked = parts.unpacked + crew.index * Product::unpacked_bytes(linear, rows);
+      Product(linear, parts.codes, parts.scales, rows, unpacked, parts.code_sums)
           .run(crew.begin(groups), crew.end(groups), Target<float>{out, linear.outputs},
                [](auto isa, float* cell, auto y) { decltype(isa)::store_float(cell, y); });
     };
+    together(threads, job);
+  }
+
+  static std::int64_t code_linear_bytes(const CodeLinear& linear, int rows, int threads) {
+    return CodeProduct<Isa>::bytes(linear, rows, threads);
+  }
+
+  static void code_linear(const CodeLinear& linear, const float* x, int rows, float* out, int threads, void* memory) {
+    CodeProduct<Isa> work(linear, x, rows, out, threads, memory);
+    auto job = [&](const Crew& crew) { work.run(crew); };
     together(threads, job);
   }
 
@@ -39,7 +56,7 @@ struct FloatTable {
     together(threads, job);
   }
 
-  static constexpr FloatKernels table() { return {&linear_bytes, &linear, &encoder_bytes, &encoder}; }
+  static constexpr FloatKernels table() { return {&linear_bytes, &linear, &code_linear_bytes, &code_linear, &encoder_bytes, &encoder}; }
 
  private:
   using Product = FloatProduct<Isa>;
@@ -47,6 +64,7 @@ struct FloatTable {
   struct Parts {
     std::uint8_t* codes;
     float* scales;
+    std::int32_t* code_sums;  // [rows, column blocks], for weights with offsets
     std::int8_t* unpacked;
   };
 
@@ -54,8 +72,19 @@ struct FloatTable {
     Parts parts;
     parts.codes = cutter.take<std::uint8_t>(std::int64_t{rows} * Product::stride(linear));
     parts.scales = cutter.take<float>(rows);
+    parts.code_sums = cutter.take<std::int32_t>(linear.offset != nullptr ? std::int64_t{rows} * linear.column_blocks : 0);
     parts.unpacked = cutter.take<std::int8_t>(threads * Product::unpacked_bytes(linear, rows));
     return parts;
+  }
+
+  // Sums of a row's codes, as they are without kOffset, over each block of columns.
+  static void add_codes(const QLinear& linear, const std::uint8_t* codes, std::int32_t* sums) {
+    for (int block = 0; block < linear.column_blocks; ++block) {
+      const int begin = block * linear.width, end = std::min(begin + linear.width, linear.inputs);
+      std::int32_t sum = 0;
+      for (int k = begin; k < end; ++k) sum += Isa::kOffset != 0 ? codes[k] - Isa::kOffset : static_cast<std::int8_t>(codes[k]);
+      sums[block] = sum;
+    }
   }
 };
 

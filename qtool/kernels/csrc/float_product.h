@@ -31,6 +31,23 @@ void add_scaled(const std::int32_t* sums, const float* act_scales, const float* 
   }
 }
 
+// The same with `offset`, what code 0 of each output stands for: it is multiplied by the sum of a row's codes.
+template <class Isa>
+void add_shifted(int rows, int width, const std::int32_t* sums, const float* act_scales, const float* scale, const std::int32_t* row_sums,
+                 const float* offset, const std::int32_t* code_sums, std::ptrdiff_t blocks, float* totals) {
+  for (int r = 0; r < rows; ++r) {
+    const auto act_scale = Isa::set_float(act_scales[r]);
+    const auto code_sum = Isa::set_float(static_cast<float>(code_sums[r * blocks]) * act_scales[r]);
+    for (int i = 0; i < width; i += Isa::kLanes) {
+      const auto correction = Isa::mul(Isa::load(row_sums + i), Isa::set(Isa::kOffset));
+      const auto sum = Isa::to_float(Isa::sub(Isa::load(sums + r * width + i), correction));
+      auto y = Isa::mul_float(Isa::mul_float(sum, act_scale), Isa::load_float(scale + i));
+      y = Isa::add_float(y, Isa::mul_float(code_sum, Isa::load_float(offset + i)));
+      Isa::store_float(totals + r * width + i, Isa::add_float(Isa::load_float(totals + r * width + i), y));
+    }
+  }
+}
+
 // add_scaled by number of rows and panels.
 template <class Isa>
 struct Scaled {
@@ -54,10 +71,11 @@ template <class Isa>
 class FloatProduct {
  public:
   // `codes` are as quantize_row makes them, `stride` bytes a row, with a scale for each row. `unpacked` is this thread's
-  // own, of `unpacked_bytes`.
-  FloatProduct(const QLinear& linear, const std::uint8_t* codes, const float* scales, int rows, std::int8_t* unpacked)
-      : linear_(linear), codes_(codes), scales_(scales), rows_(rows), steps_(ceil_div(linear.inputs, kQuad)),
-        block_steps_(steps_ / linear.column_blocks), held_(held(linear, rows)), unpacked_(unpacked) {}
+  // own, of `unpacked_bytes`. Weights with offsets need the sums of each row's codes, [rows][column blocks].
+  FloatProduct(const QLinear& linear, const std::uint8_t* codes, const float* scales, int rows, std::int8_t* unpacked,
+               const std::int32_t* code_sums = nullptr)
+      : linear_(linear), codes_(codes), scales_(scales), code_sums_(code_sums), rows_(rows), steps_(ceil_div(linear.inputs, kQuad)),
+        block_steps_(std::min(ceil_div(linear.width, kQuad), steps_)), held_(held(linear, rows)), unpacked_(unpacked) {}
 
   // Bytes a row of codes takes.
   static int stride(const QLinear& linear) { return ceil_div(linear.inputs, kQuad) * kQuad; }
@@ -81,7 +99,13 @@ class FloatProduct {
         if (r == 0) fetch_scales(block + kBlocksAhead, p, panels);
         sum_block(r, rows, p, panels, block, sums);
         const Scales scales(linear_, block, column, width);
-        add(sums, scales_ + r, scales.scale, scales.row_sums, totals);
+        if (scales.offset == nullptr) {
+          add(sums, scales_ + r, scales.scale, scales.row_sums, totals);
+        } else {
+          const std::ptrdiff_t blocks = linear_.column_blocks;
+          add_shifted<Isa>(rows, width, sums, scales_ + r, scales.scale, scales.row_sums, scales.offset, code_sums_ + r * blocks + block,
+                           blocks, totals);
+        }
       }
       sweep_float<Isa>(std::min(width, linear_.outputs - column), [&](auto isa, int i) {
         using V = decltype(isa);
@@ -100,24 +124,30 @@ class FloatProduct {
   static constexpr int kBlocksAhead = 8;    // blocks of columns whose scales are asked for
   static constexpr int kBytesAhead = 2048;  // nibbles that are asked for
 
-  // Of a block of columns the scales and sums of `width` outputs; for those that the matrix does not have, zeros.
+  // Of a block of columns the scales, sums and offsets of `width` outputs; for those that the matrix does not have, zeros.
   struct Scales {
     Scales(const QLinear& linear, int block, int column, int width)
         : scale(linear.scale + std::ptrdiff_t{block} * linear.outputs + column),
-          row_sums(linear.row_sums + std::ptrdiff_t{block} * linear.outputs + column) {
+          row_sums(linear.row_sums + std::ptrdiff_t{block} * linear.outputs + column),
+          offset(linear.offset == nullptr ? nullptr : linear.offset + std::ptrdiff_t{block} * linear.outputs + column) {
       const int real = linear.outputs - column;
       if (real >= width) return;
       std::fill(std::copy(scale, scale + real, scale_), scale_ + width, 0.0f);
       std::fill(std::copy(row_sums, row_sums + real, sums_), sums_ + width, 0);
       scale = scale_, row_sums = sums_;
+      if (offset == nullptr) return;
+      std::fill(std::copy(offset, offset + real, offset_), offset_ + width, 0.0f);
+      offset = offset_;
     }
 
     const float* scale;
     const std::int32_t* row_sums;
+    const float* offset;
 
    private:
     alignas(64) float scale_[Isa::kPanels * kTile];
     alignas(64) std::int32_t sums_[Isa::kPanels * kTile];
+    alignas(64) float offset_[Isa::kPanels * kTile];
   };
 
   // Steps of a panel that stay unpacked: no more than are multiplied next where no other rows come after these.
@@ -131,16 +161,16 @@ class FloatProduct {
     const auto multiply_steps = Tiles<Isa>::of(rows, panels);
     const std::ptrdiff_t stride = std::ptrdiff_t{steps_} * kQuad;
     const std::uint8_t* codes = codes_ + r * stride;
-    const int begin = block * block_steps_, end = begin + block_steps_;
+    const int begin = block * block_steps_, count = std::min(block_steps_, steps_ - begin), end = begin + count;
     if (!linear_.nibbles) {
       const auto* weight = static_cast<const std::int8_t*>(linear_.weight) + (std::ptrdiff_t{p} * steps_ + begin) * kTileBytes;
-      multiply_steps(codes + begin * kQuad, stride, weight, std::ptrdiff_t{steps_} * kTileBytes, block_steps_, sums);
+      multiply_steps(codes + begin * kQuad, stride, weight, std::ptrdiff_t{steps_} * kTileBytes, count, sums);
       return;
     }
     const std::ptrdiff_t panel = std::ptrdiff_t{held_} * kTileBytes;
     const std::int8_t* weight = unpacked_ + (held_ == steps_ ? begin : 0) * kTileBytes;
     if (r > 0) {
-      multiply_steps(codes + begin * kQuad, stride, weight, panel, block_steps_, sums);
+      multiply_steps(codes + begin * kQuad, stride, weight, panel, count, sums);
       return;
     }
     // While the first rows are multiplied, a stretch at a time; longer blocks than that are added up as integers.
@@ -175,12 +205,14 @@ class FloatProduct {
     for (int c = p * kTile; c < std::min((p + panels) * kTile, linear_.outputs); c += kTile) {
       __builtin_prefetch(linear_.scale + cells + c);
       if (Isa::kOffset != 0) __builtin_prefetch(linear_.row_sums + cells + c);
+      if (linear_.offset != nullptr) __builtin_prefetch(linear_.offset + cells + c);
     }
   }
 
   const QLinear& linear_;
   const std::uint8_t* codes_;
   const float* scales_;
+  const std::int32_t* code_sums_;
   int rows_, steps_, block_steps_, held_;
   std::int8_t* unpacked_;
 };

@@ -1,5 +1,6 @@
 // The flat C interface of the native library: plain integers, pointers and structs, loaded by native.py with ctypes.
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -22,7 +23,7 @@ namespace qtool {
 namespace {
 
 // Raised with every incompatible change of an exported function or struct; native.py refuses a library of another number.
-constexpr std::int32_t kAbiVersion = 3;
+constexpr std::int32_t kAbiVersion = 4;
 
 // What functions return.
 enum Status : std::int32_t { kFine = 0, kNoMemory = 1, kBadId = 2 };
@@ -124,17 +125,18 @@ QTOOL_EXPORT void qtool_after_fork() { after_fork(); }
 
 QTOOL_EXPORT std::int32_t qtool_code_offset(std::int32_t isa) { return integer(isa).code_offset; }
 
-// Sums of the codes of each output over each of `blocks` blocks of inputs, int32 [blocks][outputs], from tiles of int8 or of
-// two codes a byte. A block is a multiple of 4 inputs, or all of them.
+// Sums of the codes of each output over each block of `width` inputs, int32 [blocks][outputs], from tiles of int8 or of two
+// codes a byte. A width is a multiple of 4, or all inputs; the last block may be shorter.
 QTOOL_EXPORT std::int32_t qtool_row_sums(std::int32_t, const void* tiles, std::int32_t nibbles, std::int32_t outputs,
-                                         std::int32_t inputs, std::int32_t blocks, std::int32_t* sums) {
+                                         std::int32_t inputs, std::int32_t width, std::int32_t* sums) {
   constexpr int kTileRows = 16, kTileColumns = 4;
-  const int steps = (inputs + kTileColumns - 1) / kTileColumns, each = blocks == 1 ? steps : steps / blocks;
+  const int steps = (inputs + kTileColumns - 1) / kTileColumns, each = (width + kTileColumns - 1) / kTileColumns;
+  const int blocks = each < steps ? (steps + each - 1) / each : 1;
   const auto* bytes = static_cast<const std::uint8_t*>(tiles);
   for (int c = 0; c < outputs; ++c) {
     for (int block = 0; block < blocks; ++block) {
       std::int32_t sum = 0;
-      for (int k = block * each; k < (block + 1) * each; ++k) {
+      for (int k = block * each; k < std::min((block + 1) * each, steps); ++k) {
         const std::int64_t tile = (std::int64_t{c / kTileRows} * steps + k) * kTileRows + c % kTileRows;
         for (int i = 0; i < kTileColumns; ++i) {
           if (nibbles != 0) {
@@ -195,6 +197,14 @@ QTOOL_EXPORT std::int32_t qtool_float_linear(std::int32_t isa, const QLinear* li
   const Memory memory(floating(isa).linear_bytes(*linear, rows, threads));
   if (memory.get() == nullptr) return kNoMemory;
   floating(isa).linear(*linear, x, rows, out, threads, memory.get());
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_code_linear(std::int32_t isa, const CodeLinear* linear, const float* x, std::int32_t rows, float* out,
+                                            std::int32_t threads) {
+  const Memory memory(floating(isa).code_linear_bytes(*linear, rows, threads));
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).code_linear(*linear, x, rows, out, threads, memory.get());
   return kFine;
 }
 

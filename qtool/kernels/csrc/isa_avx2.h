@@ -1,5 +1,6 @@
-// AVX2: 8 lanes. Products of bytes are exact although vpmaddubsw adds pairs in 16 bits: |a| and the weight with a's sign
-// are at most 127 each, so a pair is at most 2 * 127^2 = 32,258.
+// AVX2: 8 lanes. Products of bytes are exact although vpmaddubsw adds pairs in 16 bits: |w| is at most 128 and the
+// activation with w's sign 127, so a pair is at most 2 * 128 * 127 = 32,512. (-128 has no opposite in a byte, but as an
+// unsigned byte its magnitude is 128: weights may be -128, activations may not.)
 
 #pragma once
 
@@ -16,7 +17,7 @@ namespace {  // compiled for each instruction set apart: no copy may serve anoth
 
 struct Avx2 {
   static constexpr int kLanes = 8;
-  // 8 accumulators, two weights, an activation and its magnitude, ones, and temporaries of the 16 registers.
+  // 8 accumulators, two weights and their magnitudes, an activation, ones, and temporaries of the 16 registers.
   static constexpr int kRows = 4, kPanels = 1;
   static constexpr int kOffset = 0;
 
@@ -144,13 +145,14 @@ struct Avx2 {
     for (std::ptrdiff_t k = 0; k < steps; ++k) {
       const auto* weights = reinterpret_cast<const __m256i*>(w + k * 64);
       const Int low = _mm256_loadu_si256(weights), high = _mm256_loadu_si256(weights + 1);
+      const Int size_low = _mm256_abs_epi8(low), size_high = _mm256_abs_epi8(high);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         std::int32_t four;
         std::memcpy(&four, a + r * stride + k * 4, 4);
-        const Int activation = _mm256_set1_epi32(four), magnitude = _mm256_abs_epi8(activation);
-        const Int pairs_low = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(low, activation));
-        const Int pairs_high = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(high, activation));
+        const Int activation = _mm256_set1_epi32(four);
+        const Int pairs_low = _mm256_maddubs_epi16(size_low, _mm256_sign_epi8(activation, low));
+        const Int pairs_high = _mm256_maddubs_epi16(size_high, _mm256_sign_epi8(activation, high));
         sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(pairs_low, ones));
         sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(pairs_high, ones));
       }

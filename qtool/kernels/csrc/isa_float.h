@@ -42,6 +42,16 @@ struct FloatPortable : Portable {
     return a * power;
   }
   static Float copy_sign(Float magnitude, Float sign) { return std::copysign(magnitude, sign); }
+  // Codes of one output and four inputs, a byte or a nibble each, and one of them.
+  static Int load_quads(const std::uint8_t* p) {
+    return static_cast<Int>(p[0] | p[1] << 8 | p[2] << 16 | static_cast<std::uint32_t>(p[3]) << 24);
+  }
+  static Int load_pairs(const std::uint8_t* p) { return p[0] | p[1] << 8; }
+  template <int I, bool kNibbles>
+  static Float code(Int quad) {
+    constexpr int kBits = kNibbles ? 4 : 8;
+    return static_cast<float>(static_cast<Int>(static_cast<std::uint32_t>(quad) << (32 - kBits * (I + 1))) >> (32 - kBits));
+  }
   static float reduce_add_float(Float a) { return a; }
   static float reduce_max_float(Float a) { return a; }
 };
@@ -74,6 +84,15 @@ struct FloatAvx512Vnni : Avx512Vnni {
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_andnot_si512(bit, _mm512_castps_si512(magnitude)),
                                                _mm512_and_si512(bit, _mm512_castps_si512(sign))));
   }
+  static Int load_quads(const std::uint8_t* p) { return _mm512_loadu_si512(p); }
+  static Int load_pairs(const std::uint8_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  template <int I, bool kNibbles>
+  static Float code(Int quads) {
+    constexpr int kBits = kNibbles ? 4 : 8;
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(quads, 32 - kBits * (I + 1)), 32 - kBits));
+  }
   static float reduce_add_float(Float a) { return _mm512_reduce_add_ps(a); }
   static float reduce_max_float(Float a) { return _mm512_reduce_max_ps(a); }
 };
@@ -105,6 +124,15 @@ struct FloatAvx2 : Avx2 {
   static Float copy_sign(Float magnitude, Float sign) {
     const Float bit = _mm256_set1_ps(-0.0f);
     return _mm256_or_ps(_mm256_andnot_ps(bit, magnitude), _mm256_and_ps(bit, sign));
+  }
+  static Int load_quads(const std::uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Int load_pairs(const std::uint8_t* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  template <int I, bool kNibbles>
+  static Float code(Int quads) {
+    constexpr int kBits = kNibbles ? 4 : 8;
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(quads, 32 - kBits * (I + 1)), 32 - kBits));
   }
   static float reduce_add_float(Float a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -85,7 +85,8 @@ class Layout:
             raise InputError(
                 f"weights.rounding: {recipe.weights.rounding} is for zeroquant; ibert takes {', '.join(ROUNDINGS)}"
             )
-        if options.clipping == "token" and (recipe.activations.spec.dynamic or options.smoothing is not None):
+        whole = recipe.activations.spec
+        if options.clipping == "token" and (whole == "float" or whole.dynamic or options.smoothing is not None):
             raise InputError("methods.ibert.clipping: token is for static activations, with smoothing set to null")
         if options.tuning and options.smoothing is None:
             raise InputError("methods.ibert.tuning: it tunes the smoothing, which is null")
@@ -184,7 +185,10 @@ class Layout:
         return act not in ("relu", "gelu") or (act == "gelu" and self.options.gelu == "table")
 
     def _activations(self, path: str) -> QuantSpec:
-        return self.recipe.rule_for(path).activations or self.recipe.activations.spec
+        found = self.recipe.rule_for(path).activations or self.recipe.activations.spec
+        if found == "float":
+            raise InputError(f"{path}: {_NOTHING_FLOAT}")
+        return found
 
     def _embeddings(self) -> Description:
         parts: dict[str, Description] = {}
@@ -302,7 +306,7 @@ class Layout:
         weights = self.table_spec("word") if tied else rule.weights or self.recipe.weights.spec
         activations = self._activations(path)
         if not any(unit.owns(path) for unit in self.anatomy.blocks):  # no range of its input was observed
-            if rule.activations is not None and not rule.activations.dynamic:
+            if isinstance(rule.activations, QuantSpec) and not rule.activations.dynamic:
                 raise InputError(f"{path}: outside the blocks activations are quantized token by token")
             activations = QuantSpec.parse("int8:token:sym")
         _check_linear(weights, activations, path)

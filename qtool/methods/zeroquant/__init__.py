@@ -18,16 +18,17 @@ from qtool.errors import InputError
 from qtool.lesson import Lesson
 from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
 from qtool.methods.zeroquant import migration
-from qtool.methods.zeroquant.kept import float_rest, irreplaceable
+from qtool.methods.zeroquant.kept import float_rest, irreplaceable, vocabulary_head
 from qtool.methods.zeroquant.migration import Migration
 from qtool.methods.zeroquant.specs import check_linear, check_table
 from qtool.nn import MODULES, QEmbedding, QLinear, QModule
 from qtool.numerics import QTensor, QuantSpec
-from qtool.recipe import Count, Recipe, Spec
+from qtool.recipe import ActivationSpec, Count, Recipe, Spec
 from qtool.rounding import DATA_ROUNDINGS, ROUNDINGS, Moments
 from qtool.stream import Reader, stored
 
 _QMAX = 127
+_PRODUCTS = {False: "int8 x int8 -> int32", True: "float32 x integer codes -> float32"}
 _TILED, _TURNED, _WIDE = 4, 4, 32  # bytes of a weight while it is laid out, turned round, or tried on many scales
 _SQUARES = 8  # float64 matrices of inputs by inputs: moments, factors and what they are made from
 _LEARNING = 40  # bytes of a weight that is distilled: itself, places, gradient, two moments, the best, products
@@ -55,13 +56,18 @@ class LKD(Options):
 
 
 class ZeroQuantOptions(Options):
-    """How embedding tables are stored. INT8 for the small tables costs agreement; 16 bits cost almost no space."""
+    """How embedding tables are stored. INT8 for the small tables costs agreement; 16 bits cost almost no space.
+
+    `head` is for an output layer over the vocabulary that is not tied to the word table (a tied one uses its codes).
+    """
 
     word_embeddings: Spec | Literal["float"] = Field(QuantSpec.parse("int8:channel:sym"), union_mode="left_to_right")
     small_embeddings: Spec | Literal["float"] = Field(QuantSpec.parse("int16:channel:sym"), union_mode="left_to_right")
     lkd: LKD = LKD(enabled=False)
     smoothing: float | None = Field(None, ge=0, le=1, description="Exponent of migration into weights; null: none")
     tuning: int = Field(0, ge=0, description="Steps in which the smoothing is tuned on a sample of activations")
+    head: Spec | Literal["float"] = Field("float", union_mode="left_to_right")
+    head_activations: ActivationSpec = "float"
 
 
 class ZeroQuant(Method):
@@ -100,8 +106,26 @@ class ZeroQuant(Method):
             bias = model.get_submodule(anatomy.tied_head).bias is not None
             modules[anatomy.tied_head] = {"type": "tied_linear", "table": anatomy.word_table, "bias": bias}
             changes["tie_word_embeddings"] = False
+        modules |= self._head(anatomy, model)
         kept |= float_rest(anatomy, model, modules)
+        self.arithmetic = _arithmetic(modules)
         return Plan(modules, kept, changes)
+
+    def _head(self, anatomy: Anatomy, model: Any) -> dict[str, dict[str, Any]]:
+        """The output layer over the vocabulary, where an option asks for it."""
+        weights, activations = self.options.head, self.options.head_activations
+        if weights == "float":
+            if activations != "float":
+                raise InputError("methods.zeroquant.head_activations: the head itself is float; set head too")
+            return {}
+        path = vocabulary_head(anatomy, model)
+        module = model.get_submodule(path)
+        shape = tuple(module.weight.shape)
+        check_linear(weights, activations, shape, path)
+        if activations != "float" and not activations.dynamic:
+            raise InputError(f"{path}: the input of a head is not calibrated; use int8:token:sym or float")
+        words = {"weights": str(weights), "activations": str(activations), "bias": module.bias is not None}
+        return {path: {"type": "linear", "shape": list(shape), **words}}
 
     def _describe(self, unit: Unit, part: Part, module: Any) -> dict[str, Any] | None:
         """The description of one part, or None where it stays float."""
@@ -230,7 +254,8 @@ class ZeroQuant(Method):
         module = MODULES[description["type"]].from_description(torch.nn.Module(), path, description, device="meta")
         weight = self._matrix(unit, path, weights)
         tensor = self._round(weight, QuantSpec.parse(description["weights"]), moments, isinstance(module, QLinear))
-        _fill(module, tensor)
+        assert isinstance(module, QLinear | QEmbedding)
+        module.fill(tensor)
         if isinstance(module, QLinear):
             if module.bias is not None:
                 module.bias = weights(f"{path}.bias")
@@ -252,16 +277,20 @@ class ZeroQuant(Method):
         layout: Literal["rows", "tiled"] = "tiled" if tiled else "rows"
         name = self.recipe.weights.rounding
         if name not in DATA_ROUNDINGS:
-            return ROUNDINGS[name](weight, spec, layout=layout)
+            rule = self.recipe.weights.scale_rule
+            return ROUNDINGS[name](weight, spec, layout=layout, **({} if rule == "absmax" else {"scale_rule": rule}))
         if moments is None:
             return ROUNDINGS["mse"](weight, spec, layout=layout)
         return DATA_ROUNDINGS[name](weight, spec, moments, layout=layout)
 
 
-def _fill(module: QModule, tensor: QTensor) -> None:
-    assert isinstance(module, QLinear | QEmbedding)
-    module.weight, module.weight_scale = tensor.codes, tensor.params.scale
+def _arithmetic(modules: Mapping[str, Any]) -> str:
+    """Which products the linears of a plan are."""
+    floats = {module["activations"] == "float" for module in modules.values() if module["type"] == "linear"}
+    return " and ".join(_PRODUCTS[kind] for kind in sorted(floats)) or "none: tables only"
 
 
 def _is_static(description: Any) -> bool:
-    return description["type"] == "linear" and not QuantSpec.parse(description["activations"]).dynamic
+    if description["type"] != "linear" or description["activations"] == "float":
+        return False
+    return not QuantSpec.parse(description["activations"]).dynamic

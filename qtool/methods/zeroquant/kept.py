@@ -3,6 +3,7 @@
 from typing import Any
 
 from qtool.anatomy import Anatomy, matrix_kind
+from qtool.errors import InputError
 
 
 def irreplaceable(anatomy: Anatomy, model: Any, path: str) -> str | None:
@@ -13,6 +14,21 @@ def irreplaceable(anatomy: Anatomy, model: Any, path: str) -> str | None:
         if matrix_kind(module) is None:
             return f"{type(module).__name__}{f' ({other})' * (other != path)}: its forward is not the plain one"
     return None
+
+
+def vocabulary_head(anatomy: Anatomy, model: Any) -> str:
+    """The path of the output layer over the vocabulary. Raises InputError where it has no matrix of its own."""
+    wanted = "methods.zeroquant.head"
+    if anatomy.tied_head:
+        raise InputError(f"{wanted}: {anatomy.tied_head} shares the word table and its codes; see word_embeddings")
+    module = model.get_output_embeddings()
+    paths: list[str] = [path for path, found in model.named_modules() if found is module]
+    path = paths[0] if paths else None
+    if path is None or matrix_kind(module) is None:
+        raise InputError(
+            f"{wanted}: {type(model).__name__} has no plain output layer over a vocabulary; leave it float"
+        )
+    return path
 
 
 def float_rest(anatomy: Anatomy, model: Any, modules: Any) -> dict[str, str]:

@@ -1,19 +1,21 @@
 """Which specs its modules execute."""
 
-from typing import Any
+from typing import Any, Literal
 
 from qtool.errors import InputError
 from qtool.numerics import QuantSpec
 
 
-def check_linear(weights: QuantSpec, activations: QuantSpec, shape: Any, path: str) -> None:
-    """Refuse specs that the int8 product cannot execute. Raises InputError naming the module."""
-    if weights.dynamic or not weights.symmetric or weights.num_bits > 8:
-        raise InputError(f"{path}: weights {weights} cannot run; zeroquant takes static symmetric int2 to int8 weights")
-    token_wise = activations.dynamic and activations.block == (1, None)
-    tensor_wise = not activations.dynamic and activations.block == (None, None)
-    if activations.num_bits != 8 or not activations.symmetric or not (token_wise or tensor_wise):
-        raise InputError(f"{path}: activations {activations} cannot run; use int8:token:sym or int8:tensor:sym")
+def check_linear(weights: QuantSpec, activations: QuantSpec | Literal["float"], shape: Any, path: str) -> None:
+    """Refuse specs that the products cannot execute. Raises InputError naming the module."""
+    if weights.dynamic or weights.num_bits > 8:
+        raise InputError(f"{path}: weights {weights} cannot run; zeroquant takes static int2 to int8 weights")
+    if activations != "float":
+        token_wise = activations.dynamic and activations.block == (1, None)
+        tensor_wise = not activations.dynamic and activations.block == (None, None)
+        if activations.num_bits != 8 or not activations.symmetric or not (token_wise or tensor_wise):
+            known = "int8:token:sym, int8:tensor:sym or float"
+            raise InputError(f"{path}: activations {activations} cannot run; use {known}")
     _check_block(weights, shape, path)
 
 

@@ -533,9 +533,10 @@ void integer_encoders(const std::vector<Isa>& all, int count) {
   }
 }
 
-QLinear q_linear_of(Draw& draw, Heap& heap, int inputs, int outputs, int blocks, bool nibbles, bool biased, bool is_static) {
-  const int most = nibbles ? 7 : 127;
-  const int8_t* codes = heap.integers<int8_t>(draw, int64_t{outputs} * inputs, -most, most);
+QLinear q_linear_of(Draw& draw, Heap& heap, int inputs, int outputs, int width, bool nibbles, bool biased, bool is_static,
+                    bool has_offset = false) {
+  const int most = nibbles ? 7 : 127, blocks = (inputs + width - 1) / width;
+  const int8_t* codes = heap.integers<int8_t>(draw, int64_t{outputs} * inputs, has_offset ? -most - 1 : -most, most);
   const int8_t* tiles = tiled(heap, codes, outputs, inputs);
   QLinear made = {};
   made.weight = tiles;
@@ -544,7 +545,7 @@ QLinear q_linear_of(Draw& draw, Heap& heap, int inputs, int outputs, int blocks,
   for (int b = 0; b < blocks; ++b) {
     for (int c = 0; c < outputs; ++c) {
       int32_t sum = 0;
-      for (int k = b * (inputs / blocks); k < (b + 1) * (inputs / blocks); ++k) sum += codes[int64_t{c} * inputs + k];
+      for (int k = b * width; k < std::min((b + 1) * width, inputs); ++k) sum += codes[int64_t{c} * inputs + k];
       sums[b * outputs + c] = sum;
     }
   }
@@ -552,7 +553,8 @@ QLinear q_linear_of(Draw& draw, Heap& heap, int inputs, int outputs, int blocks,
   made.row_sums = sums, made.scale = heap.reals(draw, int64_t{blocks} * outputs, 0.5f * unit, unit);
   if (biased) made.bias = heap.reals(draw, outputs, -0.5f, 0.5f);
   if (is_static) made.act_scale = heap.reals(draw, 1, 0.01f, 0.03f);
-  made.inputs = inputs, made.outputs = outputs, made.column_blocks = blocks, made.nibbles = nibbles;
+  if (has_offset) made.offset = heap.reals(draw, int64_t{blocks} * outputs, -unit, unit);
+  made.inputs = inputs, made.outputs = outputs, made.column_blocks = blocks, made.width = width, made.nibbles = nibbles;
   return made;
 }
 
@@ -560,15 +562,15 @@ void float_linears(const std::vector<Isa>& all) {
   const auto check = [&](int inputs, int outputs, int count) {
     Draw draw(static_cast<std::uint64_t>(1000 * inputs + outputs));
     Heap heap;
-    int blocks = 1;
-    for (int wanted : {2, 3, 5}) {
-      if (inputs % (4 * wanted) == 0 && draw.coin()) blocks = wanted;
+    int width = inputs;
+    for (int wanted : {8, 20, 32, 264}) {
+      if (inputs > wanted && draw.coin()) width = wanted;
     }
-    const QLinear linear = q_linear_of(draw, heap, inputs, outputs, blocks, draw.coin(), draw.coin(), draw.coin());
+    const QLinear linear = q_linear_of(draw, heap, inputs, outputs, width, draw.coin(), draw.coin(), draw.coin(), draw.coin());
     float* x = heap.take<float>(int64_t{count} * inputs);
     for (int64_t i = 0; i < int64_t{count} * inputs; ++i) x[i] = draw.real(3);
     if (count > 2) std::fill(x + inputs, x + 2 * inputs, 0.0f);
-    const auto what = text("float linear", inputs, outputs, count, blocks, linear.nibbles);
+    const auto what = text("float linear", inputs, outputs, count, width, linear.nibbles);
     same_everywhere<float>(all, 1 + (inputs + outputs) % 4, what, [&](const Isa& isa, int threads, int filling) {
       Heap own;
       auto* out = own.take<float>(int64_t{count} * outputs);
@@ -597,12 +599,12 @@ void float_encoders(const std::vector<Isa>& all, int count) {
     const int hidden = shape.heads * shape.size;
     const bool is_static = number % 5 == 4;
     const auto linear = [&](int inputs, int outputs) {
-      int parts = 1;  // half of the linears hold nibbles, and half of those that can have blocks of columns
-      for (int wanted : {2, 3, 5}) {
-        if (inputs % (4 * wanted) == 0 && draw.coin()) parts = wanted;
+      int width = inputs;  // half of the linears hold nibbles, and many of those that can have blocks of columns
+      for (int wanted : {8, 12, 20}) {
+        if (wanted < inputs && draw.coin()) width = wanted;
       }
       const bool nibbles = draw.coin(), biased = draw.coin();
-      return q_linear_of(draw, heap, inputs, outputs, parts, nibbles, biased, is_static);
+      return q_linear_of(draw, heap, inputs, outputs, width, nibbles, biased, is_static);
     };
     const auto norm = [&]() {
       Norm made = {};
@@ -665,7 +667,7 @@ void blunder(const std::string& mistake, const Isa& isa) {
     const int32_t* x = heap.integers<int32_t>(draw, 64, -9, 9);
     isa.integer->norm(norm_of(draw, heap, 64, 22, -12, -9), x, 1, heap.take<int32_t>(63), 1);
   } else if (mistake == "short-weight") {
-    QLinear linear = q_linear_of(draw, heap, 32, 32, 1, false, true, false);
+    QLinear linear = q_linear_of(draw, heap, 32, 32, 32, false, true, false);
     linear.weight = heap.take<int8_t>(32 * 32 - 1);
     const Memory memory(isa.floating->linear_bytes(linear, 1, 1), 0);
     isa.floating->linear(linear, heap.reals(draw, 32, -1, 1), 1, heap.take<float>(32), 1, memory.get());

@@ -54,6 +54,9 @@ class Backend(Protocol):
         `weight_scale` is `[row blocks, column blocks]`. `act_scale` is one static scale, or None for a scale per token.
         """
 
+    def int8_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the function of this name in `attention` does."""
+
     def row_table_linear(
         self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

@@ -76,7 +76,9 @@ def int8_attention(
             scores = _capped(scores, softcap) if softcap is not None else scores
             scores = scores if allowed is None else _masked(scores, allowed[at][part])
             codes[at][part], alive[part] = _probabilities(scores)
-        context[at] = _weighted(codes[at].flatten(0, 1), v[at]).view_as(context[at]).mul_(value_scale[at[1]]).add_(alive)
+        context[at] = (
+            _weighted(codes[at].flatten(0, 1), v[at]).view_as(context[at]).mul_(value_scale[at[1]]).add_(alive)
+        )
     return context.flatten(1, 2).transpose(1, 2), codes.flatten(1, 2)
 
 

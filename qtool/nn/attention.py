@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from qtool import kernels
+from qtool.errors import InputError
 from qtool.nn.module import QModule
+
+CHILD = "int8_products"
+"""Name that the module has inside the attention module that it serves."""
+_ACTIVATIONS = "int8:token:sym"
 
 
 class QAttention(QModule):
@@ -45,15 +50,22 @@ class QAttention(QModule):
 
     def description(self) -> dict[str, Any]:
         """Heads of queries, heads of keys and values, and their size."""
-        return {"type": "attention", "heads": self.heads, "groups": self.groups, "size": self.size}
+        return attention_description(self.heads, self.groups, self.size)
 
     @classmethod
     def from_description(
         cls, model: nn.Module, path: str, description: Mapping[str, Any], *, device: str
     ) -> "QAttention":
         """See `QModule`."""
+        if description["activations"] != _ACTIVATIONS:
+            raise InputError(f"{path}: activations {description['activations']} cannot run; use {_ACTIVATIONS}")
         return cls(description["heads"], description["groups"], description["size"], device=device)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
         return f"heads={self.heads}, groups={self.groups}, size={self.size}"
+
+
+def attention_description(heads: int, groups: int, size: int) -> dict[str, Any]:
+    """JSON-clean; queries and keys are scaled by token and head."""
+    return {"type": "attention", "heads": heads, "groups": groups, "size": size, "activations": _ACTIVATIONS}

@@ -88,7 +88,9 @@ def test_codes_and_context_are_those_of_the_formula(form: Any, kind: str) -> Non
                 wanted, exact = by_hand(case, mask, form[-1] ** -0.5, (b, h, i))
                 found = codes[b, h, i].tolist()
                 if found == wanted:
-                    torch.testing.assert_close(context[b, i, h].double(), torch.tensor(exact).double(), rtol=1e-5, atol=1e-7)
+                    torch.testing.assert_close(
+                        context[b, i, h].double(), torch.tensor(exact).double(), rtol=1e-5, atol=1e-7
+                    )
                 else:  # a sum within 2e-7 of a half may round the other way
                     off += 1
                     assert max(abs(x - y) for x, y in zip(found, wanted, strict=True)) == 1

@@ -13,9 +13,10 @@ from pydantic import Field
 from qtool.anatomy import Anatomy, Part, Unit
 from qtool.calibrate.statistics import Statistics
 from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
+from qtool.methods.zeroquant.attention import plan_attention, value_scale, value_sites
 from qtool.methods.zeroquant.kept import float_rest, irreplaceable
 from qtool.methods.zeroquant.specs import check_linear, check_table
-from qtool.nn import MODULES, QEmbedding, QLinear, QModule
+from qtool.nn import MODULES, QAttention, QEmbedding, QLinear, QModule
 from qtool.numerics import QTensor, QuantSpec
 from qtool.recipe import Spec
 from qtool.rounding import ROUNDINGS
@@ -25,10 +26,14 @@ _QMAX = 127
 
 
 class ZeroQuantOptions(Options):
-    """How embedding tables are stored. INT8 for the small tables costs agreement; 16 bits cost almost no space."""
+    """How embedding tables are stored, and whether the products of attention are on int8 codes too.
+
+    INT8 for the small tables costs agreement; 16 bits cost almost no space.
+    """
 
     word_embeddings: Spec | Literal["float"] = Field(QuantSpec.parse("int8:channel:sym"), union_mode="left_to_right")
     small_embeddings: Spec | Literal["float"] = Field(QuantSpec.parse("int16:channel:sym"), union_mode="left_to_right")
+    attention: Literal["float", "int8"] = "float"
 
 
 class ZeroQuant(Method):
@@ -42,7 +47,8 @@ class ZeroQuant(Method):
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
         """A rule's overrides are applied here; a spec that cannot be executed is refused with the module's name."""
         whole = {part.path: (unit, part) for unit, part in anatomy.parts()}  # parts of a fused matrix share a module
-        self.recipe.check_rules(list(whole))
+        attention = plan_attention(anatomy, model) if self.options.attention == "int8" else {}
+        self.recipe.check_rules([*whole, *attention])
         modules: dict[str, dict[str, Any]] = {}
         kept: dict[str, str] = {}
         for path, (unit, part) in whole.items():
@@ -51,6 +57,11 @@ class ZeroQuant(Method):
             description = None if reason else self._describe(unit, part, module)
             if description is None:
                 kept[path] = reason or "asked for by a rule or an option"
+            else:
+                modules[path] = description
+        for path, description in attention.items():
+            if self.recipe.rule_for(path).keep_float:
+                kept[path] = "asked for by a rule or an option"
             else:
                 modules[path] = description
         changes: dict[str, Any] = {}
@@ -84,9 +95,10 @@ class ZeroQuant(Method):
         }  # fmt: skip
 
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
-        """The input range of each Linear with static activations."""
+        """The input range of each Linear with static activations; the values of quantized attention."""
         paths = dict.fromkeys(part.path for part in unit.parts)
-        return {path: "minmax" for path in paths if path in plan.modules and _is_static(plan.modules[path])}
+        inputs = {path: "minmax" for path in paths if path in plan.modules and _is_static(plan.modules[path])}
+        return {**inputs, **value_sites(unit, plan)}
 
     def lower(self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None) -> dict[str, QModule]:
         """Round each matrix of the unit and fill a module with codes and scales."""
@@ -96,6 +108,11 @@ class ZeroQuant(Method):
             if not unit.owns(path) or description["type"] == "tied_linear":  # a tied layer has only a float bias
                 continue
             module = MODULES[description["type"]].from_description(torch.nn.Module(), path, description, device="meta")
+            if isinstance(module, QAttention):
+                assert statistics is not None  # `observers` asked for them
+                module.value_scale = value_scale(unit, module.groups, statistics)
+                lowered[path] = module
+                continue
             weight = weights(f"{path}.weight")
             weight = weight.t().contiguous() if path in transposed else weight
             spec = QuantSpec.parse(description["weights"])

@@ -126,9 +126,10 @@ def _weighted(codes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def exp2(x: torch.Tensor) -> torch.Tensor:
-    """2^x of float32 `-126 ≤ x ≤ 126` within 2e-7 of it, by a polynomial on [-1/2, 1/2] whose steps are rounded one by one.
+    """2^x of float32 `-126 ≤ x ≤ 126`, off by at most 2e-7 of it.
 
-    torch's own depends in its last bit on the library, the instruction set and where in a vector a number stands.
+    A polynomial on [-1/2, 1/2] whose steps are rounded one by one: torch's own depends in its last bit on the library,
+    the instruction set and where in a vector a number stands.
     """
     whole = x.add(0.5).floor_()
     rest = x - whole

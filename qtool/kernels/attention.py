@@ -53,16 +53,10 @@ def int8_attention(
     Probabilities are `codes / codes.sum(-1)`. NaN or infinity in a row of the query, or in a key or value that it may
     look at, makes its context NaN. Raises InputError beyond `MAX_KEYS` and `MAX_SIZE`.
     """
+    (q, k, v), unit, k_unit = quantized(query, key, value, value_scale, scaling)
     batch, heads, queries, size = query.shape
     groups, keys = key.shape[1:3]
-    if keys > MAX_KEYS or size > MAX_SIZE:
-        raise InputError(f"INT8 attention adds up {keys} keys of {size} channels; int32 has room for {MAX_KEYS} keys")
-    q, q_scale = quantize_tokens(query.float().reshape(batch, groups, -1, size))  # heads of a group side by side
-    k, k_scale = quantize_tokens(key.float())
-    v, v_seen = quantize_static(value.float(), value_scale.view(groups, 1, 1))
-    unit = q_scale.mul_(scaling * _LOG2_E)
-    # A key whose value is damaged damages those that look at it.
-    k_unit = (k_scale + key.float().mul(0).sum(-1, keepdim=True) + v_seen.mul(0)).transpose(-1, -2)
+    k_unit = k_unit.transpose(-1, -2)
     allowed = None if mask is None else mask.expand(batch, heads, queries, keys).view(batch, groups, -1, queries, keys)
     codes = torch.empty((batch, groups, heads // groups, queries, keys), dtype=torch.uint8)
     context = torch.empty((batch, groups, heads // groups, queries, size), dtype=torch.float32)
@@ -80,6 +74,26 @@ def int8_attention(
             _weighted(codes[at].flatten(0, 1), v[at]).view_as(context[at]).mul_(value_scale[at[1]]).add_(alive)
         )
     return context.flatten(1, 2).transpose(1, 2), codes.flatten(1, 2)
+
+
+def quantized(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, value_scale: torch.Tensor, scaling: float
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """int8 codes of all three, and what queries (in octaves of scores) and keys are worth.
+
+    Both are float32 `[batch, groups, rows, 1]`; queries are `[batch, groups, heads / groups · queries, size]`, heads of
+    a group side by side. What is not a number is worth NaN, and so is a key whose value is not. Raises InputError for
+    more than an accumulator holds.
+    """
+    (batch, _, _, size), (groups, keys) = query.shape, key.shape[1:3]
+    if keys > MAX_KEYS or size > MAX_SIZE:
+        raise InputError(f"INT8 attention adds up {keys} keys of {size} channels; int32 has room for {MAX_KEYS} keys")
+    query, key = query.float().reshape(batch, groups, -1, size), key.float()
+    q, q_scale = quantize_tokens(query)
+    k, k_scale = quantize_tokens(key)
+    v, v_scale = quantize_static(value.float(), value_scale.view(groups, 1, 1))
+    unit = q_scale.mul_(scaling * _LOG2_E).add_(query.mul(0).sum(-1, keepdim=True))
+    return (q, k, v), unit, k_scale + key.mul(0).sum(-1, keepdim=True) + v_scale.mul_(0)
 
 
 def _pieces(heads: int, queries: int, keys: int) -> Iterator[slice]:

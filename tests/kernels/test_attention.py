@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qtool import kernels
 from qtool.errors import InputError
-from qtool.kernels import attention
+from qtool.kernels import attention, native
 from qtool.kernels.attention import LEVELS, exp2, int8_attention
 
 FORMS = [(1, 2, 2, 5, 5, 8), (2, 4, 2, 3, 7, 6), (3, 6, 1, 1, 9, 4), (2, 2, 2, 1, 1, 3), (1, 3, 3, 4, 130, 16)]
@@ -226,10 +226,50 @@ def test_powers_of_two_are_close_and_exact_where_they_can_be() -> None:
     assert torch.equal(exp2(whole), torch.tensor([2.0**n for n in range(-30, 1)]))
 
 
-def test_every_backend_has_the_operation() -> None:
-    form = (2, 4, 2, 3, 7, 6)
-    wanted = int8_attention(*draw(form), masks(form, "holes"), scaling=0.3)
-    for name in kernels.BACKENDS:
-        with kernels.using(name):
-            found = kernels.backend().int8_attention(*draw(form), masks(form, "holes"), scaling=0.3)
-        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize(
+    "form", [*FORMS, (2, 6, 2, 33, 70, 20), (1, 3, 3, 128, 128, 32), (3, 4, 1, 17, 17, 65)], ids=str
+)
+def test_native_kernels_give_the_same_bits(form: Any, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if isa not in native.isas():
+        pytest.skip(f"this CPU or build has no {isa}")
+    monkeypatch.setattr(native, "isa", lambda: isa)
+    for kind in ("none", "causal", "left", "right", "holes"):
+        for spread in (0.0, 1.0, 30.0):
+            case, mask = draw(form, spread=spread), masks(form, kind)
+            check_native(case, mask, scaling=0.3)
+            wide = None if mask is None else mask.expand(-1, form[1], -1, -1).contiguous()
+            check_native(
+                case, wide if wide is None else wide & (torch.arange(form[1])[:, None, None] != 1), scaling=0.3
+            )
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        check_native(draw(form), masks(form, "causal"), scaling=0.3)
+
+
+def check_native(case: Any, mask: Any, **options: Any) -> None:
+    wanted = int8_attention(*case, mask, **options)
+    with kernels.using("native"):
+        found = kernels.backend().int8_attention(*case, mask, **options)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.skipif(not native.available(), reason="without the native library")
+@pytest.mark.parametrize("damage", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_native_kernels_show_the_same_damage(damage: float, where: int) -> None:
+    form = (2, 4, 2, 5, 19, 6)
+    case = [x.clone() for x in draw(form)]
+    case[where][0, 0, 2, 3] = damage
+    with kernels.using("native"):
+        found, _ = kernels.backend().int8_attention(*case, masks(form, "causal"), scaling=0.3)
+    wanted, _ = int8_attention(*case, masks(form, "causal"), scaling=0.3)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(not native.available(), reason="without the native library")
+def test_the_native_backend_hands_soft_caps_and_added_masks_on() -> None:
+    form = (2, 4, 2, 5, 7, 6)
+    bias = torch.randn((2, 1, 5, 7), generator=torch.Generator().manual_seed(2))
+    check_native(draw(form), bias, scaling=0.3)
+    check_native(draw(form), masks(form, "holes"), scaling=0.3, softcap=2.0)

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "code_attention.h"
 #include "float_encoder.h"
 
 namespace qtool {
@@ -51,7 +52,7 @@ struct FloatTable {
     together(threads, job);
   }
 
-  static constexpr FloatKernels table() { return {&linear_bytes, &linear, &encoder_bytes, &encoder}; }
+  static constexpr FloatKernels table() { return {&linear_bytes, &linear, &encoder_bytes, &encoder, &CodeAttention<Isa>::bytes, &CodeAttention<Isa>::run}; }
 
  private:
   static constexpr int kUnpacked = Isa::kPanels * kMostSteps * 64;

@@ -22,7 +22,7 @@ namespace qtool {
 namespace {
 
 // Raised with every incompatible change of an exported function or struct; native.py refuses a library of another number.
-constexpr std::int32_t kAbiVersion = 3;
+constexpr std::int32_t kAbiVersion = 4;
 
 // What functions return.
 enum Status : std::int32_t { kFine = 0, kNoMemory = 1, kBadId = 2 };
@@ -203,6 +203,14 @@ QTOOL_EXPORT std::int32_t qtool_float_encoder(std::int32_t isa, const QEncoder* 
   const Memory memory(floating(isa).encoder_bytes(*encoder, starts, sequences, threads));
   if (memory.get() == nullptr) return kNoMemory;
   floating(isa).encoder(*encoder, x, starts, sequences, threads, memory.get());
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_int8_attention(std::int32_t isa, const Int8Attention* attention, float* out, std::uint8_t* codes,
+                                               std::int32_t threads) {
+  const Memory memory(floating(isa).attention_bytes(*attention) * threads);
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).attention(*attention, out, codes, threads, memory.get());
   return kFine;
 }
 

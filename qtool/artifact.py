@@ -49,6 +49,7 @@ _DESCRIPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "linear": {"shape": list, "weights": str, "activations": str, "bias": bool},
     "embedding": {"shape": list, "weights": str, "padding_idx": (int, type(None))},
     "tied_linear": {"table": str, "bias": bool},
+    "attention": {"heads": int, "groups": int, "size": int, "activations": str},
     "int_embeddings": {"parts": dict, "padding_idx": (int, type(None))},
     "int_block": {"parts": dict},
     "int_chain": {"parts": dict, "order": list, "first": bool},

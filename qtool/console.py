@@ -220,7 +220,7 @@ def render_plan(screen: Screen, job: "Job", batches: "Batches", expected: "Estim
 
 def _specs(module: Mapping[str, Any]) -> tuple[str, str, str]:
     integer = module["type"].startswith("int_")
-    weights = module.get("weights") or ("-" if integer else "codes of the word table")
+    weights = module.get("weights") or ("codes of the word table" if "table" in module and not integer else "-")
     return module["type"].replace("_", " "), weights, module.get("activations", "integer" if integer else "float")
 
 

@@ -5,6 +5,7 @@ for that. Modules are swapped while the model is on the meta device, so float we
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,23 @@ from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, m
 from qtool.encoder import integrate
 from qtool.errors import InputError, UnavailableError
 from qtool.fused import fuse
+from qtool.nn import QAttention
+from qtool.nn.attention import CHILD
 
 REPEATABLE = "qtool_sdpa_float64"
 """Name of the attention that decoders of qtool use; see `repeatable_attention`."""
+INT8 = "qtool_int8"
+"""Name of the attention whose products are on int8 codes; see `int8_attention`."""
+_PROBE = "qtool_probe"
+
+_WITHOUT_MEANING = frozenset(
+    {
+        *("position_ids", "cache_position", "use_cache", "past_key_values", "return_dict", "deterministic"),
+        *("output_attentions", "output_hidden_states", "is_causal", "sliding_window"),
+    }
+)
+"""What attention functions are also given: known to them in other ways (the mask holds causality and windows), or
+nothing that changes a number."""
 
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -76,6 +91,16 @@ class QtoolQuantizer(HfQuantizer):
         self.dtype = dtype
         return dtype
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Raises InputError where another attention is asked for than the one that the artifact was made for."""
+        wanted = config._attn_implementation
+        described = self.quantization_config.modules.values()
+        if wanted not in (None, INT8) and any(module["type"] == "attention" for module in described):
+            raise InputError(
+                f"attn_implementation={wanted!r} cannot run this model, whose attention is quantized; leave it out"
+            )
+        return config
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -119,6 +144,7 @@ def adapt(model: Any, modules: Mapping[str, Mapping[str, Any]], *, dtype: torch.
     """Replace what `modules` describes by empty quantized modules, and give the model the forward they need."""
     nn.install(model, modules, dtype=dtype)
     repeatable_attention(model)
+    int8_attention(model)
     integrate(model)
     fuse(model)
 
@@ -153,6 +179,127 @@ def repeatable_attention(model: Any) -> None:
         model.set_attn_implementation(REPEATABLE)
 
 
+@dataclass(frozen=True)
+class Site:
+    """A module that calls the attention of the registry: its path, heads of queries and of keys, channels of a head."""
+
+    path: str
+    heads: int
+    groups: int
+    size: int
+
+
+def attention_sites(model: Any) -> list[Site]:
+    """The modules of a skeleton (meta device) that attend through transformers' registry, found by running it.
+
+    Raises InputError for an architecture that has none, or whose attention is given what INT8 attention does not know.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    seen: dict[Any, tuple[int, int, int]] = {}
+
+    def probe(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+    ) -> Any:
+        _refuse_unknown(module, options)
+        seen[module] = query.shape[1], key.shape[1], query.shape[3]
+        if value.shape != key.shape:
+            raise InputError(f"{type(module).__name__} has values of another size than keys; INT8 attention cannot run")
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register(_PROBE, probe)
+    AttentionMaskInterface.register(_PROBE, lambda *args, **options: None)
+    name, before = type(model).__name__, model.config._attn_implementation
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(_PROBE)
+        ids = torch.ones((1, 2), dtype=torch.int64, device="meta")
+        try:
+            with torch.no_grad():
+                model(input_ids=ids, attention_mask=ids)
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"the attention of {name} cannot be looked at: {said}; leave it in float") from error
+        finally:
+            model.set_attn_implementation(before)
+    if not seen:
+        raise InputError(
+            f"{name} does not attend through transformers' registry of attention functions: its attention cannot be "
+            "quantized; set methods.zeroquant.attention to float"
+        )
+    paths = {module: path for path, module in model.named_modules()}
+    return [Site(paths[module], *found) for module, found in seen.items()]
+
+
+def int8_attention(model: Any) -> None:
+    """Let the attention modules that hold a `QAttention` attend by it, in place; others of the model stay float.
+
+    Raises InputError for a class that does not attend through transformers' registry.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    holders = [module for module in model.modules() if isinstance(module._modules.get(CHILD), QAttention)]
+    if not holders:
+        return
+    AttentionInterface.register(INT8, _attend)
+    AttentionMaskInterface.register(INT8, _whole_mask)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(INT8)
+    if model.config._attn_implementation != INT8:
+        raise InputError(
+            f"{type(model).__name__} does not attend through transformers' registry of attention functions"
+        )
+    for module in holders:
+        module.register_forward_pre_hook(_still_chosen)
+        module.register_forward_hook(_was_called)
+
+
+def _attend(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`[batch, heads, tokens, size]` in; `[batch, tokens, heads, size]` and, where asked for, probabilities out."""
+    products = module._modules.get(CHILD)
+    if products is None:
+        return _wide_sdpa(module, query, key, value, mask, **options)
+    _refuse_unknown(module, options)
+    if module.training and options.get("dropout"):
+        raise InputError("INT8 attention has no dropout and no gradient: call model.eval() first")
+    causal = options.get("is_causal")
+    if mask is None and query.shape[2] > 1 and (getattr(module, "is_causal", False) if causal is None else causal):
+        raise InputError(f"{type(module).__name__} was given no causal mask: INT8 attention cannot do without")
+    context, codes = products(query, key, value, mask, scaling=options.get("scaling"), softcap=options.get("softcap"))
+    wanted = options.get("output_attentions", getattr(module.config, "output_attentions", False))
+    return context, codes / codes.sum(-1, keepdim=True).clamp_min(1) if wanted else None
+
+
+def _refuse_unknown(module: Any, options: Mapping[str, Any]) -> None:
+    """What is not understood could change the result. Raises InputError naming it."""
+    known = {"scaling", "softcap", "dropout", *_WITHOUT_MEANING}
+    unknown = sorted(name for name, value in options.items() if value is not None and name not in known)
+    if unknown:
+        raise InputError(f"{type(module).__name__} passes {', '.join(unknown)}, which INT8 attention does not know")
+
+
+def _whole_mask(*args: Any, **options: Any) -> torch.Tensor | None:
+    """SDPA's boolean mask, also where SDPA would be told `is_causal` instead; None where everybody sees all."""
+    from transformers.masking_utils import sdpa_mask
+
+    mask: torch.Tensor | None = sdpa_mask(*args, **{**options, "allow_is_causal_skip": False})
+    return mask
+
+
+def _still_chosen(module: Any, args: Any) -> None:
+    chosen = module.config._attn_implementation
+    if chosen != INT8:
+        raise InputError(f"attention {chosen!r} was set, and this model's is quantized; set {INT8!r} again")
+
+
+def _was_called(module: Any, args: Any, output: Any) -> None:
+    if not module._modules[CHILD].calls:
+        raise InputError(f"{type(module).__name__} did not call its INT8 attention; please report this")
+
+
 def paths_in(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """`modules` under the paths that they have in `model`, which may be the base or a headed class of the saved one.
 
@@ -163,7 +310,8 @@ def paths_in(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, 
     headed = any(path.startswith(prefix) for path in modules)
 
     def here(path: str) -> str | None:
-        return next((p for p in (path, path.removeprefix(prefix), prefix + path) if p in known), None)
+        candidates = (path, path.removeprefix(prefix), prefix + path)
+        return next((p for p in candidates if p.removesuffix(f".{CHILD}") in known), None)
 
     found: dict[str, Mapping[str, Any]] = {}
     for path, description in modules.items():

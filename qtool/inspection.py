@@ -65,7 +65,7 @@ def _row(path: str, module: Mapping[str, Any], infos: Mapping[str, Any], figures
     return {
         "path": path,
         "type": module["type"].replace("_", " "),
-        "weights": str(module.get("weights", "-" if integer else "shared")),
+        "weights": str(module.get("weights", "shared" if "table" in module and not integer else "-")),
         "activations": str(module.get("activations", "integer" if integer else "float")),
         "bytes": sum(info.num_bytes for info in own),
         "sqnr": "-" if (sqnr := _number(figures.get("weight_sqnr_db"))) is None else f"{sqnr:.1f}",

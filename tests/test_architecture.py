@@ -14,7 +14,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "plugins", "__init__"}),
     frozenset({"numerics", "rows"}),
     frozenset({"kernels"}),
-    frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream"}),
+    frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream", "lesson", "distill"}),
     frozenset({"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "fused", "audit"}),
     frozenset(
         {"pipeline", "memory", "spill", "follow", "purity", "evaluation", "estimate", "inspection", "doctor", "bench"}

@@ -585,7 +585,7 @@ def test_errors_of_the_command_line(tiny: Any, desk: Path, shelf: Any, qtool_com
         # specs
         ((*quantize, "--set", "weights.group_size=5"), 3, "layer.0.attention.self.query: groups of 5 columns"),
         ((*quantize, "--set", "weights=int9:channel:sym"), 3, "zeroquant takes static symmetric int2 to int8 weights"),
-        ((*quantize, "--set", "methods.zeroquant.lkd=true"), 3, "unknown option 'lkd'"),
+        ((*quantize, "--set", "methods.zeroquant.lkdd=true"), 3, "unknown option 'lkdd'"),
         # places
         (("quantize", tiny.model, "--method", "zeroquant", "-o", data / "file"), 3, "file is not a folder"),
         (("quantize", tiny.model, "--method", "zeroquant", "-o", data / "file" / "x"), 3, "file is a file"),

@@ -73,6 +73,9 @@ class Backend(Protocol):
         Backends agree up to the rounding of float32 sums. Scales and offsets are `[row blocks, column blocks]`.
         """
 
+    def int8_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the function of this name in `attention` does."""
+
     def row_table_linear(
         self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qtool.kernels import native, reference, structs
+from qtool.kernels import attention, native, reference, structs
 from qtool.kernels.reference import Reference, Rescale
 from qtool.kernels.structs import address
 from qtool.numerics.qtensor import TILE_COLUMNS, tile
@@ -218,6 +218,39 @@ class Native(Reference):
         if where is not None:
             rows = torch.zeros((batch * tokens, width)).index_copy_(0, where, rows)
         return rows.view(batch, tokens, width)
+
+    @staticmethod
+    def int8_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        value_scale: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `attention.int8_attention`; the same bits. Soft caps and masks that are added are the reference's."""
+        if softcap is not None or (mask is not None and mask.dtype != torch.bool):
+            options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
+            return Reference.int8_attention(query, key, value, value_scale, mask, **options)
+        codes, unit, k_unit = attention.quantized(query, key, value, value_scale, scaling)
+        kept = [tensor.contiguous() for tensor in (*codes, unit, k_unit, value_scale)]
+        (batch, heads, queries, size), (groups, keys) = query.shape, key.shape[1:3]
+        seen = None if mask is None else mask.expand(batch, heads, queries, keys)
+        seen = seen.contiguous() if seen is not None and seen.stride(3) != 1 else seen
+        where = None if seen is None else seen.data_ptr()
+        steps = (0, 0, 0) if seen is None else seen.stride()[:3]
+        struct = structs.Int8Attention(
+            *(address(tensor) for tensor in kept), where, *steps, batch, heads, groups, queries, keys, size
+        )
+        context = torch.empty((batch, heads, queries, size), dtype=torch.float32)
+        found = torch.empty((batch, heads, queries, keys), dtype=torch.uint8)
+        native.call(
+            "qtool_int8_attention", ctypes.byref(struct), address(context), address(found),
+            threads(2 * query.numel() * keys),
+        )  # fmt: skip
+        return context.transpose(1, 2), found
 
     @staticmethod
     def quantize_rows(x: torch.Tensor, *, unsigned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -466,6 +466,13 @@ class Reference:
             result[:, rows] = x @ weight.t()
         return result if bias is None else result.add_(bias)
 
+    @staticmethod
+    def int8_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `attention.int8_attention`, which is built of the functions above."""
+        from qtool.kernels.attention import int8_attention
+
+        return int8_attention(*args, **kwargs)
+
     def row_table_linear(
         self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

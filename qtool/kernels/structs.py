@@ -130,6 +130,16 @@ class QEncoder(ctypes.Structure):
     )
 
 
+class Int8Attention(ctypes.Structure):
+    """Codes of queries, keys and values, what they are worth, and who may look where."""
+
+    _fields_ = (
+        *[(name, _P) for name in ("query", "key", "value", "unit", "key_unit", "value_scale", "mask")],
+        *[(name, ctypes.c_int64) for name in ("mask_batch", "mask_head", "mask_query")],
+        *[(name, _I32) for name in ("batch", "heads", "groups", "queries", "keys", "size")],
+    )
+
+
 def address(tensor: torch.Tensor | None) -> int | None:
     """Where a tensor's numbers start; it must be contiguous, in the CPU's memory, and outlive the call."""
     if tensor is None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qtool.errors import InputError, one_of
+from qtool.nn.attention import QAttention
 from qtool.nn.embedding import QEmbedding
 from qtool.nn.integer.activation import IntGelu, IntRelu, IntTable, IntTanh
 from qtool.nn.integer.block import IntAttention, IntBlock
@@ -27,6 +28,7 @@ MODULES: dict[str, type[QModule]] = {
     "linear": QLinear,
     "embedding": QEmbedding,
     "tied_linear": QTiedLinear,
+    "attention": QAttention,
     "int_embeddings": IntEmbeddings,
     "int_rows": IntTableRows,
     "int_block": IntBlock,
@@ -41,7 +43,10 @@ MODULES: dict[str, type[QModule]] = {
     "int_chain": IntChain,
 }
 
-__all__ = ["MODULES", "IntModule", "QEmbedding", "QLinear", "QModule", "QTiedLinear", "describe", "install", "parts_of"]
+__all__ = [
+    "MODULES", "IntModule", "QAttention", "QEmbedding", "QLinear", "QModule", "QTiedLinear", "describe", "install",
+    "parts_of",
+]  # fmt: skip
 
 
 def install(

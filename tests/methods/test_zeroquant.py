@@ -296,7 +296,10 @@ REFUSED = [
     ("methods.zeroquant.small_embeddings=int8:channel:asym", r"bert\.embeddings\.position_embeddings: weights"),
     ("methods.zeroquant.word_embeddings=flaot", r"methods\.zeroquant\.word_embeddings"),
     ("methods.zeroquant.word_embedding=float", r"methods\.zeroquant\..*did you mean word_embeddings"),
-    ("methods.zeroquant.lkd=true", r"methods\.zeroquant\..*unknown option 'lkd'; known: small_embeddings, word_emb"),
+    (
+        "methods.zeroquant.lkdd=true",
+        r"methods\.zeroquant\..*unknown option 'lkdd'; did you mean lkd",
+    ),
     ("rules={'*.layer.1.attention.self.key': {weights: int9:channel:sym}}", r"layer\.1\.attention\.self\.key: wei"),
     ("rules={'*.qeury': float}", r"rule '\*\.qeury' matches no module that can be quantized; near misses: .*query"),
     ("rules={'classifier': float}", "rule 'classifier' matches no module that can be quantized"),

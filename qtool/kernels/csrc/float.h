@@ -49,6 +49,17 @@ struct QEncoder {
   std::int32_t count, hidden, heads, activation;
 };
 
+// Codes of queries [batch][groups][heads / groups * queries][size], keys and values [batch][groups][keys][size] and what a
+// code is worth: of a row of queries (with the scale of the scores, in octaves), of a key, of the values of a group. `mask`
+// is null, or bytes of which a row is `mask_batch`, `mask_head` and `mask_query` further for the next of those.
+struct Int8Attention {
+  const std::int8_t *query, *key, *value;
+  const float *unit, *key_unit, *value_scale;
+  const std::uint8_t* mask;
+  std::int64_t mask_batch, mask_head, mask_query;
+  std::int32_t batch, heads, groups, queries, keys, size;
+};
+
 struct FloatKernels {
   std::int64_t (*linear_bytes)(const QLinear&, int rows, int threads);
   void (*linear)(const QLinear&, const float* x, int rows, float* out, int threads, void* memory);
@@ -57,6 +68,9 @@ struct FloatKernels {
   std::int64_t (*encoder_bytes)(const QEncoder&, const std::int32_t* starts, int sequences, int threads);
   // x float32 [tokens, hidden], in place; sequence i has rows starts[i] ... starts[i + 1] - 1.
   void (*encoder)(const QEncoder&, float* x, const std::int32_t* starts, int sequences, int threads, void* memory);
+  std::int64_t (*attention_bytes)(const Int8Attention&);
+  // out float32 [batch][groups][heads / groups * queries][size], codes uint8 [...][keys]; `memory` is as much for each thread.
+  void (*attention)(const Int8Attention&, float* out, std::uint8_t* codes, int threads, void* memory);
 };
 
 extern const FloatKernels kFloatPortable, kFloatAvx2, kFloatAvx512Vnni;

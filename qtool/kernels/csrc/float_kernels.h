@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "code_attention.h"
 #include "code_linear.h"
 #include "float_encoder.h"
 
@@ -56,7 +57,9 @@ struct FloatTable {
     together(threads, job);
   }
 
-  static constexpr FloatKernels table() { return {&linear_bytes, &linear, &code_linear_bytes, &code_linear, &encoder_bytes, &encoder}; }
+  static constexpr FloatKernels table() {
+    return {&linear_bytes, &linear, &code_linear_bytes, &code_linear, &encoder_bytes, &encoder, &CodeAttention<Isa>::bytes, &CodeAttention<Isa>::run};
+  }
 
  private:
   using Product = FloatProduct<Isa>;

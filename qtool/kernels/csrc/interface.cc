@@ -216,6 +216,14 @@ QTOOL_EXPORT std::int32_t qtool_float_encoder(std::int32_t isa, const QEncoder* 
   return kFine;
 }
 
+QTOOL_EXPORT std::int32_t qtool_int8_attention(std::int32_t isa, const Int8Attention* attention, float* out, std::uint8_t* codes,
+                                               std::int32_t threads) {
+  const Memory memory(floating(isa).attention_bytes(*attention) * threads);
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).attention(*attention, out, codes, threads, memory.get());
+  return kFine;
+}
+
 // Nanoseconds of `iterations` rounds of multiply-adds in registers; `products` gets how many those were.
 QTOOL_EXPORT std::int64_t qtool_time_peak(std::int32_t isa, std::int64_t iterations, std::int64_t* products) {
   *products = iterations * integer(isa).spin_products;

@@ -11,17 +11,18 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 
-from qtool.anatomy import Anatomy, Part, Unit, matrix_kind
+from qtool.anatomy import Anatomy, Feed, Part, Unit, matrix_kind
 from qtool.calibrate.statistics import Statistics
 from qtool.distill import Schedule, distill
 from qtool.errors import InputError
 from qtool.lesson import Lesson
 from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
 from qtool.methods.zeroquant import migration
+from qtool.methods.zeroquant.attention import plan_attention, value_scale, value_sites
 from qtool.methods.zeroquant.kept import float_rest, irreplaceable, vocabulary_head
 from qtool.methods.zeroquant.migration import Migration
 from qtool.methods.zeroquant.specs import check_linear, check_table
-from qtool.nn import MODULES, QEmbedding, QLinear, QModule
+from qtool.nn import MODULES, QAttention, QEmbedding, QLinear, QModule
 from qtool.numerics import QTensor, QuantSpec
 from qtool.recipe import ActivationSpec, Count, Recipe, Spec
 from qtool.rounding import DATA_ROUNDINGS, ROUNDINGS, Moments
@@ -56,9 +57,10 @@ class LKD(Options):
 
 
 class ZeroQuantOptions(Options):
-    """How embedding tables are stored. INT8 for the small tables costs agreement; 16 bits cost almost no space.
+    """How embedding tables are stored, whether the products of attention are on int8 codes too, and what learns.
 
-    `head` is for an output layer over the vocabulary that is not tied to the word table (a tied one uses its codes).
+    INT8 for the small tables costs agreement; 16 bits cost almost no space. `head` is for an output layer over the
+    vocabulary that is not tied to the word table (a tied one uses its codes).
     """
 
     word_embeddings: Spec | Literal["float"] = Field(QuantSpec.parse("int8:channel:sym"), union_mode="left_to_right")
@@ -68,6 +70,7 @@ class ZeroQuantOptions(Options):
     tuning: int = Field(0, ge=0, description="Steps in which the smoothing is tuned on a sample of activations")
     head: Spec | Literal["float"] = Field("float", union_mode="left_to_right")
     head_activations: ActivationSpec = "float"
+    attention: Literal["float", "int8"] = "float"
 
 
 class ZeroQuant(Method):
@@ -90,7 +93,8 @@ class ZeroQuant(Method):
             raise InputError("methods.zeroquant.tuning: it tunes the smoothing, which is null")
         self._anatomy = anatomy
         whole = {part.path: (unit, part) for unit, part in anatomy.parts()}  # parts of a fused matrix share a module
-        self.recipe.check_rules(list(whole))
+        attention = plan_attention(anatomy, model) if self.options.attention == "int8" else {}
+        self.recipe.check_rules([*whole, *attention])
         modules: dict[str, dict[str, Any]] = {}
         kept: dict[str, str] = {}
         for path, (unit, part) in whole.items():
@@ -99,6 +103,11 @@ class ZeroQuant(Method):
             description = None if reason else self._describe(unit, part, module)
             if description is None:
                 kept[path] = reason or "asked for by a rule or an option"
+            else:
+                modules[path] = description
+        for path, description in attention.items():
+            if self.recipe.rule_for(path).keep_float:
+                kept[path] = "asked for by a rule or an option"
             else:
                 modules[path] = description
         changes: dict[str, Any] = {}
@@ -150,12 +159,22 @@ class ZeroQuant(Method):
         }  # fmt: skip
 
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
-        """The input range of each Linear with static activations."""
+        """The input range of each Linear with static activations; the values of quantized attention."""
         paths = dict.fromkeys(part.path for part in unit.parts)
         static = {path: "minmax" for path in paths if path in plan.modules and _is_static(plan.modules[path])}
+        static |= value_sites(unit, plan)
         if self.options.smoothing is None:
             return static
-        return {**static, **migration.observers(unit, tuned=self.options.tuning > 0)}
+        return {**static, **migration.observers(self._feeds(unit), tuned=self.options.tuning > 0)}
+
+    def _feeds(self, unit: Unit) -> tuple[Feed, ...]:
+        """Where ranges migrate: not from values that have static scales."""
+        quantized = self.options.attention == "int8"
+        return tuple(
+            feed
+            for feed in unit.feeds
+            if not (quantized and isinstance(feed.source, Part) and feed.source.name == "attention.value")
+        )
 
     def source(self, plan: Plan, statistics: Statistics | None, weights: Reader) -> Reader:
         """The float model with ranges migrated."""
@@ -163,7 +182,12 @@ class ZeroQuant(Method):
             return weights
         assert statistics is not None  # there are observers
         self._migration = Migration(
-            self._anatomy, plan.modules, statistics, weights, alpha=self.options.smoothing, tuning=self.options.tuning
+            [(unit, self._feeds(unit)) for unit in self._anatomy.blocks],
+            plan.modules,
+            statistics,
+            weights,
+            alpha=self.options.smoothing,
+            tuning=self.options.tuning,
         )
         return self._migration
 
@@ -200,22 +224,22 @@ class ZeroQuant(Method):
         """What distillation keeps: float weights, places and scales with their gradients and optimizer state, twice."""
         if not self.options.lkd.enabled or unit.kind != "block":
             return 0
-        shapes = (one["shape"] for path, one in plan.modules.items() if unit.owns(path))
+        shapes = (plan.modules[path]["shape"] for path in _owned(unit, plan, "linear"))
         return _LEARNING * sum(int(rows) * int(columns) for rows, columns in shapes)
 
     def lower(
         self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None
     ) -> dict[str, QModule]:
         """Round each matrix of the unit and fill a module with codes and scales."""
-        # A tied layer has only a float bias.
-        paths = [path for path, one in plan.modules.items() if unit.owns(path) and one["type"] != "tied_linear"]
+        paths = _owned(unit, plan, "linear", "embedding")  # a tied layer has only a float bias
         lowered: dict[str, QModule] = {}
         for stage in lesson.stages(paths) if lesson else [[path] for path in paths]:
             moments = lesson.moments(stage[0], lowered) if lesson and self._rounds_with_data else None
             lowered |= {path: self._lower(unit, path, plan, weights, statistics, moments) for path in stage}
         if lesson and self.options.lkd.enabled:
             lowered |= self._distill(unit, lesson, lowered, weights)
-        return {path: lowered[path] for path in paths}
+        attention = {path: _attention(unit, path, plan, statistics) for path in _owned(unit, plan, "attention")}
+        return {path: lowered[path] for path in paths} | attention
 
     def _distill(
         self, unit: Unit, lesson: Lesson, lowered: Mapping[str, QModule], weights: Reader
@@ -282,6 +306,19 @@ class ZeroQuant(Method):
         if moments is None:
             return ROUNDINGS["mse"](weight, spec, layout=layout)
         return DATA_ROUNDINGS[name](weight, spec, moments, layout=layout)
+
+
+def _owned(unit: Unit, plan: Plan, *kinds: str) -> list[str]:
+    """Paths of a unit's modules of some types."""
+    return [path for path, one in plan.modules.items() if unit.owns(path) and one["type"] in kinds]
+
+
+def _attention(unit: Unit, path: str, plan: Plan, statistics: Statistics | None) -> QAttention:
+    """The products of a block's attention."""
+    assert statistics is not None  # `observers` asked for them
+    module = QAttention.from_description(torch.nn.Module(), path, plan.modules[path], device="meta")
+    module.value_scale = value_scale(unit, module.groups, statistics)
+    return module
 
 
 def _arithmetic(modules: Mapping[str, Any]) -> str:

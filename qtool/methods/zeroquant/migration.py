@@ -5,12 +5,12 @@ What feeds a matrix (a norm's weight, the rows of the matrix before it) is divid
 of all that reads it are multiplied: the float model stays the same up to rounding, and its activations become easier.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from qtool.anatomy import Anatomy, Feed, Part, Unit
+from qtool.anatomy import Feed, Part, Unit
 from qtool.calibrate.statistics import Statistics
 from qtool.numerics import QuantSpec
 from qtool.rounding.smooth import smoothing, tuned_smoothing
@@ -20,10 +20,10 @@ PEAKS, SAMPLE = "channels", "sample"
 """The observers that it needs, at `path:peaks` and `path:sample` of one reader of each feed."""
 
 
-def observers(unit: Unit, *, tuned: bool) -> dict[str, str]:
-    """What is watched of a unit."""
+def observers(feeds: Sequence[Feed], *, tuned: bool) -> dict[str, str]:
+    """What is watched of a unit whose `feeds` take part."""
     sites: dict[str, str] = {}
-    for feed in unit.feeds:
+    for feed in feeds:
         sites[f"{feed.readers[0].path}:peaks"] = PEAKS
         if tuned:
             sites[f"{feed.readers[0].path}:sample"] = SAMPLE
@@ -35,7 +35,7 @@ class Migration:
 
     def __init__(
         self,
-        anatomy: Anatomy,
+        feeds: Sequence[tuple[Unit, Sequence[Feed]]],
         modules: Mapping[str, Mapping[str, Any]],
         statistics: Statistics,
         weights: Reader,
@@ -43,7 +43,7 @@ class Migration:
         alpha: float,
         tuning: int,
     ) -> None:
-        self._anatomy, self._modules, self._statistics, self._weights = anatomy, modules, statistics, weights
+        self._feeds, self._modules, self._statistics, self._weights = feeds, modules, statistics, weights
         self._alpha, self._tuning = alpha, tuning
         self._factors: dict[str, tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = {}
         self._largest: dict[str, torch.Tensor] = {}
@@ -51,10 +51,10 @@ class Migration:
     def __call__(self, name: str) -> torch.Tensor:
         """A tensor of the model by name."""
         tensor = self._weights(name)
-        unit = next((unit for unit in self._anatomy.blocks if unit.owns(name)), None)
-        if unit is None or not unit.feeds:
+        known = next(((unit, feeds) for unit, feeds in self._feeds if unit.owns(name)), None)
+        if known is None:
             return tensor
-        rows, columns = self._unit(unit)
+        rows, columns = self._unit(*known)
         if name not in rows and name not in columns:
             return tensor
         scaled = tensor.double()
@@ -68,12 +68,12 @@ class Migration:
         """The largest magnitude that enters a module that was read, float64 scalar; None where nothing moved."""
         return self._largest.get(path)
 
-    def _unit(self, unit: Unit) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    def _unit(self, unit: Unit, feeds: Sequence[Feed]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Factors of a unit's tensors, shaped to be multiplied: those of channels that leave and that enter."""
         if unit.name not in self._factors:
             rows: dict[str, torch.Tensor] = {}
             columns: dict[str, torch.Tensor] = {}
-            for feed in unit.feeds:
+            for feed in feeds:
                 self._move(feed, rows, columns)
             self._factors[unit.name] = rows, columns
         return self._factors[unit.name]

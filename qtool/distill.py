@@ -19,7 +19,7 @@ from qtool.kernels.reference import QMAX
 from qtool.lesson import Example, Lesson
 from qtool.nn import QLinear
 from qtool.numerics import QTensor
-from qtool.numerics.qtensor import QParams
+from qtool.numerics.qtensor import QParams, column_width
 
 _HELD_OUT = 8  # one batch of so many
 _CHECK_STEPS = 25  # between looks at the held-out batches
@@ -84,51 +84,55 @@ class _Learner(nn.Module):
     far that they round to the codes that were chosen. Inputs are rounded as they will be.
     """
 
-    scale: torch.Tensor
-
     def __init__(self, linear: QLinear, weight: torch.Tensor, train: str) -> None:
         super().__init__()
-        self.spec, self.shape = linear.weights, (linear.out_features, linear.in_features)
-        self.act_scale = linear.act_scale
-        codes = linear.matrix().integers().float()
-        self.register_buffer("scale", linear.weight_scale.clone())
-        places = (self._blocks(weight.float()) / self._spread(self.scale)).flatten(1)
+        self.linear, self._known = linear, linear.matrix()
+        scale, codes = linear.weight_scale, self._known.integers().float()
+        offset = self._known.params.offsets()
+        zero = torch.zeros_like(scale) if offset is None else offset / scale  # what code 0 stands for, in steps
+        places = weight.float() / self._spread(scale) - self._spread(zero)
         places = torch.minimum(torch.maximum(places, codes - _INSIDE), codes + _INSIDE)
         self.places = nn.Parameter(places, requires_grad=train != "scales")
-        self.logs = nn.Parameter(torch.zeros_like(self.scale), requires_grad=train != "weights")
+        self.logs = nn.Parameter(torch.zeros_like(scale), requires_grad=train != "weights")
+        self.zero = nn.Parameter(zero, requires_grad=train != "weights" and linear.weights.minimum)
         self.bias = None
         if linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.float().clone(), requires_grad=train != "scales")
 
-    def _blocks(self, matrix: torch.Tensor) -> torch.Tensor:
-        """`[out, in]` as `[out, column blocks, columns]`."""
-        return matrix.view(matrix.shape[0], self.scale.shape[1], -1)
-
-    def _spread(self, scale: torch.Tensor) -> torch.Tensor:
-        """`[row blocks, column blocks]` as `[out, column blocks, 1]`."""
-        return scale.repeat_interleave(self.shape[0] // scale.shape[0], 0)[:, :, None]
+    def _spread(self, blocks: torch.Tensor) -> torch.Tensor:
+        """`[row blocks, column blocks]` as `[out, in]`; the last block of columns may be narrower."""
+        rows, columns = self._known.shape
+        wide = blocks.repeat_interleave(rows // blocks.shape[0], 0)
+        return wide.repeat_interleave(column_width(self.linear.weights, columns), 1)[:, :columns]
 
     def _codes(self) -> torch.Tensor:
-        return _rounded(self.places).clamp(self.spec.qmin, self.spec.qmax)
+        return _rounded(self.places).clamp(self.linear.weights.qmin, self.linear.weights.qmax)
+
+    def _scale(self) -> torch.Tensor:
+        return self.linear.weight_scale * self.logs.exp()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in]` to `[..., out]`."""
-        weight = (self._blocks(self._codes()) * self._spread(self.scale * self.logs.exp())).flatten(1)
-        return F.linear(self._rounded_input(x), weight, self.bias)
+        weight = (self._codes() + self._spread(self.zero)) * self._spread(self._scale())
+        return F.linear(self._rounded_input(x.float()), weight, self.bias).to(x.dtype)
 
     def _rounded_input(self, x: torch.Tensor) -> torch.Tensor:
-        if self.act_scale is not None:
-            return _rounded(x / self.act_scale).clamp(-QMAX, QMAX) * self.act_scale
+        if self.linear.activations == "float":
+            return x
+        if self.linear.act_scale is not None:
+            return _rounded(x / self.linear.act_scale).clamp(-QMAX, QMAX) * self.linear.act_scale
         scale = x.detach().abs().amax(-1, keepdim=True).div(QMAX).clamp_min(torch.finfo(torch.float32).tiny)
         return _rounded(x / scale) * scale
 
-    def learned(self, linear: QLinear) -> QLinear:
-        """`linear` with the matrix and the bias as they are now."""
-        bias = None if self.bias is None else self.bias.detach().clone()
-        own = QLinear(self.shape, linear.weights, linear.activations, bias=bias is not None, device="meta")
-        scale = (self.scale * self.logs.exp()).detach()
-        tensor = QTensor.store(self._codes().detach().to(torch.int8), QParams(scale), self.spec, "tiled")
-        own.weight, own.weight_scale, own.bias, own.act_scale = tensor.codes, scale, bias, linear.act_scale
+    @torch.no_grad()
+    def learned(self) -> QLinear:
+        """The linear with the matrix and the bias as they are now."""
+        known, spec = self.linear, self.linear.weights
+        own = QLinear(self._known.shape, spec, known.activations, bias=known.bias is not None, device="meta")
+        scale = self._scale()
+        params = QParams(scale, known.weight_zero_point, scale * self.zero if spec.minimum else None)
+        own.fill(QTensor.store(self._codes().to(torch.int8), params, spec, "tiled"))
+        own.bias, own.act_scale = None if self.bias is None else self.bias.clone(), known.act_scale
         return own
 
 
@@ -148,7 +152,7 @@ def distill(
     with _own_floats(lesson, linears, schedule) as floats:
         with lesson.standing_in(learners):
             steps = _train(lesson, schedule, taught, targets, [*learners.values()], [*floats.values()], exam)
-        found = {path: learner.learned(linears[path]) for path, learner in learners.items()}
+        found = {path: learner.learned() for path, learner in learners.items()}
         with lesson.standing_in(found):
             after = exam.loss()
     if not after < before:  # NaN is no gain either
@@ -267,7 +271,7 @@ def _groups(schedule: Schedule, learners: Sequence[_Learner], floats: Sequence[n
     vectors = [*(learner.bias for learner in learners if learner.bias is not None), *floats]
     rates = {
         rate: [learner.places for learner in learners],
-        rate * _SCALE_SHARE: [learner.logs for learner in learners],
+        rate * _SCALE_SHARE: [one for learner in learners for one in (learner.logs, learner.zero)],
         rate * _VECTOR_SHARE: vectors,
     }
     groups = [{"params": [one for one in params if one.requires_grad], "lr": own} for own, params in rates.items()]

@@ -16,20 +16,21 @@ from qtool.distill import Schedule, distill
 from qtool.follow import Follower
 from qtool.lesson import Example, Lesson
 from qtool.nn import QLinear
+from qtool.nn.linear import parse_activations
 from qtool.numerics import QuantSpec
 from qtool.rounding import nearest
 from qtool.stream import Stream
 
 MODELS: dict[str, dict[str, Any]] = {
     "BertForSequenceClassification": {},
-    "GPT2LMHeadModel": {},
-    "LlamaForCausalLM": {"num_key_value_heads": 1},
+    "GPT2LMHeadModel": {"initializer_range": 0.1},
+    "LlamaForCausalLM": {"initializer_range": 0.1, "num_key_value_heads": 1},
 }
 SPEC = QuantSpec.parse("int3:group:8:sym")
 
 
 @contextmanager
-def lesson(zoo: Any, architecture: str = "BertForSequenceClassification", *, batches: int = 9) -> Iterator[Lesson]:
+def lesson(zoo: Any, architecture: str = "BertForSequenceClassification", *, batches: int = 25) -> Iterator[Lesson]:
     """The first block of a random model; the lowered inputs are the float ones, disturbed."""
     maker = zoo.make if "Bert" in architecture else zoo.causal
     model = maker("float", architecture, change=zoo.noise(0.05), **MODELS[architecture])
@@ -72,7 +73,7 @@ def rounded(known: Lesson, spec: QuantSpec = SPEC) -> tuple[dict[str, QLinear], 
             weights[path] = (module.weight.t() if transposed else module.weight).detach().clone().contiguous()
             tensor = nearest(weights[path], spec)
             own = QLinear(tensor.shape, spec, QuantSpec.parse("int8:token:sym"), bias=module.bias is not None)
-            own.weight, own.weight_scale = tensor.codes, tensor.params.scale
+            own.fill(tensor)
             if module.bias is not None:
                 own.bias = module.bias.detach().clone()
             linears[path] = own
@@ -81,17 +82,18 @@ def rounded(known: Lesson, spec: QuantSpec = SPEC) -> tuple[dict[str, QLinear], 
 
 @torch.inference_mode()
 def held_out_loss(known: Lesson, linears: Any, floats: Any, *, inputs: str = "teacher") -> float:
-    """Mean squared error of the block with `linears` and `floats` in it, over real tokens of batch 8, in float64."""
-    example = known.examples[7]
-    target = known.forward(example.exact, example.call)
+    """Mean squared error with `linears` and `floats` in the block, over real tokens of every eighth batch."""
+    examples = known.examples[7::8]
+    targets = [known.forward(one.exact, one.call) for one in examples]
     block = known.module(known.unit.modules[0])
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     own = {name.removeprefix(f"{known.unit.modules[0]}."): tensor for name, tensor in floats.items()}
     block.load_state_dict(own, strict=False)
     with known.standing_in(linears):
-        found = known.forward(example.exact if inputs == "teacher" else example.lowered, example.call)
+        found = [known.forward(one.exact if inputs == "teacher" else one.lowered, one.call) for one in examples]
     block.load_state_dict(before, strict=False)
-    return float((found - target)[example.real].double().square().mean())
+    errors = [(a - b)[one.real].double() for a, b, one in zip(found, targets, examples, strict=True)]
+    return float(torch.cat(errors).square().mean())
 
 
 @pytest.mark.parametrize("inputs", ["teacher", "student"])
@@ -105,29 +107,41 @@ def test_a_block_learns(architecture: str, inputs: Any, zoo: Any) -> None:
         after = held_out_loss(known, outcome.linears, outcome.floats, inputs=inputs)
     assert outcome.before == pytest.approx(before, rel=1e-5)
     assert outcome.after == pytest.approx(after, rel=1e-5)
-    assert after < 0.75 * before
+    assert after < (0.75 if inputs == "teacher" else 0.9) * before  # disturbed inputs leave an error behind
     assert outcome.linears.keys() == linears.keys()
     assert all(int(one.matrix().integers().abs().max()) <= SPEC.qmax for one in outcome.linears.values())
 
 
-@pytest.mark.parametrize("activations", ["int8:token:sym", "int8:tensor:sym"])
-@pytest.mark.parametrize("spelling", ["int3:group:8:sym", "int4:rows:4:sym", "int8:channel:sym", "int2:tensor:sym"])
+@pytest.mark.parametrize("activations", ["int8:token:sym", "int8:tensor:sym", "float"])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "int3:group:8:sym",
+        "int4:rows:4:sym",
+        "int8:channel:sym",
+        "int2:tensor:sym",
+        "int4:group:12:asym",
+        "int3:group:20:min",
+    ],
+)
 def test_a_learner_computes_what_the_linear_will(spelling: str, activations: str) -> None:
     """Before it learned anything, and after its codes and scales were moved about."""
     torch.manual_seed(1)
     spec, x, weight = QuantSpec.parse(spelling), torch.randn(50, 32), torch.randn(24, 32)
-    tensor = nearest(weight, spec)
-    linear = QLinear((24, 32), spec, QuantSpec.parse(activations), bias=True)
-    linear.weight, linear.weight_scale, linear.bias = tensor.codes, tensor.params.scale, torch.randn(24)
+    linear = QLinear((24, 32), spec, parse_activations(activations), bias=True)
+    linear.fill(nearest(weight + 0.2, spec))
+    linear.bias = torch.randn(24)
     linear.act_scale = torch.tensor([0.02]) if activations == "int8:tensor:sym" else None
     learner = lkd._Learner(linear, weight, "both")
     torch.testing.assert_close(learner(x), linear(x), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         learner.places += torch.randn(24, 32)
         learner.logs += 0.1 * torch.randn(learner.logs.shape)
+        if spec.minimum:
+            learner.zero += 0.3
         assert learner.bias is not None
         learner.bias += 1
-    moved = learner.learned(linear)
+    moved = learner.learned()
     assert not torch.equal(moved.weight, linear.weight)
     torch.testing.assert_close(learner(x), moved(x), rtol=1e-5, atol=1e-5)
 
@@ -138,9 +152,9 @@ def test_a_learner_starts_at_the_codes_that_were_chosen() -> None:
     spec, weight = QuantSpec.parse("int4:channel:sym"), torch.randn(16, 32)
     tensor = nearest(weight + 0.3 * torch.randn(16, 32), spec)
     linear = QLinear((16, 32), spec, QuantSpec.parse("int8:token:sym"), bias=False)
-    linear.weight, linear.weight_scale = tensor.codes, tensor.params.scale
+    linear.fill(tensor)
     learner = lkd._Learner(linear, weight, "both")
-    assert torch.equal(learner.learned(linear).weight, linear.weight)
+    assert torch.equal(learner.learned().weight, linear.weight)
     places, codes = learner.places.detach(), tensor.integers()
     free = (weight / tensor.params.scale - codes).abs() < 0.49
     torch.testing.assert_close(places[free], (weight / tensor.params.scale)[free], rtol=1e-6, atol=1e-6)

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 
 from qtool.numerics import QTensor, QuantSpec
+from qtool.numerics.qtensor import column_width
 from qtool.rounding.mse import mse
 
 BLOCK = 128
@@ -22,18 +23,22 @@ class Columns:
         self.params = mse(weight.float(), spec, layout="rows").params
         self.order = torch.argsort(energy, descending=True, stable=True)
         self._places = self.order.tolist()
-        scale = self.params.scale.double()
-        self._scale = scale.repeat_interleave(self.shape[0] // scale.shape[0], 0)
-        self._width = self.shape[1] // scale.shape[1]
+        repeats = self.shape[0] // self.params.scale.shape[0]
+        offset = self.params.offsets()
+        self._scale = self.params.scale.double().repeat_interleave(repeats, 0)
+        self._offset = (
+            torch.zeros_like(self._scale) if offset is None else offset.double().repeat_interleave(repeats, 0)
+        )
+        self._width = column_width(spec, self.shape[1])
         self._codes = torch.zeros(self.shape, dtype=torch.int8)
 
     def round(self, position: int, values: torch.Tensor) -> torch.Tensor:
         """Keep the nearest codes of `values` `[rows]`, the column at `position` of the order; returns their values."""
         column = self._places[position]
-        scale = self._scale[:, column // self._width]
-        codes = (values / scale).add_(0.5).floor_().clamp_(self.spec.qmin, self.spec.qmax)
+        scale, offset = (field[:, column // self._width] for field in (self._scale, self._offset))
+        codes = ((values - offset) / scale).add_(0.5).floor_().clamp_(self.spec.qmin, self.spec.qmax)
         self._codes[:, column] = codes.to(torch.int8)
-        return codes.mul_(scale)
+        return codes.mul_(scale).add_(offset)
 
     def finished(self, layout: Literal["rows", "tiled"]) -> QTensor:
         """The matrix, when all columns are rounded."""

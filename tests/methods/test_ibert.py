@@ -591,10 +591,10 @@ def test_a_run_that_dies_between_the_two_files_of_a_unit_ends_in_the_same_bytes(
     list(run(masked, "whole", *CORRECTED))
     write = artifact.write_tensors
 
-    def dying(path: Path, tensors: Any) -> None:
+    def dying(path: Path, tensors: Any, **options: Any) -> None:
         if path.stem == unit:
             raise KeyboardInterrupt
-        write(path, tensors)
+        write(path, tensors, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(artifact, "write_tensors", dying)

@@ -12,6 +12,7 @@ from qtool.numerics import QuantSpec
 from qtool.rounding import Moments, gpfq, gptq, mse, nearest
 
 SPECS = ["int2:channel:sym", "int3:tensor:sym", "int4:group:12:sym", "int4:rows:4:sym", "int8:channel:sym"]
+SPECS += ["int4:group:16:asym", "int3:group:20:min"]  # their last group is shorter
 
 
 def case(seed: int, *, rows: int = 8, columns: int = 36, tokens: int = 200, noise: float = 0.05) -> Any:
@@ -34,14 +35,22 @@ def moments(exact: torch.Tensor, lowered: torch.Tensor) -> Moments:
     return found
 
 
-def column_scales(tensor: Any, columns: int) -> torch.Tensor:
-    """float64 `[rows, columns]`."""
-    scale = tensor.params.scale.double()
-    return scale.repeat_interleave(tensor.shape[0] // scale.shape[0], 0).repeat_interleave(columns // scale.shape[1], 1)
+def column_scales(tensor: Any, columns: int) -> Any:
+    """Scales and offsets, float64 `[rows, columns]` each."""
+    width = tensor.spec.block[1] or columns
+    offset = tensor.params.offsets()
+    fields = tensor.params.scale, torch.zeros_like(tensor.params.scale) if offset is None else offset
+    rows = [field.double().repeat_interleave(tensor.shape[0] // field.shape[0], 0) for field in fields]
+    return torch.stack([row.repeat_interleave(width, 1)[:, :columns] for row in rows])
 
 
-def round_to(values: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    return (values / scale + 0.5).floor().clamp(spec.qmin, spec.qmax)
+def round_to(values: torch.Tensor, grid: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    scale, offset = grid
+    return ((values - offset) / scale + 0.5).floor().clamp(spec.qmin, spec.qmax)
+
+
+def value_of(codes: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    return codes * grid[0] + grid[1]
 
 
 def order_of(lowered: torch.Tensor) -> list[int]:
@@ -49,15 +58,15 @@ def order_of(lowered: torch.Tensor) -> list[int]:
     return sorted(range(len(energy)), key=lambda column: (-float(energy[column]), column))
 
 
-def brain_surgeon(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, order: list[int], spec: Any) -> Any:
+def brain_surgeon(weight: torch.Tensor, hessian: torch.Tensor, grid: torch.Tensor, order: list[int], spec: Any) -> Any:
     """Optimal brain quantization in a fixed order: the inverse is that of the columns that are left, each time anew."""
     values, codes = weight.double().clone(), torch.zeros(weight.shape, dtype=torch.int64)
     for place, column in enumerate(order):
         left = order[place:]
         inverse = torch.linalg.inv(hessian[left][:, left])
-        found = round_to(values[:, column], scale[:, column], spec)
+        found = round_to(values[:, column], grid[:, :, column], spec)
         codes[:, column] = found.long()
-        error = (values[:, column] - found * scale[:, column]) / inverse[0, 0]
+        error = (values[:, column] - value_of(found, grid[:, :, column])) / inverse[0, 0]
         values[:, left] -= error[:, None] * inverse[0]
     return codes
 
@@ -90,16 +99,16 @@ def test_gpfq_follows_the_path(spelling: str, columns: int) -> None:
     spec = QuantSpec.parse(spelling)
     weight, exact, lowered, known = case(3, columns=columns, tokens=400)
     found = gpfq(weight, spec, known, layout="rows")
-    scale, x, y = column_scales(found, columns), exact.double(), lowered.double()
+    grid, x, y = column_scales(found, columns), exact.double(), lowered.double()
     path = torch.zeros(len(weight), len(x), dtype=torch.float64)
     codes = torch.zeros(weight.shape, dtype=torch.int64)
     for column in order_of(lowered):
         path += weight[:, column].double()[:, None] * x[:, column]
         wish = path @ y[:, column] / y[:, column].square().sum()
-        codes[:, column] = round_to(wish, scale[:, column], spec).long()
-        path -= (codes[:, column] * scale[:, column])[:, None] * y[:, column]
+        codes[:, column] = round_to(wish, grid[:, :, column], spec).long()
+        path -= value_of(codes[:, column], grid[:, :, column])[:, None] * y[:, column]
     assert torch.equal(found.integers().long(), codes)
-    torch.testing.assert_close(path.t(), x @ weight.double().t() - y @ (codes * scale).t(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(path.t(), x @ weight.double().t() - y @ value_of(codes, grid).t(), rtol=1e-9, atol=1e-9)
 
 
 def output_error(weight: torch.Tensor, tensor: Any, exact: torch.Tensor, lowered: torch.Tensor) -> float:
@@ -135,7 +144,7 @@ def test_columns_that_nothing_reaches_are_rounded_to_nearest(rounding: Any, seed
     found = rounding(weight, spec, moments(exact, lowered), layout="rows")
     wanted = round_to(weight.double(), column_scales(found, 36), spec)
     assert torch.equal(found.integers()[:, ::5].long(), wanted[:, ::5].long())
-    assert int(found.integers().abs().max()) <= spec.qmax
+    assert spec.qmin <= int(found.integers().min()) and int(found.integers().max()) <= spec.qmax
 
 
 @pytest.mark.parametrize("rounding", [gptq, gpfq])
@@ -152,9 +161,9 @@ def test_what_nearest_refuses_is_refused(rounding: Any) -> None:
     with pytest.raises(InputError, match="NaN or infinite"):
         rounding(weight.index_fill(1, torch.tensor([3]), torch.nan), QuantSpec.parse("int4:channel:sym"), known)
     with pytest.raises(InputError, match="do not divide"):
-        nearest(weight, QuantSpec.parse("int4:group:7:sym"))
+        nearest(weight, QuantSpec.parse("int4:rows:7:sym"))
     with pytest.raises(InputError, match="do not divide"):
-        rounding(weight, QuantSpec.parse("int4:group:7:sym"), known)
+        rounding(weight, QuantSpec.parse("int4:rows:7:sym"), known)
 
 
 def test_moments_are_sums_of_products() -> None:

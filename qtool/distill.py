@@ -42,7 +42,7 @@ class Schedule:
     loss: Literal["mse", "kl"] = "mse"
     train: Literal["weights", "scales", "both"] = "both"
     steps: int = 300
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
     patience: int | None = None
 
 

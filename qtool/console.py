@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _FILE_WIDTH = 200  # columns where output goes to a file or a pipe: wide enough not to wrap rows
 _PLAIN_SECONDS = 10.0
+_KEPT = {True: "distilled", False: "not better: as it was"}
 
 
 def megabytes(size: float) -> str:
@@ -321,6 +322,12 @@ def render_inspection(screen: Screen, found: Mapping[str, Any]) -> None:
     measured = [key for key in columns if any(module[key] not in ("-", None) for module in found["modules"])]
     rows = [[_cell(module[key], places.get(key), key == "bytes") for key in measured] for module in found["modules"]]
     screen.table(found["path"], [columns[key] for key in measured], rows)
+    if distilled := found["distilled"]:
+        rows = [
+            [one["block"], *(f"{one[key]:.4g}" for key in ("loss_before", "loss_after")), _KEPT[one["kept"]]]
+            for one in distilled
+        ]
+        screen.table("Distilled blocks", ["block", "loss before", "after", "outcome"], rows)
     screen.line(
         f"{found['architecture']} by {', '.join(found['methods'])}: {megabytes(found['size_bytes'])} of weights, "
         f"{found['percent_of_float']:.1f} % of the float model; execution {found['execution']}"

@@ -34,6 +34,7 @@ def inspect(model: str | Path, *, verify: bool = False, prove_integer: bool = Fa
         "methods": [str(method) for method in methods] if isinstance(methods, list) else [],
         "execution": report.get("execution", {}).get("kind", "unknown"),
         "modules": rows,
+        "distilled": [found for item in figures.items() if (found := _distilled(*item))],
         "size_bytes": size,
         "percent_of_float": 100 * size / source if source else float("nan"),
         "kept_float": report.get("kept_float", {}),
@@ -73,6 +74,14 @@ def _row(path: str, module: Mapping[str, Any], infos: Mapping[str, Any], figures
         "saturated_percent": _number(figures.get("saturated_percent")),
         "spare_bits": _number(figures.get("spare_bits")),
     }
+
+
+def _distilled(path: str, figures: Any) -> dict[str, Any] | None:
+    """A block's loss on held-out batches before and after distillation; None for what was not distilled."""
+    before, after = (_number(figures.get(key)) for key in ("lkd_before", "lkd_after"))
+    if before is None or after is None:
+        return None
+    return {"block": path, "loss_before": before, "loss_after": after, "kept": after < before}
 
 
 def _number(value: Any) -> float | None:

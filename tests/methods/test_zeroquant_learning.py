@@ -93,12 +93,16 @@ def test_interrupted_and_resumed_is_the_same(
     assert [one.partition(":")[0] for one in said] == ["block.0", "block.1"][stopped - 1 :]
 
 
-def test_losses_are_reported(tiny: Any, desk: Path) -> None:
+def test_losses_are_reported(tiny: Any, desk: Path, qtool_command: Command) -> None:
     events = run(tiny, "out", LKD)
+    shown = json.loads(qtool_command("inspect", "out", "--json", "-").out)["distilled"]
+    assert [one["block"] for one in shown] == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    assert "Distilled blocks" in qtool_command("inspect", "out").out
     figures = json.loads(Path("out/qtool.json").read_text())["figures"]
     for index in range(2):
         found = figures[f"bert.encoder.layer.{index}"]
         assert 0 < found["lkd_after"] < found["lkd_before"]
+        assert (shown[index]["loss_before"], shown[index]["loss_after"]) == (found["lkd_before"], found["lkd_after"])
     said = [event.message for event in events if isinstance(event, pipeline.Note)]
     assert any(one.startswith("block.1: LKD loss ") and one.endswith(" in 30 steps") for one in said)
 

@@ -20,6 +20,7 @@ from qtool.lesson import Example, Lesson
 from qtool.nn import QLinear
 from qtool.numerics import QTensor
 from qtool.numerics.qtensor import QParams, column_width
+from qtool.stream import give_back
 
 _HELD_OUT = 8  # one batch of so many
 _CHECK_STEPS = 25  # between looks at the held-out batches
@@ -58,6 +59,10 @@ class Outcome:
     steps: int
     linears: Mapping[str, QLinear]
     floats: Mapping[str, torch.Tensor]
+
+
+Targets = Sequence[tuple[torch.Tensor, Any]]
+"""The teacher's outputs, by example."""
 
 
 class _Round(torch.autograd.Function):
@@ -143,6 +148,8 @@ def distill(
 
     The order of batches comes from torch's random numbers. Deterministic for a number of threads.
     """
+    if not linears:
+        return Outcome(0.0, 0.0, 0, {}, {})
     taught, held_out = _split(lesson.examples)
     targets = _teach(lesson)
     exam = _Exam(lesson, schedule, held_out, targets)
@@ -168,9 +175,13 @@ def _split(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
 
 
 @torch.inference_mode()
-def _teach(lesson: Lesson) -> list[torch.Tensor]:
-    """The float block's outputs on the float inputs."""
-    return [lesson.forward(example.exact, example.call) for example in lesson.examples]
+def _teach(lesson: Lesson) -> Targets:
+    """The float block's outputs on the float inputs, kept as hidden states are."""
+    targets = lesson.keep()
+    for example in lesson.examples:
+        targets.append((lesson.forward(example.exact, example.call), ()))
+        give_back()
+    return targets
 
 
 def _student_input(example: Example, schedule: Schedule) -> torch.Tensor:
@@ -192,7 +203,7 @@ class _Exam:
     lesson: Lesson
     schedule: Schedule
     numbers: Sequence[int]
-    targets: Sequence[torch.Tensor]
+    targets: Targets
 
     @torch.inference_mode()
     def loss(self) -> float:
@@ -202,24 +213,28 @@ class _Exam:
             example = self.lesson.examples[number]
             found = self.lesson.forward(_student_input(example, self.schedule), example.call)
             count = int(example.real.sum())
-            total += float(_loss(self.schedule, found, self.targets[number], example.real)) * count
+            total += float(_loss(self.schedule, found, self.targets[number][0], example.real)) * count if count else 0.0
             tokens += count
-        return total / tokens
+            give_back()
+        return total / max(tokens, 1.0)
 
 
 @contextmanager
 def _own_floats(
     lesson: Lesson, linears: Mapping[str, QLinear], schedule: Schedule
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """While active, float parameters beside the linears are copies that may learn, by their names in the model."""
-    path = lesson.unit.modules[0]
+    """While active, vectors beside the block's matrices are copies that may learn, by their names in the model.
+
+    Matrices that are not among `linears` stay as they are: somebody wants them so.
+    """
+    path, kept = lesson.unit.modules[0], {*linears, *(part.path for part in lesson.unit.parts)}
     floats: dict[str, nn.Parameter] = {}
     with ExitStack() as stack:
         for place, module in lesson.module(path).named_modules(prefix=path):
-            if place in linears:
+            if place in kept:
                 continue
             for name, known in module._parameters.items():
-                if known is None or not known.is_floating_point():
+                if known is None or not known.is_floating_point() or known.dim() != 1:
                     continue
                 own = nn.Parameter(known.detach().clone(), requires_grad=schedule.train != "scales")
                 stack.callback(module._parameters.__setitem__, name, known)
@@ -231,7 +246,7 @@ def _train(
     lesson: Lesson,
     schedule: Schedule,
     numbers: Sequence[int],
-    targets: Sequence[torch.Tensor],
+    targets: Targets,
     learners: Sequence[_Learner],
     floats: Sequence[nn.Parameter],
     exam: _Exam,
@@ -248,7 +263,7 @@ def _train(
         number = numbers[order.pop()]
         example = _normal(lesson.examples[number])
         found = lesson.forward(_student_input(example, schedule), example.call)
-        loss = _loss(schedule, found, targets[number].clone(), example.real)
+        loss = _loss(schedule, found, targets[number][0].clone(), example.real)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

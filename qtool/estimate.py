@@ -23,7 +23,7 @@ from qtool.memory import followed, needs, shapes_of
 from qtool.nn import parts_of
 from qtool.numerics import QuantSpec
 from qtool.pipeline import Job, peak_bytes
-from qtool.rounding import ROUNDINGS
+from qtool.rounding import ROUNDINGS, mse
 from qtool.stream import Stream
 
 _SECONDS = 0.4  # for each of the two timed samples
@@ -60,6 +60,8 @@ def estimate(
             stages = len(job.lowering.stages(job.anatomy.blocks[0]))
             share = 1 / followed(job, len(batches.batches))
             seconds += (1 + stages) * _FOLLOWING * passing * share
+    if job.lowering.learns:
+        seconds += job.lowering.passes(len(batches.batches)) * _pass_1(job, batches)
     if job.recipe.calibration.source == "self" and job.reads_data:
         seconds += _writing(job, batches)
     moved = job.checkpoint.num_bytes + _PASSES * job.predicted_bytes()
@@ -93,7 +95,7 @@ def _lowering_second(job: Job) -> float:
     columns = module["shape"][1]
     rows = -(-_SAMPLE // columns)
     weight = torch.randn(rows + -rows % (spec.block[0] or 1), columns)
-    rounding = ROUNDINGS[job.recipe.weights.rounding]
+    rounding = ROUNDINGS.get(job.recipe.weights.rounding, mse)  # by which those with data begin
 
     def lower() -> None:
         noise = weight.double() - rounding(weight, spec).dequantize().double()

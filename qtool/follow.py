@@ -53,6 +53,7 @@ class Follower:
         self.exact, self.lowered, self.batches = exact, lowered, batches
         self._flows: dict[Stream, Flow] = {exact: keep(), lowered: keep()}
         self._passed: set[str] = set()
+        self._keep = keep
 
     def passed(self, unit: Unit) -> bool:
         """Whether both models are behind a unit. Behind the head is nothing to go to."""
@@ -69,7 +70,7 @@ class Follower:
             )
         ]
         with self.exact.loaded(unit):
-            yield Lesson(self.exact, unit, examples)
+            yield Lesson(self.exact, unit, examples, self._keep)
 
     def corrections(self, unit: Unit, sites: Sequence[str], grids: Mapping[str, Grid]) -> dict[str, torch.Tensor]:
         """How much larger float's outputs are on average, `[channels]` by site. The lowered unit is loaded."""

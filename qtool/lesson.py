@@ -4,7 +4,7 @@ The float block is in memory. Modules that are lowered already can stand in it, 
 what the lowered model will compute, and nobody has to know what a block is made of.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +35,15 @@ class _Seen(Exception):
 class Lesson:
     """A float block, loaded, and the examples that go into it."""
 
-    def __init__(self, stream: Stream, unit: Unit, examples: Sequence[Example]) -> None:
-        self.unit, self.examples = unit, examples
+    def __init__(
+        self,
+        stream: Stream,
+        unit: Unit,
+        examples: Sequence[Example],
+        keep: Callable[[], MutableSequence[Any]] = list,
+    ) -> None:
+        """`keep` makes lists for further hidden states, which may lie on disk."""
+        self.unit, self.examples, self.keep = unit, examples, keep
         self._stream = stream
 
     def forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:

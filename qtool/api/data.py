@@ -108,9 +108,10 @@ def _own_text(job: "Job") -> "Generator[Event, None, Batches]":
     from qtool.pipeline import Note, Progress, peak_bytes
     from qtool.stream import give_back, whole
 
-    alphabet, description, size = _alphabet(job), _own_description(job), _size(job)
+    description, size = _own_description(job), _size(job)
     if not job.reads_data:
         return sources.unpadded([], description)
+    alphabet = _alphabet(job)
     yield Note(
         f"calibration data: the model writes {size['num_samples']} sequences of {size['max_length']} tokens itself; "
         "for that it is in memory whole"

@@ -113,6 +113,10 @@ class Method(ABC):
         """What users should know of a unit that was just lowered."""
         return ""
 
+    def passes(self, batches: int) -> float:
+        """How often all of `batches` flow through a block while a method that `learns` lowers it; for estimates."""
+        return 0.0
+
     def in_hand(self, module: Any, description: Mapping[str, Any]) -> int:
         """Bytes that the matrix of a float `module` takes while it becomes the one of a description, beside the codes.
 

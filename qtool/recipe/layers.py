@@ -169,7 +169,8 @@ def _refuse_remote_code(value: Any, where: str) -> None:
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     """The first complaint of pydantic in one line: where, and what is wrong."""
     problem = error.errors()[0]
-    where = ".".join(str(step) for step in problem["loc"])
+    steps = [str(step) for step in problem["loc"]]
+    where = ".".join(step for step in steps if not re.search(r"[\[\]-]", step))  # without pydantic's own
     if problem["type"] == "extra_forbidden":
         *outer, key = problem["loc"]
         for step in outer:

@@ -58,8 +58,8 @@ def test_twice_the_same_and_something_else_than_plain(way: str, tiny: Any, desk:
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in plain.items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in found.items()
     }
-    path = "bert.encoder.layer.1.output.dense.weight"
-    assert not torch.equal(plain[path], found[path]) or way == "smoothing"
+    path = "bert.encoder.layer.1.attention.output.dense.weight"
+    assert not torch.equal(plain[path], found[path])
     assert json.loads(Path("one/qtool.json").read_text())["calibration"] == "60 of the training split of sst2"
 
 
@@ -120,6 +120,50 @@ def test_better_answers(tiny: Any, desk: Path, zoo: Any) -> None:
     assert error["gptq"] < 0.7 * error["plain"]
     assert error["gpfq"] < 0.8 * error["plain"]
     assert error["lkd"] < 0.7 * error["plain"]
+
+
+@pytest.mark.parametrize("train", ["both", "scales"])
+def test_matrices_that_a_rule_keeps_do_not_learn(train: str, tiny: Any, desk: Path) -> None:
+    """A block all in float is not taught at all; in the other one, vectors learn and the kept matrix does not."""
+    rules = "rules={'*.layer.1.*': float, '*.layer.0.output.dense': float}"
+    run(tiny, "out", LKD, f"methods.zeroquant.lkd.train={train}", rules)
+    floats, found = (load_file(folder / "model.safetensors") for folder in (tiny.model, Path("out")))
+    layer = "bert.encoder.layer."
+    for name, tensor in floats.items():
+        if name.startswith(f"{layer}1.") or name == f"{layer}0.output.dense.weight":
+            assert torch.equal(found[name], tensor), name
+    norm = f"{layer}0.output.LayerNorm.weight"
+    assert torch.equal(found[norm], floats[norm]) == (train == "scales")
+    assert list(json.loads(Path("out/qtool.json").read_text())["figures"]).count(f"{layer}1") == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_rehearsal_says_what_learning_takes(way: str, tiny: Any, desk: Path, qtool_command: Command) -> None:
+    """More time than plain rounding, and nothing is written."""
+    seconds = []
+    for sets in ((), WAYS[way]):
+        options = [part for one in ("weights=int4:group:16:sym", *sets) for part in ("--set", one)]
+        task = ("--task", "sst2", "--data", str(tiny.data))
+        ended = qtool_command(
+            "quantize", tiny.model, "-c", "zeroquant-w8a8", *options, *task, "--dry-run", "--json", "-"
+        )
+        assert ended.code == 0, ended.err
+        seconds.append(json.loads(ended.out)["seconds"])
+    assert seconds[1] > seconds[0]
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sets"),
+    [("BertForSequenceClassification", ["methods.zeroquant.attention=int8"]), ("MPNetForSequenceClassification", [])],
+)
+def test_smoothing_of_nothing_is_refused(architecture: str, sets: list[str], zoo: Any) -> None:
+    model = zoo.make("model", architecture)
+    recipe = resolve_recipe(
+        config="zeroquant-w8a8", sets=[*sets, "methods.zeroquant.smoothing=0.5"], model=str(model), flags={}
+    )
+    with pytest.raises(InputError, match=rf"smoothing: {architecture} has nothing from which ranges can migrate"):
+        open_job(str(model), recipe)
 
 
 def test_lkd_true_and_false(tiny: Any, desk: Path, qtool_command: Command) -> None:

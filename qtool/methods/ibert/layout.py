@@ -85,6 +85,8 @@ class Layout:
             raise InputError(
                 f"weights.rounding: {recipe.weights.rounding} is for zeroquant; ibert takes {', '.join(ROUNDINGS)}"
             )
+        if recipe.weights.scale_rule != "absmax":
+            raise InputError(f"weights.scale_rule: {recipe.weights.scale_rule} is for zeroquant; ibert takes absmax")
         whole = recipe.activations.spec
         if options.clipping == "token" and (whole == "float" or whole.dynamic or options.smoothing is not None):
             raise InputError("methods.ibert.clipping: token is for static activations, with smoothing set to null")

@@ -32,6 +32,7 @@ _QMAX = 127
 _PRODUCTS = {False: "int8 x int8 -> int32", True: "float32 x integer codes -> float32"}
 _TILED, _TURNED, _WIDE = 4, 4, 32  # bytes of a weight while it is laid out, turned round, or tried on many scales
 _SQUARES = 8  # float64 matrices of inputs by inputs: moments, factors and what they are made from
+_STAGES, _LOOK = 4, 25  # matrices of a block that wait for each other; steps of distillation between two looks
 _LEARNING = 40  # bytes of a weight that is distilled: itself, places, gradient, two moments, the best, products
 
 
@@ -92,6 +93,11 @@ class ZeroQuant(Method):
         if self.options.tuning and self.options.smoothing is None:
             raise InputError("methods.zeroquant.tuning: it tunes the smoothing, which is null")
         self._anatomy = anatomy
+        if self.options.smoothing is not None and not any(self._feeds(unit) for unit in anatomy.blocks):
+            raise InputError(
+                f"methods.zeroquant.smoothing: {anatomy.architecture} has nothing from which ranges can migrate; "
+                "set it to null"
+            )
         whole = {part.path: (unit, part) for unit, part in anatomy.parts()}  # parts of a fused matrix share a module
         attention = plan_attention(anatomy, model) if self.options.attention == "int8" else {}
         self.recipe.check_rules([*whole, *attention])
@@ -201,12 +207,20 @@ class ZeroQuant(Method):
         return self.recipe.weights.rounding in DATA_ROUNDINGS
 
     def floats(self, unit: Unit) -> Mapping[str, torch.Tensor]:
-        """What distillation changed beside the linears."""
-        return {name: tensor for name, tensor in self._floats.items() if unit.owns(name)}
+        """What distillation changed beside the linears; it is asked for once."""
+        return {name: self._floats.pop(name) for name in list(self._floats) if unit.owns(name)}
 
     def remark(self, unit: Unit) -> str:
         """The loss of a block before and after its distillation."""
         return self._remarks.get(unit.name, "")
+
+    def passes(self, batches: int) -> float:
+        """Both models go on; each stage's inputs are half a block of both; a step of distillation is three passes."""
+        if not self.learns:
+            return 0.0
+        lkd = self.options.lkd
+        taught = lkd.steps * (3 + 2 / _LOOK) / batches if lkd.enabled else 0.0
+        return 2.0 + (_STAGES if self._rounds_with_data else 0) + taught
 
     def in_hand(self, module: Any, description: Mapping[str, Any]) -> int:
         """Codes in rows, padded, in tiles; a matrix the other way round; what rounding with care takes whole."""
@@ -246,6 +260,8 @@ class ZeroQuant(Method):
     ) -> Mapping[str, QModule]:
         """The block's linears after LKD; none where it would have got worse."""
         linears = {path: module for path, module in lowered.items() if isinstance(module, QLinear)}
+        if not linears:
+            return {}
         matrices = {path: self._matrix(unit, path, weights) for path in linears}
         outcome = distill(lesson, linears, matrices, self.options.lkd.schedule())
         self._floats |= outcome.floats

@@ -306,7 +306,7 @@ def _lower_all(
         shard = run.shard(unit.name)
         if not shard.exists():
             torch.manual_seed(unit_seed(job.recipe.seed, unit.name))
-            _write_unit(job, source, unit, [name for name in names if unit.owns(name)], shard, statistics, follower)
+            _write_unit(job, unit, source, [name for name in names if unit.owns(name)], shard, statistics, follower)
             if remark := job.lowering.remark(unit):
                 yield Note(remark)
         if follower is not None and not follower.passed(unit):
@@ -331,8 +331,8 @@ def _follower(job: Job, source: Reader, lowered: Stream, batches: Batches, keep:
 
 def _write_unit(
     job: Job,
-    source: Reader,
     unit: Unit,
+    source: Reader,
     names: list[str],
     shard: Path,
     statistics: Statistics | None,

@@ -583,8 +583,8 @@ def test_errors_of_the_command_line(tiny: Any, desk: Path, shelf: Any, qtool_com
         (("quantize", tiny.model, "-c", data / "remote.yaml"), 3, "qtool never runs code that comes with a model"),
         ((*quantize, "--set", "model.trust_remote_code=true"), 3, "qtool never runs code that comes with a model"),
         # specs
-        ((*quantize, "--set", "weights.group_size=5"), 3, "layer.0.attention.self.query: groups of 5 columns"),
-        ((*quantize, "--set", "weights=int9:channel:sym"), 3, "zeroquant takes static symmetric int2 to int8 weights"),
+        ((*quantize, "--set", "weights=int8:rows:5:sym"), 3, "layer.0.attention.self.query: groups of 5 rows"),
+        ((*quantize, "--set", "weights=int9:channel:sym"), 3, "zeroquant takes static int2 to int8 weights"),
         ((*quantize, "--set", "methods.zeroquant.lkdd=true"), 3, "unknown option 'lkdd'"),
         # places
         (("quantize", tiny.model, "--method", "zeroquant", "-o", data / "file"), 3, "file is not a folder"),

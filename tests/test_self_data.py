@@ -144,7 +144,7 @@ def test_the_estimate_counts_every_forward(
 
     monkeypatch.setattr(estimate, "_forward_second", lambda job, batch: 1.0)
     job = open_job(str(writers[model]), resolve_recipe(config="zeroquant-w8a8-static", sets=SETS))
-    seconds, _ = estimate._writing(job, planned_batches(job))
+    seconds = estimate._writing(job, planned_batches(job))
     assert seconds == 2 * {"GPT-2": 9, "BERT": generation.SWEEPS * generation.GROUPS}[model]
 
 

@@ -57,8 +57,6 @@ def test_numbers_are_those_of_scipy(zoo: Any, pairs: Any, architecture: str) -> 
             assert score.others == {"spearman": pytest.approx(100 * stats.spearmanr(values, truth).statistic, abs=1e-4)}
         # Batches of other shapes, in float32.
         assert [row["candidate"] for row in result.predictions] == pytest.approx(ours, abs=1e-4)
-            ours, abs=1e-4
-        )  # batches of other shapes, in float32
         assert [row["label"] for row in result.predictions] == truth
         # On the numbers that the run itself wrote down, to the last bits.
         written = [row["candidate"] for row in result.predictions]

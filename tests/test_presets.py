@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import qtool
 from qtool.recipe import presets
 
 DECODERS: dict[str, dict[str, Any]] = {
@@ -43,10 +42,3 @@ def test_generate_with_and_without_cache(
         loaded.generate(input_ids=ids, attention_mask=real, **options, use_cache=cache) for cache in (True, False)
     )
     assert cached.shape == (3, 17) and torch.equal(cached, uncached)
-
-
-def test_the_names_are_those_of_the_folder() -> None:
-    folder = Path(qtool.__file__).parents[1] / "configs"
-    if not folder.is_dir():
-        pytest.skip("an installed qtool has its presets elsewhere")
-    assert set(presets()) == {path.stem for path in folder.glob("*.yaml")}

@@ -23,7 +23,8 @@ from qtool.numerics.qtensor import QParams, column_width
 from qtool.stream import give_back
 
 _HELD_OUT = 8  # one batch of so many
-_CHECK_STEPS = 25  # between looks at the held-out batches
+CHECK_STEPS = 25
+"""Updates between two looks at the held-out batches."""
 _SCALE_SHARE = 0.1  # scales move by this share of what codes move, relative to themselves
 _VECTOR_SHARE = 0.01  # biases and norms, whose natural unit is 1, move by this share
 _INSIDE = 0.49  # how far from its code a weight may start, in steps
@@ -269,7 +270,7 @@ def _train(
         optimizer.step()
         falling.step()
         step += 1
-        if step % _CHECK_STEPS == 0 or step == schedule.steps:
+        if step % CHECK_STEPS == 0 or step == schedule.steps:
             now = exam.loss()
             waited = 0 if now < best else waited + 1
             if now < best:

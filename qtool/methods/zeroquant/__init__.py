@@ -13,8 +13,9 @@ from pydantic import Field, model_validator
 
 from qtool.anatomy import Anatomy, Feed, Part, Unit, matrix_kind
 from qtool.calibrate.statistics import Statistics
-from qtool.distill import Schedule, distill
+from qtool.distill import CHECK_STEPS, Schedule, distill
 from qtool.errors import InputError
+from qtool.kernels.reference import QMAX
 from qtool.lesson import Lesson
 from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
 from qtool.methods.zeroquant import migration
@@ -28,11 +29,10 @@ from qtool.recipe import ActivationSpec, Count, Recipe, Spec
 from qtool.rounding import DATA_ROUNDINGS, ROUNDINGS, Moments
 from qtool.stream import Reader, stored
 
-_QMAX = 127
 _PRODUCTS = {False: "int8 x int8 -> int32", True: "float32 x integer codes -> float32"}
 _TILED, _TURNED, _WIDE = 4, 4, 32  # bytes of a weight while it is laid out, turned round, or tried on many scales
 _SQUARES = 8  # float64 matrices of inputs by inputs: moments, factors and what they are made from
-_STAGES, _LOOK = 4, 25  # matrices of a block that wait for each other; steps of distillation between two looks
+_STAGES = 4  # of a block, that wait for each other
 _LEARNING = 40  # bytes of a weight that is distilled: itself, places, gradient, two moments, the best, products
 
 
@@ -219,7 +219,7 @@ class ZeroQuant(Method):
         if not self.learns:
             return 0.0
         lkd = self.options.lkd
-        taught = lkd.steps * (3 + 2 / _LOOK) / batches if lkd.enabled else 0.0
+        taught = lkd.steps * (3 + 2 / CHECK_STEPS) / batches if lkd.enabled else 0.0
         return 2.0 + (_STAGES if self._rounds_with_data else 0) + taught
 
     def in_hand(self, module: Any, description: Mapping[str, Any]) -> int:
@@ -310,7 +310,7 @@ class ZeroQuant(Method):
         state = statistics.state(path, "minmax")
         largest = torch.maximum(state["max"], -state["min"]).clamp_min(0) if moved is None else moved.float()
         largest = largest.reshape(1)
-        return torch.where(largest > 0, largest / _QMAX, torch.ones_like(largest))
+        return torch.where(largest > 0, largest / QMAX, torch.ones_like(largest))
 
     def _round(self, weight: torch.Tensor, spec: QuantSpec, moments: Moments | None, tiled: bool) -> QTensor:
         """A data-driven rounding falls back to least squares where no data are: tables, experts that nobody asked."""

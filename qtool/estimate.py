@@ -53,15 +53,16 @@ def estimate(
     steps = needs(job, shapes_of(batches), calibrates=calibrates, spill=spill)
     mapped = max(_source_bytes(job, unit) for unit in job.anatomy.units)
     seconds = _lowering_second(job) * _weights(job)
-    if calibrates and job.observed():
-        passing = _pass_1(job, batches)
+    watches = calibrates and bool(job.observed())
+    passing = _pass_1(job, batches) if watches or job.lowering.learns else 0.0
+    if watches:
         seconds += passing
         if job.lowering.follows:  # both models see these batches, once more for every stage of corrections
             stages = len(job.lowering.stages(job.anatomy.blocks[0]))
             share = 1 / followed(job, len(batches.batches))
             seconds += (1 + stages) * _FOLLOWING * passing * share
     if job.lowering.learns:
-        seconds += job.lowering.passes(len(batches.batches)) * _pass_1(job, batches)
+        seconds += job.lowering.passes(len(batches.batches)) * passing
     if job.recipe.calibration.source == "self" and job.reads_data:
         seconds += _writing(job, batches)
     moved = job.checkpoint.num_bytes + _PASSES * job.predicted_bytes()

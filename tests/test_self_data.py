@@ -50,12 +50,13 @@ def test_every_method_takes_every_source(
         "task": ("--task", "masked-lm" if model in ("BERT", "RoBERTa") else "perplexity", "--data", texts),
         "data": ("--data", texts),
     }.get(source, ("--set", f"calibration.source={source}"))
+    some = "6" if model in ("BERT", "RoBERTa") else "6 windows of 9 tokens"  # decoders read running text
     described = {
         "self": WROTE,
         "random": "6 random sequences of 9 tokens",
-        "builtin": "6 of qtool's own 500 sentences",
-        "task": f"6 of the training split of {asked[1]}",
-        "data": "6 of the rows of texts.jsonl",
+        "builtin": f"{some} of qtool's own 500 sentences",
+        "task": f"{some} of the training split of {asked[1]}",
+        "data": f"{some} of the rows of texts.jsonl",
     }[source]
     ended = qtool_command("quantize", writers[model], "-c", config, *FEW, *asked, "-o", "out")
     assert ended.code == 0, ended.err

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from qtool.pipeline import Event, Job
 
 
+_ROW_TOKENS = 8  # that a row of a corpus has at least, on average, when rows are read to fill windows
+
+
 def calibration_batches(job: "Job") -> "Batches":
     """`calibration_events` without the events."""
     events = calibration_events(job)
@@ -33,7 +36,8 @@ def calibration_batches(job: "Job") -> "Batches":
 def calibration_events(job: "Job") -> "Generator[Event, None, Batches]":
     """The job's calibration data, as events that end with it.
 
-    A task's training split, a file, our own sentences, random tokens, or text that the model writes itself.
+    A task's training split, a file, our own sentences, random tokens, or text that the model writes itself. Causal
+    language models read texts as they are scored: one after the other, in windows without padding.
     """
     from qtool.calibrate import sources
 
@@ -41,9 +45,14 @@ def calibration_events(job: "Job") -> "Generator[Event, None, Batches]":
         return (yield from _own_text(job))
     if job.recipe.calibration.source == "random":
         return _random_tokens(job)
+    size = _size(job)
+    if job.anatomy.head_kind == "causal-lm":
+        rows = max(size["num_samples"], size["num_samples"] * size["max_length"] // _ROW_TOKENS)
+        texts, description = calibration_texts(job.recipe, rows)
+        return sources.windows(_tokenizer(job), texts, **size, description=description)
     texts, description = calibration_texts(job.recipe)
     types = getattr(job.model.config, "type_vocab_size", 0)
-    return sources.tokenize(_tokenizer(job), texts, **_size(job), description=description, type_vocab_size=types)
+    return sources.tokenize(_tokenizer(job), texts, **size, description=description, type_vocab_size=types)
 
 
 def planned_batches(job: "Job") -> "Batches":
@@ -131,22 +140,26 @@ def _own_text(job: "Job") -> "Generator[Event, None, Batches]":
     return sources.unpadded(found, description)
 
 
-def calibration_texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
-    """The texts that the recipe calibrates on, and a word on where they are from."""
+def calibration_texts(recipe: Recipe, limit: int | None = None) -> tuple[Sequence[Any], str]:
+    """The texts that the recipe calibrates on, and a word on where they are from.
+
+    Of what is read from the hub or a task, `limit` texts suffice (default: the recipe's samples).
+    """
     from qtool.calibrate import sources
 
     wanted, scored = recipe.calibration, recipe.evaluate
+    limit = limit or wanted.num_samples
     source, column = wanted.source, wanted.text_column
     if source == "auto" and not scored.tasks and isinstance(scored.data, str):  # data without a task are text
         source, column = scored.data, column or next(iter(scored.text_columns or ()), None)
     if source == "auto":
         source = "task" if scored.tasks else "builtin"
     if source == "task":
-        return _task_texts(recipe)
+        return _task_texts(recipe, limit)
     if source == "builtin":
         return sources.builtin_sentences(), "qtool's own 500 sentences"
     if (hub := hub_name(source)) is not None:
-        return _hub_texts(*hub, column, wanted.num_samples), f"the training split of {source}"
+        return _hub_texts(*hub, column, limit), f"the training split of {source}"
     path = Path(source).expanduser()
     if path.is_dir():
         found = split_file(path, "train")
@@ -166,13 +179,13 @@ def _hub_texts(repo: str, config: str | None, column: str | None, count: int) ->
     return texts_of(rows, columns, repo, skip_missing=True)
 
 
-def _task_texts(recipe: Recipe) -> tuple[Sequence[Any], str]:
+def _task_texts(recipe: Recipe, limit: int) -> tuple[Sequence[Any], str]:
     from qtool.evaluation.tasks import calibration_split, load_texts
 
     task, wanted = recipe_task(recipe), recipe.evaluate
     data = wanted.data_of(task.name)
     split = calibration_split(task, data)
-    texts = load_texts(task, data, split, recipe.calibration.num_samples, text_columns=wanted.text_columns)
+    texts = load_texts(task, data, split, limit, text_columns=wanted.text_columns)
     return texts, f"the {'training' if split == 'train' else split} split of {task.name}"
 
 

@@ -105,6 +105,32 @@ def tokenize(
     return Batches(batches, f"{len(used)} of {description}", _digest(batches))
 
 
+_LONG_WORDS = 16  # characters: what a token has at most, on average, in any text worth calibrating on
+
+
+def windows(
+    tokenizer: Any, texts: Sequence[Any], *, num_samples: int, batch_size: int, max_length: int, description: str
+) -> Batches:
+    """The first `num_samples` windows of `max_length` tokens of one running text, as perplexity is measured on.
+
+    Texts, and both sides of pairs, follow each other in lines. A text shorter than a window is one shorter window; a
+    partial window after others is dropped. Raises InputError when no text is left.
+    """
+    wanted, lines, length = num_samples * max_length, [], 0
+    for text in texts:
+        lines += [line.removesuffix("\n") for line in ([text] if isinstance(text, str) else text)]
+        length += len(lines[-1])
+        if length > wanted * _LONG_WORDS:
+            break
+    found = tokenizer("\n".join(lines), verbose=False)["input_ids"] if any(map(str.strip, lines)) else []
+    if not found:
+        raise InputError(f"calibration data is empty: {description}")
+    ids = torch.tensor(found)
+    count = min(num_samples, len(ids) // max_length)
+    cut = ids[: count * max_length].view(count, max_length) if count else ids[None]
+    return unpadded(list(cut.split(batch_size)), f"{len(cut)} windows of {cut.shape[1]} tokens of {description}")
+
+
 def random_tokens(
     vocab_size: int, *, num_samples: int, batch_size: int, max_length: int, seed: int, first_id: int = 0
 ) -> Batches:

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from qtool.api import calibration_batches, open_job, resolve_recipe
-from qtool.calibrate.sources import builtin_sentences, file_texts, random_tokens, tokenize
+from qtool.calibrate.sources import builtin_sentences, file_texts, random_tokens, tokenize, windows
 from qtool.errors import InputError
 from qtool.evaluation.tasks import load_texts, task
 from qtool.pipeline import Job
@@ -277,3 +277,29 @@ def test_a_tokenizer_that_cannot_pad_is_refused(zoo: Any) -> None:
     own.pad_token = None
     with pytest.raises(InputError, match="neither a padding nor an end-of-text token"):
         tokenize(own, ["w1"], num_samples=1, batch_size=1, max_length=8, description="d")
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.mark.parametrize(("num_samples", "max_length", "shape"), [(3, 4, (3, 4)), (9, 5, (4, 5)), (2, 99, (1, 24))])
+def test_windows_are_cut_from_one_running_text(num_samples: int, max_length: int, shape: tuple[int, int]) -> None:
+    texts = ["one two\n", ("three", "four"), "", "five"]
+    found = windows(
+        Letters(), texts, num_samples=num_samples, batch_size=2, max_length=max_length, description="letters"
+    )
+    assert [len(batch["input_ids"]) for batch in found.batches] == [2] * (shape[0] // 2) + [1] * (shape[0] % 2)
+    ids = torch.cat([batch["input_ids"] for batch in found.batches])
+    assert ids.shape == shape and found.num_tokens == ids.numel()
+    assert "one two\nthree\nfour\n\nfive".startswith("".join(map(chr, ids.flatten())))
+    assert found.description == f"{shape[0]} windows of {shape[1]} tokens of letters"
+
+
+@pytest.mark.parametrize("texts", [[], ["", " \n"]])
+def test_windows_of_nothing_are_refused(texts: list[str]) -> None:
+    with pytest.raises(InputError, match="calibration data is empty: blanks"):
+        windows(Letters(), texts, num_samples=1, batch_size=1, max_length=4, description="blanks")

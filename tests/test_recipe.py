@@ -358,6 +358,36 @@ def test_a_rule_that_matches_nothing_lists_near_misses() -> None:
     built({"rules": {"*.dense": "float"}}).check_rules(paths)
 
 
+def test_a_rule_for_what_its_modules_have_not_is_refused() -> None:
+    without = {"weights": ["a.int8_products"], "activations": ["table", "a.int8_products"]}
+    paths = ["table", "a.query", "a.int8_products"]
+    for glob, key in (("*.int8_products", "weights"), ("table", "activations"), ("*_products", "activations")):
+        with pytest.raises(InputError, match=rf"rule '.*' gives {key} to .*, which has none"):
+            built({"rules": {glob: {key: "int8:tensor:sym"}}}).check_rules(paths, without)
+    built({"rules": {"*": {"activations": "int8:tensor:sym"}, "table": {"weights": "int8:channel:sym"}}}).check_rules(
+        paths, without
+    )
+
+
+@pytest.mark.parametrize(
+    ("sets", "found"),
+    [
+        (["lkd=true", "lkd.steps=7"], {"steps": 7}),
+        (["lkd.steps=7", "lkd.inputs=student"], {"steps": 7, "inputs": "student"}),
+        (["lkd.steps=7", "lkd=true"], True),
+    ],
+)
+def test_settings_of_what_is_on(sets: list[str], found: Any) -> None:
+    read = resolve_recipe(methods=["zeroquant"], sets=[f"methods.zeroquant.{pair}" for pair in sets])
+    assert read.methods[0].options["lkd"] == found
+
+
+def test_nested_options_of_a_file_stay_beside_those_that_are_set(write: Write) -> None:
+    file = write("methods: [{name: zeroquant, lkd: {steps: 7, inputs: student}}]")
+    read = resolve_recipe(config=file, sets=["methods.zeroquant.lkd.steps=9"])
+    assert read.methods[0].options["lkd"] == {"steps": 9, "inputs": "student"}
+
+
 PARTS = {
     "h.0.attn": ["attention.query", "attention.key", "attention.value"],
     "h.0.up": ["ffn.up"],

@@ -72,7 +72,7 @@ def _merge_methods(old: Any, new: Any) -> list[dict[str, Any]]:
     for item in method_list(new):
         if item["name"] not in known:
             raise InputError(f"methods.{item['name']}: {one_of(item['name'], list(known), 'method')}")
-        known[item["name"]].update(item)
+        known[item["name"]] = merge(known[item["name"]], item)
     return list(known.values())
 
 
@@ -104,6 +104,8 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any, pair: str) -> Non
         below = tree.setdefault(name, {})
         if isinstance(below, str) and name in ("weights", "activations"):
             below = tree[name] = {"spec": below}
+        elif below is True:  # what is on gets settings
+            below = tree[name] = {}
         if not isinstance(below, dict):
             raise UsageError(f"--set {pair}: an earlier --set gives {name} a value that has no keys")
         tree = below

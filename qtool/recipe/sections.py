@@ -1,8 +1,9 @@
 """The sections of a recipe as data classes: which keys exist, what values they take, and what follows from them."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -293,12 +294,19 @@ class Recipe(Section):
         """The overrides for a module path; of several matching globs the later one wins, key by key."""
         return _merged(rule for glob, rule in self.rules.items() if _matches(glob, path))
 
-    def check_rules(self, paths: Sequence[str]) -> None:
-        """Raises InputError for a rule that matches none of `paths`, with near misses."""
-        for glob in self.rules:
-            if not any(_matches(glob, path) for path in paths):
+    def check_rules(self, paths: Sequence[str], without: Mapping[str, Collection[str]] = MappingProxyType({})) -> None:
+        """Raises InputError for a rule that matches none of `paths`, with near misses, or that does nothing.
+
+        `without` names for `weights` and `activations` the paths that have none: a rule must match another.
+        """
+        for glob, rule in self.rules.items():
+            matching = [path for path in paths if _matches(glob, path)]
+            if not matching:
                 near = ", ".join(_nearest(glob.replace("*", ""), paths))
                 raise InputError(f"rule '{glob}' matches no module that can be quantized; near misses: {near}")
+            for key in sorted(rule.model_fields_set & set(without)):
+                if set(matching) <= set(without[key]):
+                    raise InputError(f"rule '{glob}' gives {key} to {matching[0]}, which has none")
 
 
 def _merged(rules: Iterable[Rule]) -> Rule:

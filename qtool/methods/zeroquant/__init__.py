@@ -100,7 +100,8 @@ class ZeroQuant(Method):
             )
         whole = {part.path: (unit, part) for unit, part in anatomy.parts()}  # parts of a fused matrix share a module
         attention = plan_attention(anatomy, model) if self.options.attention == "int8" else {}
-        self.recipe.check_rules([*whole, *attention])
+        tables = [path for path, (unit, _) in whole.items() if unit.kind == "embeddings"]
+        self.recipe.check_rules([*whole, *attention], {"weights": attention, "activations": [*tables, *attention]})
         modules: dict[str, dict[str, Any]] = {}
         kept: dict[str, str] = {}
         for path, (unit, part) in whole.items():

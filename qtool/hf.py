@@ -17,11 +17,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from qtool import nn
 from qtool.anatomy import FAMILIES, head_kind
 from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, manifest_of_tensors
+from qtool.decoder import join
 from qtool.encoder import integrate
 from qtool.errors import InputError, UnavailableError
 from qtool.fused import fuse
 from qtool.nn import QAttention
 from qtool.nn.attention import CHILD
+from qtool.nn.plan import check
 
 REPEATABLE = "qtool_sdpa_float64"
 """Name of the attention that decoders of qtool use; see `repeatable_attention`."""
@@ -147,6 +149,7 @@ def adapt(model: Any, modules: Mapping[str, Mapping[str, Any]], *, dtype: torch.
     int8_attention(model)
     integrate(model)
     fuse(model)
+    join(model)
 
 
 def _wide_sdpa(
@@ -289,12 +292,14 @@ def _whole_mask(*args: Any, **options: Any) -> torch.Tensor | None:
     return mask
 
 
+@check
 def _still_chosen(module: Any, args: Any) -> None:
     chosen = module.config._attn_implementation
     if chosen != INT8:
         raise InputError(f"attention {chosen!r} was set, and this model's is quantized; set {INT8!r} again")
 
 
+@check
 def _was_called(module: Any, args: Any, output: Any) -> None:
     if not module._modules[CHILD].calls:
         raise InputError(f"{type(module).__name__} did not call its INT8 attention; please report this")

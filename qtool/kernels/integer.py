@@ -220,6 +220,42 @@ class Native(Reference):
         return rows.view(batch, tokens, width)
 
     @staticmethod
+    def decoder_front(
+        front: structs.DecoderFront, work: int, hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+    ) -> torch.Tensor:
+        """A decoder block up to its attention: float32 `[..., hidden]` → `[..., heads + 2 groups, size]`.
+
+        These are queries and keys, turned, and values. Row r is turned by angle r modulo their number, `[angles, size]`;
+        `work` is how many multiply-adds a row takes.
+        """
+        hidden, cosine, sine = hidden.detach().contiguous(), cosine.contiguous(), sine.contiguous()
+        rows = hidden.numel() // front.norm.size
+        result = torch.empty((*hidden.shape[:-1], front.heads + 2 * front.groups, front.size), dtype=torch.float32)
+        if rows:
+            native.call(
+                "qtool_decoder_front", ctypes.byref(front), hidden.data_ptr(), rows, cosine.data_ptr(), sine.data_ptr(),
+                cosine.numel() // front.size, result.data_ptr(), threads(work * rows),
+            )  # fmt: skip
+        return result
+
+    @staticmethod
+    def decoder_back(
+        back: structs.DecoderBack, work: int, context: torch.Tensor, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """The rest of a decoder block: the context of all heads and what went into the block, `[..., hidden]` → the same.
+
+        `work` is how many multiply-adds a row takes.
+        """
+        context, hidden = context.detach().float().contiguous(), hidden.detach().contiguous()
+        rows, result = hidden.numel() // back.norm.size, torch.empty_like(hidden)
+        if rows:
+            native.call(
+                "qtool_decoder_back", ctypes.byref(back), context.data_ptr(), hidden.data_ptr(), rows,
+                result.data_ptr(), threads(work * rows),
+            )  # fmt: skip
+        return result
+
+    @staticmethod
     def int8_attention(
         query: torch.Tensor,
         key: torch.Tensor,

@@ -130,6 +130,39 @@ class QEncoder(ctypes.Structure):
     )
 
 
+class RmsNorm(ctypes.Structure):
+    """RMSNorm."""
+
+    _fields_ = (("weight", _P), ("eps", ctypes.c_float), ("size", _I32))
+
+
+class DecoderLinear(ctypes.Structure):
+    """A linear layer of a decoder, of either kind."""
+
+    _fields_ = (("quantized", QLinear), ("codes", CodeLinear), ("is_float", _I32))
+
+
+class DecoderFront(ctypes.Structure):
+    """A pre-norm block up to its attention."""
+
+    _fields_ = (
+        *[(role, DecoderLinear) for role in ("query", "key", "value")],
+        ("norm", RmsNorm),
+        *[(name, _I32) for name in ("heads", "groups", "size")],
+    )
+
+
+class DecoderBack(ctypes.Structure):
+    """A pre-norm block behind its attention, with a gated feed-forward part."""
+
+    SILU, GELU = 0, 1
+    _fields_ = (
+        *[(role, DecoderLinear) for role in ("output", "gate", "up", "down")],
+        ("norm", RmsNorm),
+        ("activation", _I32),
+    )
+
+
 class Int8Attention(ctypes.Structure):
     """Codes of queries, keys and values, what they are worth, and who may look where."""
 

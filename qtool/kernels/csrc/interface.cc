@@ -23,7 +23,7 @@ namespace qtool {
 namespace {
 
 // Raised with every incompatible change of an exported function or struct; native.py refuses a library of another number.
-constexpr std::int32_t kAbiVersion = 4;
+constexpr std::int32_t kAbiVersion = 5;
 
 // What functions return.
 enum Status : std::int32_t { kFine = 0, kNoMemory = 1, kBadId = 2 };
@@ -213,6 +213,23 @@ QTOOL_EXPORT std::int32_t qtool_float_encoder(std::int32_t isa, const QEncoder* 
   const Memory memory(floating(isa).encoder_bytes(*encoder, starts, sequences, threads));
   if (memory.get() == nullptr) return kNoMemory;
   floating(isa).encoder(*encoder, x, starts, sequences, threads, memory.get());
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_decoder_front(std::int32_t isa, const DecoderFront* front, const float* x, std::int32_t rows,
+                                              const float* cosine, const float* sine, std::int32_t angles, float* out,
+                                              std::int32_t threads) {
+  const Memory memory(floating(isa).decoder_front_bytes(*front, rows, threads));
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).decoder_front(*front, {cosine, sine, angles}, x, rows, out, threads, memory.get());
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_decoder_back(std::int32_t isa, const DecoderBack* back, const float* context, const float* x,
+                                             std::int32_t rows, float* out, std::int32_t threads) {
+  const Memory memory(floating(isa).decoder_back_bytes(*back, rows, threads));
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).decoder_back(*back, context, x, rows, out, threads, memory.get());
   return kFine;
 }
 

@@ -114,9 +114,9 @@ class NativeCodes(reference.Codes):
 _ALONE = 1 << 20  # multiply-adds, or as long on rows, that are done before another thread is awake
 
 
-def threads(work: int) -> int:
-    """As many as torch uses; one for what is too little to share."""
-    return torch.get_num_threads() if work > _ALONE else 1
+def threads(work: int, waits: int = 1) -> int:
+    """As many as torch uses; one for what is too little to share, where threads wait for each other so many times."""
+    return torch.get_num_threads() if work > _ALONE * waits else 1
 
 
 _FEW_ROWS = 4  # of activations for which a table is read code by code
@@ -234,7 +234,7 @@ class Native(Reference):
         if rows:
             native.call(
                 "qtool_decoder_front", ctypes.byref(front), hidden.data_ptr(), rows, cosine.data_ptr(), sine.data_ptr(),
-                cosine.numel() // front.size, result.data_ptr(), threads(work * rows),
+                cosine.numel() // front.size, result.data_ptr(), threads(work * rows, 2),
             )  # fmt: skip
         return result
 
@@ -251,7 +251,7 @@ class Native(Reference):
         if rows:
             native.call(
                 "qtool_decoder_back", ctypes.byref(back), context.data_ptr(), hidden.data_ptr(), rows,
-                result.data_ptr(), threads(work * rows),
+                result.data_ptr(), threads(work * rows, 4),
             )  # fmt: skip
         return result
 

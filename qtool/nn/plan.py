@@ -54,11 +54,12 @@ class Plan:
         modules = [module for root in roots for module in root.modules()]
         self._roots = [weakref.ref(root) for root in roots]  # one of them keeps this plan
         self._modules = [weakref.ref(module) for module in modules]
-        self._children = [(module._modules, list(module._modules.values())) for module in modules]
-        self._tables = [
-            (table, list(table.items())) for module in modules for table in (module._buffers, module._parameters)
-        ]
-        self._tensors = [tensor for _, known in self._tables for _, tensor in known if tensor is not None]
+        # Most tables are empty; asking all of them whether they still are takes one step.
+        tables: list[Any] = [t for module in modules for t in (module._modules, module._buffers, module._parameters)]
+        self._empty = [table for table in tables if not table]
+        self._full = [(table, list(table), list(map(id, table.values()))) for table in tables if table]
+        self._values = [value for table in tables for value in table.values()]  # kept, so that their ids stay theirs
+        self._tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._state = self._state_now()
         self._settings = [
@@ -84,10 +85,10 @@ class Plan:
         """
         if [known() for known in self._roots] != list(roots):
             return False
-        if any(list(table.values()) != known for table, known in self._children):
+        if any(self._empty):
             return False
-        for table, items in self._tables:
-            if len(table) != len(items) or any(table.get(name, self) is not tensor for name, tensor in items):
+        for table, names, known in self._full:
+            if list(table) != names or list(map(id, table.values())) != known:
                 return False
         if any(table.get(name) is not value for table, name, value in self._settings):
             return False

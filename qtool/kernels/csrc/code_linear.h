@@ -52,6 +52,7 @@ class CodeProduct {
 
  private:
   static constexpr int kTogether = 4;  // rows of a table that share what is loaded of x
+  static constexpr int kBytesAhead = 4096;  // of a table that are asked for
   static constexpr int kVectors = kTile / Isa::kLanes;
   using Float = typename Isa::Float;
 
@@ -118,7 +119,10 @@ class CodeProduct {
           for (int v = 0; v < kVectors; ++v) sums[i][v] = Isa::set_float(0.0f);
         }
         int k = block * linear_.width;
-        for (; k + kQuad <= end; k += kQuad, tile += kBytes) step<kNibbles>(tile, x + k, sums);
+        for (; k + kQuad <= end; k += kQuad, tile += kBytes) {
+          if (!kNibbles || k % (2 * kQuad) == 0) __builtin_prefetch(tile + kBytesAhead, 0, 0);
+          step<kNibbles>(tile, x + k, sums);
+        }
         if (k < end) {
           float last[kQuad] = {};
           for (int i = 0; k + i < end; ++i) last[i] = x[k + i];
@@ -234,6 +238,8 @@ class CodeProduct {
     int k = 0;
     for (; k + 2 * Isa::kLanes <= n; k += 2 * Isa::kLanes) {
       const auto x0 = Isa::load_float(x + k), x1 = Isa::load_float(x + k + Isa::kLanes);
+      // N rows are read at once, of which the hardware sees no stream: what comes next is asked for line by line.
+      for (int byte = 0; byte < 2 * N * Isa::kLanes; byte += 64) __builtin_prefetch(codes + std::int64_t{N} * k + byte + kBytesAhead, 0, 0);
 #pragma GCC unroll 4
       for (int i = 0; i < N; ++i) {
         const std::int8_t* row = codes + std::int64_t{i} * n + k;

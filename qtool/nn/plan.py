@@ -11,6 +11,7 @@ from torch import nn
 
 from qtool import kernels
 from qtool.kernels.structs import address
+from qtool.nn.module import fleeting
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FORWARDS: dict[type[nn.Module], Any] = {}  # of each class, as they were when it was first planned
@@ -150,7 +151,7 @@ def kept_plan(owner: nn.Module, roots: Sequence[nn.Module], make: Callable[[], P
     """The plan for `roots` that `owner` keeps, made again when a module or tensor changed.
 
     None without the native backend or inside `one_by_one`, while units of the model are still to be loaded, and where
-    somebody watches.
+    somebody watches. Where operands are fleeting, so is the plan, which holds them.
     """
     if kernels.backend().name != "native" or _ONE_BY_ONE.get():
         return None
@@ -158,5 +159,7 @@ def kept_plan(owner: nn.Module, roots: Sequence[nn.Module], make: Callable[[], P
     if known is None or not known.holds(roots):
         if any(tensor.is_meta for root in roots for tensor in (*root.buffers(), *root.parameters())):
             return None
-        known = owner.__dict__["_plan"] = make()
+        known = make()
+        if not fleeting():
+            owner.__dict__["_plan"] = known
     return None if known.watched() else known

@@ -37,7 +37,8 @@ def join(model: Any) -> None:
     kind = model.config.model_type
     if kind not in _OPTIONS:
         return
-    for layer in model.base_model.get_submodule(FAMILIES[kind].blocks):
+    layers: Any = model.base_model.get_submodule(FAMILIES[kind].blocks)
+    for layer in layers:
         if not isinstance(layer, JoinedLayer):
             cls: Any = type(layer)
             layer.__class__ = _joined_class(cls)
@@ -57,7 +58,7 @@ def _joined_class(cls: Any) -> Any:
         plan = None if args or angles is None else _plan(self, hidden_states, angles)
         if plan is None:
             return original(self, hidden_states, *args, **kwargs)
-        return plan.back(_attend(self.self_attn, plan.front(hidden_states, *angles), kwargs), hidden_states)
+        return plan.back(_attend(self.self_attn, plan.front(hidden_states, angles[0], angles[1]), kwargs), hidden_states)
 
     return SameName.subclass(_joined_class, JoinedLayer, cls, forward)
 
@@ -67,16 +68,15 @@ def _plan(layer: Any, hidden: Any, angles: Any) -> DecoderPlan | None:
     if kernels.backend().name != "native" or layer.training or layer.self_attn.training:
         return None
     plan: Any = kept_plan(layer, [layer], lambda: _made(layer))
-    if plan is None or isinstance(plan, NoPlan) or not _plain(hidden, angles, plan.heads):
-        return None
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *angles, *plan.trained)):
-        return None
-    return plan  # type: ignore[no-any-return]
+    return plan if isinstance(plan, DecoderPlan) and _plain(hidden, angles, plan.heads) else None
 
 
 def _plain(hidden: Any, angles: Any, heads: Heads) -> bool:
-    """Whether rows and angles are what the kernels read: float32 in the CPU's memory, an angle for every token."""
-    if hidden.dim() != 3 or len(angles) != 2:
+    """Whether rows and angles are what the kernels read: float32 in the CPU's memory, an angle for every token.
+
+    Products on codes pass no gradient on, but what goes around them does.
+    """
+    if hidden.dim() != 3 or len(angles) != 2 or (hidden.requires_grad and torch.is_grad_enabled()):
         return False
     batch, tokens = hidden.shape[:2]
     wanted = ((1, tokens, heads.size), (batch, tokens, heads.size))
@@ -98,7 +98,7 @@ def _attend(attention: Any, states: tuple[torch.Tensor, ...], given: Mapping[str
     if cache is not None:
         key, value = cache.update(key, value, attention.layer_idx)
     config = attention.config
-    eager = sys.modules[type(attention).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
     function = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)
     options |= _OPTIONS[config.model_type](attention)
     context, _ = function(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling, **options)

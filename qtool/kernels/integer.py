@@ -225,8 +225,8 @@ class Native(Reference):
     ) -> torch.Tensor:
         """A decoder block up to its attention: float32 `[..., hidden]` → `[..., heads + 2 groups, size]`.
 
-        These are queries and keys, turned, and values. Row r is turned by angle r modulo their number, `[angles, size]`;
-        `work` is how many multiply-adds a row takes.
+        These are queries and keys, turned, and values. Row r is turned by angle r modulo their number; angles are
+        `[..., size]`. `work` is how many multiply-adds a row takes.
         """
         hidden, cosine, sine = hidden.detach().contiguous(), cosine.contiguous(), sine.contiguous()
         rows = hidden.numel() // front.norm.size
@@ -239,12 +239,10 @@ class Native(Reference):
         return result
 
     @staticmethod
-    def decoder_back(
-        back: structs.DecoderBack, work: int, context: torch.Tensor, hidden: torch.Tensor
-    ) -> torch.Tensor:
-        """The rest of a decoder block: the context of all heads and what went into the block, `[..., hidden]` → the same.
+    def decoder_back(back: structs.DecoderBack, work: int, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The rest of a decoder block: the context of all heads, and what went into the block, `[..., hidden]`.
 
-        `work` is how many multiply-adds a row takes.
+        Returns what leaves the block. `work` is how many multiply-adds a row takes.
         """
         context, hidden = context.detach().float().contiguous(), hidden.detach().contiguous()
         rows, result = hidden.numel() // back.norm.size, torch.empty_like(hidden)

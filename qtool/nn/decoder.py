@@ -33,7 +33,7 @@ class Heads:
 
 def heads_of(parts: Parts, size: int) -> Heads | None:
     """The heads of a block whose linears the kernels run in any mix; None for one that they do not."""
-    linears = {role: parts[role] for role in (*FRONT, *BACK)}
+    linears: dict[str, Any] = {role: parts[role] for role in (*FRONT, *BACK)}
     if not all(_fits_linear(linear) for linear in linears.values()):
         return None
     hidden, inner = linears["query"].in_features, linears["up"].out_features
@@ -59,11 +59,15 @@ def _fits_linear(linear: Any) -> bool:
     return isinstance(linear._prepared(), NativeCodes if linear.activations == "float" else Operand)
 
 
+def _products(linear: Any) -> int:
+    return int(linear.out_features * linear.in_features)
+
+
 def _fits_norm(norm: Any, hidden: int) -> bool:
     tensors = {name: tensor for name, tensor in (*norm.named_parameters(), *norm.named_buffers())}
     if set(tensors) != {"weight"} or not isinstance(getattr(norm, "variance_epsilon", None), float):
         return False
-    return tensors["weight"].shape == (hidden,) and tensors["weight"].dtype == torch.float32
+    return tuple(tensors["weight"].shape) == (hidden,) and tensors["weight"].dtype == torch.float32
 
 
 class DecoderPlan(Plan):
@@ -74,12 +78,11 @@ class DecoderPlan(Plan):
     def __init__(self, block: nn.Module, parts: Parts, heads: Heads, activation: str) -> None:
         super().__init__([block], SETTINGS, called=True)
         self.heads = heads
-        self.trained = list(block.parameters())
         front, back = ({role: self._linear(parts[role]) for role in roles} for roles in (FRONT, BACK))
         norms = [self._norm(parts[role]) for role in NORMS]
         self._front = structs.DecoderFront(*front.values(), norms[0], heads.queries, heads.groups, heads.size)
         self._back = structs.DecoderBack(*back.values(), norms[1], ACTIVATIONS[activation])
-        self._work = [sum(parts[role].weight.numel() for role in roles) for roles in (FRONT, BACK)]
+        self._work = [sum(_products(parts[role]) for role in roles) for roles in (FRONT, BACK)]
 
     def front(
         self, hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor

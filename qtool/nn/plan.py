@@ -54,7 +54,7 @@ class Plan:
         self._kept: list[Any] = []
         modules = [module for root in roots for module in root.modules()]
         self._roots = [weakref.ref(root) for root in roots]  # one of them keeps this plan
-        self._modules = [weakref.ref(module) for module in modules]
+        self._modules = [(weakref.ref(module), type(module)) for module in modules]
         # Most tables are empty; asking all of them whether they still are takes one step.
         tables: list[Any] = [t for module in modules for t in (module._modules, module._buffers, module._parameters)]
         self._empty = [table for table in tables if not table]
@@ -86,7 +86,7 @@ class Plan:
         """
         if [known() for known in self._roots] != list(roots):
             return False
-        if any(self._empty):
+        if any(self._empty) or any(type(known()) is not cls for known, cls in self._modules):
             return False
         for table, names, known in self._full:
             if list(table) != names or list(map(id, table.values())) != known:
@@ -103,7 +103,7 @@ class Plan:
             return True
         if any(cls.forward is not _FORWARDS[cls] for cls in self._classes):
             return True
-        return any("forward" in module.__dict__ for known in self._modules if (module := known()) is not None)
+        return any("forward" in module.__dict__ for known, _ in self._modules if (module := known()) is not None)
 
     def _hooked(self) -> Iterator[Any]:
         for hooks in self._hooks:

@@ -54,11 +54,13 @@ def _joined_class(cls: Any) -> Any:
 
     @functools.wraps(original)
     def forward(self: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        angles = kwargs.get("position_embeddings")
+        angles: Any = kwargs.get("position_embeddings")
         plan = None if args or angles is None else _plan(self, hidden_states, angles)
         if plan is None:
             return original(self, hidden_states, *args, **kwargs)
-        return plan.back(_attend(self.self_attn, plan.front(hidden_states, angles[0], angles[1]), kwargs), hidden_states)
+        return plan.back(
+            _attend(self.self_attn, plan.front(hidden_states, angles[0], angles[1]), kwargs), hidden_states
+        )
 
     return SameName.subclass(_joined_class, JoinedLayer, cls, forward)
 

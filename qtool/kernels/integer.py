@@ -254,6 +254,28 @@ class Native(Reference):
         return result
 
     @staticmethod
+    def wide_attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """Attention of one query a head in float64: `[batch, heads, 1, size]` → float32 `[batch, 1, heads, size]`.
+
+        Keys and values are `[batch, groups, keys, size]`, with channels side by side; `mask` is boolean and broadcasts to
+        `[batch, heads, 1, keys]`. A query that sees nothing gets 0.
+        """
+        batch, heads, _, size = query.shape
+        groups, keys = key.shape[1:3]
+        seen = None if mask is None else mask.expand(batch, -1, 1, keys)
+        strides = (0, 0) if seen is None else (seen.stride(0), seen.stride(1) if seen.shape[1] > 1 else 0)
+        struct = structs.WideAttention(
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), None if seen is None else seen.data_ptr(),
+            *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], *strides,
+            scaling, batch, heads, groups, keys, size,
+        )  # fmt: skip
+        result = torch.empty((batch, 1, heads, size), dtype=torch.float32)
+        native.call("qtool_wide_attention", ctypes.byref(struct), result.data_ptr(), threads(query.numel() * keys))
+        return result
+
+    @staticmethod
     def int8_attention(
         query: torch.Tensor,
         key: torch.Tensor,

@@ -159,6 +159,7 @@ def _checked(loaded: ctypes.CDLL, path: Path) -> _Attempt:
         "decoder_front": (i32, p, p, i32, p, p, i32, p, i32),
         "decoder_back": (i32, p, p, p, i32, p, i32),
         "int8_attention": (i32, p, p, p, i32),
+        "wide_attention": (i32, p, p, i32),
         "integer_attention": (i32, p, p, p, p, p, p, i32, i32, p, i32),
     }
     for name, arguments in signatures.items():

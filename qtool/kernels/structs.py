@@ -173,6 +173,18 @@ class Int8Attention(ctypes.Structure):
     )
 
 
+class WideAttention(ctypes.Structure):
+    """One query a head, keys and values where a cache has them."""
+
+    _fields_ = (
+        *[(name, _P) for name in ("query", "key", "value", "mask")],
+        *[(name, _I64) for name in ("query_batch", "query_head", "key_batch", "key_head", "key_token")],
+        *[(name, _I64) for name in ("value_batch", "value_head", "value_token", "mask_batch", "mask_head")],
+        ("scaling", ctypes.c_double),
+        *[(name, _I32) for name in ("batch", "heads", "groups", "keys", "size")],
+    )
+
+
 def address(tensor: torch.Tensor | None) -> int | None:
     """Where a tensor's numbers start; it must be contiguous, in the CPU's memory, and outlive the call."""
     if tensor is None:

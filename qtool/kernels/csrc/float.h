@@ -95,6 +95,16 @@ struct Int8Attention {
   std::int32_t batch, heads, groups, queries, keys, size;
 };
 
+// One query of each of `heads`, keys and values of `groups`, with distances in elements between sequences, heads and
+// tokens; channels lie side by side. `mask` is null, or bytes of what is seen, those of a head side by side.
+struct WideAttention {
+  const float *query, *key, *value;
+  const std::uint8_t* mask;
+  std::int64_t query_batch, query_head, key_batch, key_head, key_token, value_batch, value_head, value_token, mask_batch, mask_head;
+  double scaling;
+  std::int32_t batch, heads, groups, keys, size;
+};
+
 struct FloatKernels {
   std::int64_t (*linear_bytes)(const QLinear&, int rows, int threads);
   void (*linear)(const QLinear&, const float* x, int rows, float* out, int threads, void* memory);
@@ -112,6 +122,9 @@ struct FloatKernels {
   std::int64_t (*attention_bytes)(const Int8Attention&);
   // out float32 [batch][groups][heads / groups * queries][size], codes uint8 [...][keys]; `memory` is as much for each thread.
   void (*attention)(const Int8Attention&, float* out, std::uint8_t* codes, int threads, void* memory);
+  std::int64_t (*wide_attention_bytes)(const WideAttention&);
+  // out float32 [batch][heads][size]; `memory` is as much for each thread.
+  void (*wide_attention)(const WideAttention&, float* out, int threads, void* memory);
 };
 
 extern const FloatKernels kFloatPortable, kFloatAvx2, kFloatAvx512Vnni;

@@ -6,6 +6,7 @@
 #include "code_linear.h"
 #include "float_decoder.h"
 #include "float_encoder.h"
+#include "wide_attention.h"
 
 namespace qtool {
 namespace {
@@ -87,7 +88,8 @@ struct FloatTable {
 
   static constexpr FloatKernels table() {
     return {&linear_bytes,  &linear,        &code_linear_bytes,  &code_linear,  &encoder_bytes,            &encoder,
-            &decoder_front_bytes, &decoder_front, &decoder_back_bytes, &decoder_back, &CodeAttention<Isa>::bytes, &CodeAttention<Isa>::run};
+            &decoder_front_bytes, &decoder_front, &decoder_back_bytes, &decoder_back, &CodeAttention<Isa>::bytes, &CodeAttention<Isa>::run,
+            &WideHeads::bytes, &WideHeads::run};
   }
 
  private:

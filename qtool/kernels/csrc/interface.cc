@@ -241,6 +241,13 @@ QTOOL_EXPORT std::int32_t qtool_int8_attention(std::int32_t isa, const Int8Atten
   return kFine;
 }
 
+QTOOL_EXPORT std::int32_t qtool_wide_attention(std::int32_t isa, const WideAttention* attention, float* out, std::int32_t threads) {
+  const Memory memory(floating(isa).wide_attention_bytes(*attention) * threads);
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).wide_attention(*attention, out, threads, memory.get());
+  return kFine;
+}
+
 // Nanoseconds of `iterations` rounds of multiply-adds in registers; `products` gets how many those were.
 QTOOL_EXPORT std::int64_t qtool_time_peak(std::int32_t isa, std::int64_t iterations, std::int64_t* products) {
   *products = iterations * integer(isa).spin_products;

@@ -171,7 +171,7 @@ def _wide_sdpa(
 def _one_query(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
 ) -> bool:
-    """Whether the native kernel does it: a step with a cache, which torch shares out among threads that come too late."""
+    """Whether the native kernel does it: a step with a cache, which is over before torch's threads have begun."""
     states = (query, key, value)
     if query.shape[2] != 1 or key.shape != value.shape or query.shape[1] % key.shape[1]:
         return False

@@ -259,8 +259,8 @@ class Native(Reference):
     ) -> torch.Tensor:
         """Attention of one query a head in float64: `[batch, heads, 1, size]` → float32 `[batch, 1, heads, size]`.
 
-        Keys and values are `[batch, groups, keys, size]`, with channels side by side; `mask` is boolean and broadcasts to
-        `[batch, heads, 1, keys]`. A query that sees nothing gets 0.
+        Keys and values are `[batch, groups, keys, size]`, with channels side by side; `mask` is boolean and broadcasts
+        to `[batch, heads, 1, keys]`. A query that sees nothing gets 0.
         """
         batch, heads, _, size = query.shape
         groups, keys = key.shape[1:3]

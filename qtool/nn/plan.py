@@ -1,5 +1,7 @@
 """Many modules as one native call: their tensors as structs that the kernels read."""
 
+import itertools
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +19,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _FORWARDS: dict[type[nn.Module], Any] = {}  # of each class, as they were when it was first planned
 
 H = TypeVar("H", bound=Callable[..., Any])
+
+_chained = itertools.chain.from_iterable
+_version = operator.attrgetter("_version")
 
 _ONE_BY_ONE: ContextVar[bool] = ContextVar("modules one by one", default=False)
 
@@ -54,12 +59,14 @@ class Plan:
         self._kept: list[Any] = []
         modules = [module for root in roots for module in root.modules()]
         self._roots = [weakref.ref(root) for root in roots]  # one of them keeps this plan
-        self._modules = [(weakref.ref(module), type(module)) for module in modules]
-        # Most tables are empty; asking all of them whether they still are takes one step.
-        tables: list[Any] = [t for module in modules for t in (module._modules, module._buffers, module._parameters)]
-        self._empty = [table for table in tables if not table]
-        self._full = [(table, list(table), list(map(id, table.values()))) for table in tables if table]
-        self._values = [value for table in tables for value in table.values()]  # kept, so that their ids stay theirs
+        self._inner = [module for module in modules if all(module is not root for root in roots)]
+        self._types: list[type[nn.Module]] = list(map(type, (*roots, *self._inner)))
+        # All that is looked at before every forward, in steps that are taken in C: there are hundreds of tensors.
+        self._tables: list[dict[str, Any]] = [
+            table for module in modules for table in (module._modules, module._buffers, module._parameters)
+        ]
+        self._values = list(self._entries())  # kept, so that their ids stay theirs
+        self._names, self._ids = list(_chained(self._tables)), list(map(id, self._values))
         self._tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._state = self._state_now()
@@ -69,9 +76,9 @@ class Plan:
             for name in settings
             if name in module.__dict__
         ]
-        inner = [module for module in modules if not called or all(module is not root for root in roots)]
-        self._hooks = [getattr(module, name) for module in inner for name in _HOOKS]
-        self._classes = {type(module) for module in modules}
+        self._hooks = [getattr(module, name) for module in (self._inner if called else modules) for name in _HOOKS]
+        self._own = [module.__dict__ for module in self._inner]
+        self._classes = set(self._types)
         for cls in self._classes:
             _FORWARDS.setdefault(cls, cls.forward)
 
@@ -86,11 +93,10 @@ class Plan:
         """
         if [known() for known in self._roots] != list(roots):
             return False
-        if any(self._empty) or any(type(known()) is not cls for known, cls in self._modules):
+        if list(map(type, (*roots, *self._inner))) != self._types:
             return False
-        for table, names, known in self._full:
-            if list(table) != names or list(map(id, table.values())) != known:
-                return False
+        if list(map(id, self._entries())) != self._ids or list(_chained(self._tables)) != self._names:
+            return False
         if any(table.get(name) is not value for table, name, value in self._settings):
             return False
         return self._state_now() == self._state
@@ -103,7 +109,11 @@ class Plan:
             return True
         if any(cls.forward is not _FORWARDS[cls] for cls in self._classes):
             return True
-        return any("forward" in module.__dict__ for known, _ in self._modules if (module := known()) is not None)
+        roots = [root.__dict__ for known in self._roots if (root := known()) is not None]
+        return any(["forward" in own for own in (*self._own, *roots)])
+
+    def _entries(self) -> Iterator[Any]:
+        return _chained(map(dict.values, self._tables))
 
     def _hooked(self) -> Iterator[Any]:
         for hooks in self._hooks:
@@ -111,7 +121,7 @@ class Plan:
 
     def _state_now(self) -> tuple[list[int], list[int]]:
         """Where the numbers of all tensors are, and how often they were changed."""
-        return [t.data_ptr() for t in self._tensors], [t._version for t in self._counted]
+        return list(map(torch.Tensor.data_ptr, self._tensors)), list(map(_version, self._counted))
 
     def _address(self, tensor: torch.Tensor | None) -> int | None:
         """Where the numbers of a tensor start, which is kept in memory."""

@@ -86,7 +86,9 @@ def test_what_is_left_to_torch() -> None:
     assert not _one_query(query.double(), key, key, None, {})
     assert not _one_query(query, key, key, mask.float(), {}), "a mask that is added"
     assert not _one_query(query, key, key, mask[..., :4], {})
-    assert not _one_query(query, key, key, torch.ones(2, 1, 5, 1, dtype=torch.bool).transpose(2, 3)[..., ::1][:, [0, 0, 0]], {})
+    assert not _one_query(
+        query, key, key, torch.ones(2, 1, 5, 1, dtype=torch.bool).transpose(2, 3)[..., ::1][:, [0, 0, 0]], {}
+    )
     assert not _one_query(query, key, key.transpose(2, 3).contiguous().transpose(2, 3), None, {})
     assert not _one_query(query, key, key, None, {"dropout": 0.1})
     assert not _one_query(query, key, key, None, {"position_bias": mask})

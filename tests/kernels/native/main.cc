@@ -744,6 +744,36 @@ void decoders(const std::vector<Isa>& all, int count) {
   off_front.report("decoders before attention"), off_back.report("decoders behind attention");
 }
 
+void wide_attentions(const std::vector<Isa>& all, int count) {
+  for (int number = 0; number < count; ++number) {
+    Draw draw(static_cast<std::uint64_t>(5000 + number));
+    Heap heap;
+    const auto some = [&](int most) { return static_cast<int32_t>(draw.integer(1, most)); };
+    WideAttention attention = {};
+    attention.batch = some(3), attention.groups = some(3), attention.heads = attention.groups * some(10);
+    attention.keys = some(70), attention.size = some(70), attention.scaling = 0.3;
+    const int64_t row = attention.size + some(3), keys = attention.keys, heads = attention.heads;
+    const auto states = [&](int64_t rows) { return heap.reals(draw, (rows - 1) * row + attention.size, -2, 2); };
+    attention.query = states(attention.batch * heads), attention.query_head = row, attention.query_batch = heads * row;
+    attention.key = states(attention.batch * attention.groups * keys), attention.value = states(attention.batch * attention.groups * keys);
+    attention.key_token = attention.value_token = row, attention.key_head = attention.value_head = keys * row;
+    attention.key_batch = attention.value_batch = attention.groups * keys * row;
+    if (draw.coin()) {
+      const bool by_head = draw.coin();
+      attention.mask = heap.integers<uint8_t>(draw, attention.batch * (by_head ? heads : 1) * keys, 0, 1);
+      attention.mask_head = by_head ? keys : 0, attention.mask_batch = by_head ? heads * keys : keys;
+    }
+    const int64_t cells = attention.batch * heads * attention.size;
+    same_everywhere<float>(all, 1 + number % 4, text("wide attention", number), [&](const Isa& isa, int threads, int filling) {
+      Heap own;
+      auto* out = own.take<float>(cells);
+      const Memory memory(isa.floating->wide_attention_bytes(attention) * threads, filling);
+      isa.floating->wide_attention(attention, out, threads, memory.get());
+      return taken(out, cells);
+    });
+  }
+}
+
 // What a sanitizer has to see.
 void blunder(const std::string& mistake, const Isa& isa) {
   Draw draw(1);
@@ -807,6 +837,7 @@ int main(int count, char** arguments) {
   float_linears(all);
   float_encoders(all, 60);
   decoders(all, 80);
+  wide_attentions(all, 60);
   std::printf("%lld checks of %zu instruction sets\n", static_cast<long long>(checks), all.size());
   return 0;
 }

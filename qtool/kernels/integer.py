@@ -114,9 +114,12 @@ class NativeCodes(reference.Codes):
 _ALONE = 1 << 20  # multiply-adds, or as long on rows, that are done before another thread is awake
 
 
-def threads(work: int, waits: int = 1) -> int:
-    """As many as torch uses; one for what is too little to share, where threads wait for each other so many times."""
-    return torch.get_num_threads() if work > _ALONE * waits else 1
+_WAIT = 8  # times as much has to be worth a wait in the middle, which on a busy machine is one for the scheduler
+
+
+def threads(work: int, waits: int = 0) -> int:
+    """As many as torch uses; one for what is too little to share, with `waits` for each other before the end."""
+    return torch.get_num_threads() if work > _ALONE * (1 + _WAIT * waits) else 1
 
 
 _FEW_ROWS = 4  # of activations for which a table is read code by code
@@ -230,11 +233,12 @@ class Native(Reference):
         """
         hidden, cosine, sine = hidden.detach().contiguous(), cosine.contiguous(), sine.contiguous()
         rows = hidden.numel() // front.norm.size
+        rotation = structs.Rotation(cosine.data_ptr(), sine.data_ptr(), cosine.numel() // front.size)
         result = torch.empty((*hidden.shape[:-1], front.heads + 2 * front.groups, front.size), dtype=torch.float32)
         if rows:
             native.call(
-                "qtool_decoder_front", ctypes.byref(front), hidden.data_ptr(), rows, cosine.data_ptr(), sine.data_ptr(),
-                cosine.numel() // front.size, result.data_ptr(), threads(work * rows, 2),
+                "qtool_decoder_front", ctypes.byref(front), ctypes.byref(rotation), hidden.data_ptr(), rows,
+                result.data_ptr(), threads(work * rows, 1),
             )  # fmt: skip
         return result
 
@@ -249,7 +253,7 @@ class Native(Reference):
         if rows:
             native.call(
                 "qtool_decoder_back", ctypes.byref(back), context.data_ptr(), hidden.data_ptr(), rows,
-                result.data_ptr(), threads(work * rows, 4),
+                result.data_ptr(), threads(work * rows, 2),
             )  # fmt: skip
         return result
 

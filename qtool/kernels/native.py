@@ -156,7 +156,7 @@ def _checked(loaded: ctypes.CDLL, path: Path) -> _Attempt:
         "float_linear": (i32, p, p, i32, p, i32),
         "code_linear": (i32, p, p, i32, p, i32),
         "float_encoder": (i32, p, p, p, i32, i32),
-        "decoder_front": (i32, p, p, i32, p, p, i32, p, i32),
+        "decoder_front": (i32, p, p, p, i32, p, i32),
         "decoder_back": (i32, p, p, p, i32, p, i32),
         "int8_attention": (i32, p, p, p, i32),
         "wide_attention": (i32, p, p, i32),

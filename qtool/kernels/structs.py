@@ -152,6 +152,12 @@ class DecoderFront(ctypes.Structure):
     )
 
 
+class Rotation(ctypes.Structure):
+    """Cosines and sines by which queries and keys are turned."""
+
+    _fields_ = (("cosine", _P), ("sine", _P), ("count", _I32))
+
+
 class DecoderBack(ctypes.Structure):
     """A pre-norm block behind its attention, with a gated feed-forward part."""
 

@@ -216,12 +216,11 @@ QTOOL_EXPORT std::int32_t qtool_float_encoder(std::int32_t isa, const QEncoder* 
   return kFine;
 }
 
-QTOOL_EXPORT std::int32_t qtool_decoder_front(std::int32_t isa, const DecoderFront* front, const float* x, std::int32_t rows,
-                                              const float* cosine, const float* sine, std::int32_t angles, float* out,
-                                              std::int32_t threads) {
+QTOOL_EXPORT std::int32_t qtool_decoder_front(std::int32_t isa, const DecoderFront* front, const Rotation* rotation,
+                                              const float* x, std::int32_t rows, float* out, std::int32_t threads) {
   const Memory memory(floating(isa).decoder_front_bytes(*front, rows, threads));
   if (memory.get() == nullptr) return kNoMemory;
-  floating(isa).decoder_front(*front, {cosine, sine, angles}, x, rows, out, threads, memory.get());
+  floating(isa).decoder_front(*front, *rotation, x, rows, out, threads, memory.get());
   return kFine;
 }
 

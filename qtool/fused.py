@@ -13,7 +13,7 @@ import torch
 
 from qtool import kernels
 from qtool.anatomy import FAMILIES
-from qtool.nn.plan import Plan, kept_plan
+from qtool.nn.plan import NoPlan, SameName, kept_plan
 
 _ROLES = {
     "attention.query": "query", "attention.key": "key", "attention.value": "value", "attention.output": "output",
@@ -36,16 +36,8 @@ def fuse(model: Any) -> None:
         holder.__class__ = _fused_class(cls)
 
 
-class FusedEncoder:
-    """Marks the holder of blocks that run together; copies and pickles as its own class does."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        cls: Any = type(self)
-        return _rebuild, (cls.__mro__[2],), self.__dict__
-
-
-def _rebuild(cls: Any) -> Any:
-    return object.__new__(_fused_class(cls))
+class FusedEncoder(SameName):
+    """Marks the holder of blocks that run together."""
 
 
 @functools.cache
@@ -63,7 +55,7 @@ def _fused_class(cls: Any) -> Any:
                 return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=plan.run(hidden_states, real))
         return original(self, hidden_states, attention_mask, *args, **kwargs)
 
-    return type(cls.__name__, (FusedEncoder, cls), {"forward": forward, "__module__": cls.__module__})
+    return SameName.subclass(_fused_class, FusedEncoder, cls, forward)
 
 
 def _plain(holder: Any, hidden: Any, options: Mapping[str, Any]) -> bool:
@@ -72,10 +64,6 @@ def _plain(holder: Any, hidden: Any, options: Mapping[str, Any]) -> bool:
         return False
     refused = ("encoder_hidden_states", "past_key_values", "output_attentions", "output_hidden_states")
     return not any(options.get(name) is not None and options[name] is not False for name in refused)
-
-
-class NoPlan(Plan):
-    """Says of unchanged modules that they do not fit, so that this is found out once."""
 
 
 _UNUSUAL: Any = object()

@@ -14,14 +14,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qtool import nn
+from qtool import kernels, nn
 from qtool.anatomy import FAMILIES, head_kind
 from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, manifest_of_tensors
+from qtool.decoder import join
 from qtool.encoder import integrate
 from qtool.errors import InputError, UnavailableError
 from qtool.fused import fuse
+from qtool.kernels.integer import Native
 from qtool.nn import QAttention
 from qtool.nn.attention import CHILD
+from qtool.nn.plan import check
 
 REPEATABLE = "qtool_sdpa_float64"
 """Name of the attention that decoders of qtool use; see `repeatable_attention`."""
@@ -147,6 +150,7 @@ def adapt(model: Any, modules: Mapping[str, Mapping[str, Any]], *, dtype: torch.
     int8_attention(model)
     integrate(model)
     fuse(model)
+    join(model)
 
 
 def _wide_sdpa(
@@ -155,9 +159,31 @@ def _wide_sdpa(
     """SDPA in float64: `[batch, heads, tokens, size]` in, `[batch, tokens, heads, size]` out."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if kernels.backend().name == "native" and _one_query(query, key, value, mask, options):
+        scaling = options.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return Native.wide_attention(query, key, value, mask, scaling), None
     wide = mask.double() if mask is not None and mask.is_floating_point() else mask
     out, _ = sdpa_attention_forward(module, query.double(), key.double(), value.double(), wide, **options)
     return out.to(query.dtype), None
+
+
+def _one_query(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
+) -> bool:
+    """Whether the native kernel does it: a step with a cache, which is over before torch's threads have begun."""
+    states = (query, key, value)
+    if query.shape[2] != 1 or key.shape != value.shape or query.shape[1] % key.shape[1]:
+        return False
+    if any(x.dtype != torch.float32 or x.device.type != "cpu" or x.stride(-1) != 1 for x in states):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
+        return False
+    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[2:] != (1, key.shape[2])):
+        return False
+    if mask is not None and (mask.stride(-1) != 1 or mask.shape[1] not in (1, query.shape[1])):
+        return False
+    return not options.get("dropout") and not _unknown(options)
 
 
 def repeatable_attention(model: Any) -> None:
@@ -273,10 +299,15 @@ def _attend(
     return context, codes / codes.sum(-1, keepdim=True).clamp_min(1) if wanted else None
 
 
+def _unknown(options: Mapping[str, Any]) -> list[str]:
+    """Options that may change the result in ways that are not known."""
+    known = {"scaling", "dropout", *_WITHOUT_MEANING}
+    return sorted(name for name, value in options.items() if value is not None and name not in known)
+
+
 def _refuse_unknown(module: Any, options: Mapping[str, Any]) -> None:
     """What is not understood could change the result. Raises InputError naming it."""
-    known = {"scaling", "softcap", "dropout", *_WITHOUT_MEANING}
-    unknown = sorted(name for name, value in options.items() if value is not None and name not in known)
+    unknown = _unknown({name: value for name, value in options.items() if name != "softcap"})
     if unknown:
         raise InputError(f"{type(module).__name__} passes {', '.join(unknown)}, which INT8 attention does not know")
 
@@ -289,12 +320,14 @@ def _whole_mask(*args: Any, **options: Any) -> torch.Tensor | None:
     return mask
 
 
+@check
 def _still_chosen(module: Any, args: Any) -> None:
     chosen = module.config._attn_implementation
     if chosen != INT8:
         raise InputError(f"attention {chosen!r} was set, and this model's is quantized; set {INT8!r} again")
 
 
+@check
 def _was_called(module: Any, args: Any, output: Any) -> None:
     if not module._modules[CHILD].calls:
         raise InputError(f"{type(module).__name__} did not call its INT8 attention; please report this")

@@ -18,6 +18,7 @@ from torch import nn
 
 from qtool.anatomy import Anatomy, Unit
 from qtool.errors import InputError
+from qtool.nn.plan import one_by_one
 
 Batch = Mapping[str, torch.Tensor]
 Reader = Callable[[str], torch.Tensor]
@@ -100,9 +101,10 @@ class Stream:
         return self.forward_block(unit, hidden, call)
 
     def forward_block(self, unit: Unit, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-        """As `block`, where gradients may be wanted."""
+        """As `block`, where gradients may be wanted. Modules run one by one: what a method makes of the numbers and the
+        golden outputs do not depend on which kernels join them."""
         module = self.model.get_submodule(unit.modules[0])
-        with self._plain_errors():
+        with self._plain_errors(), one_by_one():
             if call.keyword is None:
                 out = module(hidden, *call.args, **call.kwargs)
             else:

@@ -15,7 +15,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"numerics", "rows"}),
     frozenset({"kernels"}),
     frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream", "lesson", "distill"}),
-    frozenset({"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "fused", "audit"}),
+    frozenset(
+        {"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "decoder", "fused", "audit"}
+    ),
     frozenset(
         {"pipeline", "memory", "spill", "follow", "purity", "evaluation", "estimate", "inspection", "doctor", "bench"}
     ),

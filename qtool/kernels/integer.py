@@ -114,9 +114,12 @@ class NativeCodes(reference.Codes):
 _ALONE = 1 << 20  # multiply-adds, or as long on rows, that are done before another thread is awake
 
 
-def threads(work: int) -> int:
-    """As many as torch uses; one for what is too little to share."""
-    return torch.get_num_threads() if work > _ALONE else 1
+_WAIT = 8  # times as much has to be worth a wait in the middle, which on a busy machine is one for the scheduler
+
+
+def threads(work: int, waits: int = 0) -> int:
+    """As many as torch uses; one for what is too little to share, with `waits` for each other before the end."""
+    return torch.get_num_threads() if work > _ALONE * (1 + _WAIT * waits) else 1
 
 
 _FEW_ROWS = 4  # of activations for which a table is read code by code
@@ -218,6 +221,63 @@ class Native(Reference):
         if where is not None:
             rows = torch.zeros((batch * tokens, width)).index_copy_(0, where, rows)
         return rows.view(batch, tokens, width)
+
+    @staticmethod
+    def decoder_front(
+        front: structs.DecoderFront, work: int, hidden: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+    ) -> torch.Tensor:
+        """A decoder block up to its attention: float32 `[..., hidden]` → `[..., heads + 2 groups, size]`.
+
+        These are queries and keys, turned, and values. Row r is turned by angle r modulo their number; angles are
+        `[..., size]`. `work` is how many multiply-adds a row takes.
+        """
+        hidden, cosine, sine = hidden.detach().contiguous(), cosine.contiguous(), sine.contiguous()
+        rows = hidden.numel() // front.norm.size
+        rotation = structs.Rotation(cosine.data_ptr(), sine.data_ptr(), cosine.numel() // front.size)
+        result = torch.empty((*hidden.shape[:-1], front.heads + 2 * front.groups, front.size), dtype=torch.float32)
+        if rows:
+            native.call(
+                "qtool_decoder_front", ctypes.byref(front), ctypes.byref(rotation), hidden.data_ptr(), rows,
+                result.data_ptr(), threads(work * rows, 1),
+            )  # fmt: skip
+        return result
+
+    @staticmethod
+    def decoder_back(back: structs.DecoderBack, work: int, context: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The rest of a decoder block: the context of all heads, and what went into the block, `[..., hidden]`.
+
+        Returns what leaves the block. `work` is how many multiply-adds a row takes.
+        """
+        context, hidden = context.detach().float().contiguous(), hidden.detach().contiguous()
+        rows, result = hidden.numel() // back.norm.size, torch.empty_like(hidden)
+        if rows:
+            native.call(
+                "qtool_decoder_back", ctypes.byref(back), context.data_ptr(), hidden.data_ptr(), rows,
+                result.data_ptr(), threads(work * rows, 2),
+            )  # fmt: skip
+        return result
+
+    @staticmethod
+    def wide_attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """Attention of one query a head in float64: `[batch, heads, 1, size]` → float32 `[batch, 1, heads, size]`.
+
+        Keys and values are `[batch, groups, keys, size]`, with channels side by side; `mask` is boolean and broadcasts
+        to `[batch, heads, 1, keys]`. A query that sees nothing gets 0.
+        """
+        batch, heads, _, size = query.shape
+        groups, keys = key.shape[1:3]
+        seen = None if mask is None else mask.expand(batch, -1, 1, keys)
+        strides = (0, 0) if seen is None else (seen.stride(0), seen.stride(1) if seen.shape[1] > 1 else 0)
+        struct = structs.WideAttention(
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), None if seen is None else seen.data_ptr(),
+            *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], *strides,
+            scaling, batch, heads, groups, keys, size,
+        )  # fmt: skip
+        result = torch.empty((batch, 1, heads, size), dtype=torch.float32)
+        native.call("qtool_wide_attention", ctypes.byref(struct), result.data_ptr(), threads(query.numel() * keys))
+        return result
 
     @staticmethod
     def int8_attention(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from qtool.errors import QtoolError, UnavailableError, one_of
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 """What `qtool_abi_version()` must answer; raised together with `kAbiVersion` in csrc/interface.cc."""
 
 FEATURES = (
@@ -156,7 +156,10 @@ def _checked(loaded: ctypes.CDLL, path: Path) -> _Attempt:
         "float_linear": (i32, p, p, i32, p, i32),
         "code_linear": (i32, p, p, i32, p, i32),
         "float_encoder": (i32, p, p, p, i32, i32),
+        "decoder_front": (i32, p, p, p, i32, p, i32),
+        "decoder_back": (i32, p, p, p, i32, p, i32),
         "int8_attention": (i32, p, p, p, i32),
+        "wide_attention": (i32, p, p, i32),
         "integer_attention": (i32, p, p, p, p, p, p, i32, i32, p, i32),
     }
     for name, arguments in signatures.items():

@@ -130,6 +130,45 @@ class QEncoder(ctypes.Structure):
     )
 
 
+class RmsNorm(ctypes.Structure):
+    """RMSNorm."""
+
+    _fields_ = (("weight", _P), ("eps", ctypes.c_float), ("size", _I32))
+
+
+class DecoderLinear(ctypes.Structure):
+    """A linear layer of a decoder, of either kind."""
+
+    _fields_ = (("quantized", QLinear), ("codes", CodeLinear), ("is_float", _I32))
+
+
+class DecoderFront(ctypes.Structure):
+    """A pre-norm block up to its attention."""
+
+    _fields_ = (
+        *[(role, DecoderLinear) for role in ("query", "key", "value")],
+        ("norm", RmsNorm),
+        *[(name, _I32) for name in ("heads", "groups", "size")],
+    )
+
+
+class Rotation(ctypes.Structure):
+    """Cosines and sines by which queries and keys are turned."""
+
+    _fields_ = (("cosine", _P), ("sine", _P), ("count", _I32))
+
+
+class DecoderBack(ctypes.Structure):
+    """A pre-norm block behind its attention, with a gated feed-forward part."""
+
+    SILU, GELU = 0, 1
+    _fields_ = (
+        *[(role, DecoderLinear) for role in ("output", "gate", "up", "down")],
+        ("norm", RmsNorm),
+        ("activation", _I32),
+    )
+
+
 class Int8Attention(ctypes.Structure):
     """Codes of queries, keys and values, what they are worth, and who may look where."""
 
@@ -137,6 +176,18 @@ class Int8Attention(ctypes.Structure):
         *[(name, _P) for name in ("query", "key", "value", "unit", "key_unit", "value_scale", "mask")],
         *[(name, ctypes.c_int64) for name in ("mask_batch", "mask_head", "mask_query")],
         *[(name, _I32) for name in ("batch", "heads", "groups", "queries", "keys", "size")],
+    )
+
+
+class WideAttention(ctypes.Structure):
+    """One query a head, keys and values where a cache has them."""
+
+    _fields_ = (
+        *[(name, _P) for name in ("query", "key", "value", "mask")],
+        *[(name, _I64) for name in ("query_batch", "query_head", "key_batch", "key_head", "key_token")],
+        *[(name, _I64) for name in ("value_batch", "value_head", "value_token", "mask_batch", "mask_head")],
+        ("scaling", ctypes.c_double),
+        *[(name, _I32) for name in ("batch", "heads", "groups", "keys", "size")],
     )
 
 

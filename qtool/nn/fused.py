@@ -75,23 +75,11 @@ class FloatPlan(Plan):
     """Blocks that `fits` found fit. `roots` are the modules that hold them."""
 
     def __init__(self, roots: Sequence[nn.Module], blocks: Sequence[Parts], heads: int, activation: str) -> None:
-        super().__init__(roots)
-        modules = [module for root in roots for module in root.modules()]
-        self._settings = [
-            (module.__dict__, name, getattr(module, name))
-            for module in modules
-            for name in ("eps", "scaling")
-            if name in module.__dict__
-        ]
+        super().__init__(roots, ("eps", "scaling"))
         layers = [structs.QBlock(**{role: self._part(module) for role, module in block.items()}) for block in blocks]
         self._blocks = (structs.QBlock * len(layers))(*layers)
         hidden = blocks[0]["query"].in_features
         self.encoder = structs.QEncoder(self._blocks, len(layers), hidden, heads, ACTIVATIONS[activation])
-
-    def holds(self, roots: Sequence[nn.Module]) -> bool:
-        """See `Plan.holds`; some settings are no tensors."""
-        unchanged = all(settings.get(name) == value for settings, name, value in self._settings)
-        return unchanged and super().holds(roots)
 
     def run(self, hidden: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
         """See `Native.float_encoder`."""

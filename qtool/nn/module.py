@@ -24,6 +24,11 @@ def fleeting_operands() -> Iterator[None]:
         _FLEETING.reset(token)
 
 
+def fleeting() -> bool:
+    """Whether `fleeting_operands` is active."""
+    return _FLEETING.get()
+
+
 class QModule(nn.Module, ABC):
     """A module whose weights are integer codes.
 
@@ -70,7 +75,7 @@ class CodesModule(QModule):
     def _prepared(self) -> Any:
         """The operand of the weights that are present now."""
         codes = self.weight
-        if codes.is_inference() or _FLEETING.get():  # tensors of inference mode do not count their changes
+        if codes.is_inference() or fleeting():  # tensors of inference mode do not count their changes
             return self._prepare(codes)
         known, ops = self._operand, kernels.backend()
         if known is None or known[0] is not codes or known[1] != codes._version or known[2] is not ops:

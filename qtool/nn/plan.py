@@ -1,5 +1,7 @@
 """Many modules as one native call: their tensors as structs that the kernels read."""
 
+import itertools
+import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,9 +13,15 @@ from torch import nn
 
 from qtool import kernels
 from qtool.kernels.structs import address
+from qtool.nn.module import fleeting
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FORWARDS: dict[type[nn.Module], Any] = {}  # of each class, as they were when it was first planned
+
+H = TypeVar("H", bound=Callable[..., Any])
+
+_chained = itertools.chain.from_iterable
+_version = operator.attrgetter("_version")
 
 _ONE_BY_ONE: ContextVar[bool] = ContextVar("modules one by one", default=False)
 
@@ -28,23 +36,49 @@ def one_by_one() -> Iterator[None]:
         _ONE_BY_ONE.reset(token)
 
 
-class Plan:
-    """Structs that point into tensors of `roots`, which stay where they are as long as the plan `holds`."""
+CHECKS: set[Callable[..., Any]] = set()
+"""Hooks that look at nothing of a module but its settings; a plan that `runs_checks` has its user call them."""
 
-    def __init__(self, roots: Sequence[nn.Module]) -> None:
+
+def check(hook: H) -> H:
+    """Marks a hook as one of `CHECKS`."""
+    CHECKS.add(hook)
+    return hook
+
+
+class Plan:
+    """Structs that point into tensors of `roots`, which stay where they are as long as the plan `holds`.
+
+    `settings` are names of attributes that the structs depend on. With `called`, the roots are what runs the plan:
+    their own hooks are called whether or not there is one.
+    """
+
+    runs_checks = False
+
+    def __init__(self, roots: Sequence[nn.Module], settings: Sequence[str] = (), *, called: bool = False) -> None:
         self._kept: list[Any] = []
         modules = [module for root in roots for module in root.modules()]
         self._roots = [weakref.ref(root) for root in roots]  # one of them keeps this plan
-        self._modules = [weakref.ref(module) for module in modules]
-        self._children = [(module._modules, list(module._modules.values())) for module in modules]
-        self._tensors = [
-            (table, name, tensor, _state(tensor))
-            for module in modules
-            for table in (module._buffers, module._parameters)
-            for name, tensor in table.items()
+        self._inner = [module for module in modules if all(module is not root for root in roots)]
+        self._types: list[type[nn.Module]] = list(map(type, (*roots, *self._inner)))
+        # All that is looked at before every forward, in steps that are taken in C: there are hundreds of tensors.
+        self._tables: list[dict[str, Any]] = [
+            table for module in modules for table in (module._modules, module._buffers, module._parameters)
         ]
-        self._hooks = [getattr(module, name) for module in modules for name in _HOOKS]
-        self._classes = {type(module) for module in modules}
+        self._values = list(self._entries())  # kept, so that their ids stay theirs
+        self._names, self._ids = list(_chained(self._tables)), list(map(id, self._values))
+        self._tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        self._state = self._state_now()
+        self._settings = [
+            (module.__dict__, name, module.__dict__[name])
+            for module in modules
+            for name in settings
+            if name in module.__dict__
+        ]
+        self._hooks = [getattr(module, name) for module in (self._inner if called else modules) for name in _HOOKS]
+        self._own = [module.__dict__ for module in self._inner]
+        self._classes = set(self._types)
         for cls in self._classes:
             _FORWARDS.setdefault(cls, cls.forward)
 
@@ -59,26 +93,65 @@ class Plan:
         """
         if [known() for known in self._roots] != list(roots):
             return False
-        if any(list(table.values()) != known for table, known in self._children):
+        if list(map(type, (*roots, *self._inner))) != self._types:
             return False
-        for table, name, tensor, state in self._tensors:  # hundreds, before every forward
-            if table.get(name) is not tensor or _state(tensor) != state:
-                return False
-        return True
+        if list(map(id, self._entries())) != self._ids or list(_chained(self._tables)) != self._names:
+            return False
+        if any(table.get(name) is not value for table, name, value in self._settings):
+            return False
+        return self._state_now() == self._state
 
     def watched(self) -> bool:
         """Whether somebody wants to see or do what happens inside: then modules must be called one by one."""
-        if any(self._hooks) or nn.modules.module._has_any_global_hook():
+        if any(self._hooks) and not (self.runs_checks and all(hook in CHECKS for hook in self._hooked())):
+            return True
+        if nn.modules.module._has_any_global_hook():
             return True
         if any(cls.forward is not _FORWARDS[cls] for cls in self._classes):
             return True
-        return any("forward" in module.__dict__ for known in self._modules if (module := known()) is not None)
+        roots = [root.__dict__ for known in self._roots if (root := known()) is not None]
+        return any(["forward" in own for own in (*self._own, *roots)])
+
+    def _entries(self) -> Iterator[Any]:
+        return _chained(map(dict.values, self._tables))
+
+    def _hooked(self) -> Iterator[Any]:
+        for hooks in self._hooks:
+            yield from hooks.values()
+
+    def _state_now(self) -> tuple[list[int], list[int]]:
+        """Where the numbers of all tensors are, and how often they were changed."""
+        return list(map(torch.Tensor.data_ptr, self._tensors)), list(map(_version, self._counted))
 
     def _address(self, tensor: torch.Tensor | None) -> int | None:
         """Where the numbers of a tensor start, which is kept in memory."""
         tensor = None if tensor is None else tensor.detach().contiguous()
         self._kept.append(tensor)
         return address(tensor)
+
+
+class NoPlan(Plan):
+    """Says of unchanged modules that they do not fit, so that this is found out once."""
+
+
+class SameName:
+    """Of subclasses that modules are given under the name of their own class; copies and pickles as that does."""
+
+    _make: Callable[[Any], Any]
+
+    @staticmethod
+    def subclass(make: Callable[[Any], Any], mark: type, cls: Any, forward: Callable[..., Any]) -> Any:
+        """A subclass of `cls`, marked, with another forward; `make` is the function that was asked for it."""
+        body = {"forward": forward, "_make": staticmethod(make), "__module__": cls.__module__}
+        return type(cls.__name__, (mark, cls), body)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        cls: Any = type(self)
+        return _rebuild, (self._make, cls.__mro__[3]), self.__dict__
+
+
+def _rebuild(make: Callable[[Any], Any], cls: Any) -> Any:
+    return object.__new__(make(cls))
 
 
 P = TypeVar("P", bound=Plan)
@@ -88,7 +161,7 @@ def kept_plan(owner: nn.Module, roots: Sequence[nn.Module], make: Callable[[], P
     """The plan for `roots` that `owner` keeps, made again when a module or tensor changed.
 
     None without the native backend or inside `one_by_one`, while units of the model are still to be loaded, and where
-    somebody watches.
+    somebody watches. Where operands are fleeting, so is the plan, which holds them.
     """
     if kernels.backend().name != "native" or _ONE_BY_ONE.get():
         return None
@@ -96,12 +169,7 @@ def kept_plan(owner: nn.Module, roots: Sequence[nn.Module], make: Callable[[], P
     if known is None or not known.holds(roots):
         if any(tensor.is_meta for root in roots for tensor in (*root.buffers(), *root.parameters())):
             return None
-        known = owner.__dict__["_plan"] = make()
+        known = make()
+        if not fleeting():
+            owner.__dict__["_plan"] = known
     return None if known.watched() else known
-
-
-def _state(tensor: torch.Tensor | None) -> tuple[int, int] | None:
-    """Where a tensor's numbers are, and how often they were changed."""
-    if tensor is None:
-        return None
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

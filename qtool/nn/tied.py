@@ -37,7 +37,8 @@ class QTiedLinear(QModule):
         """Any leading shape, any float dtype."""
         table = self._table[0]
         rows = x.reshape(-1, table.embedding_dim).float()
-        scale = table.weight_scale.repeat_interleave(table.num_embeddings // table.weight_scale.shape[0], dim=0)
+        scale, rows_of_one = table.weight_scale, table.num_embeddings // table.weight_scale.shape[0]
+        scale = scale if rows_of_one == 1 else scale.repeat_interleave(rows_of_one, dim=0)
         bias = None if self.bias is None else self.bias.float()
         y = kernels.backend().row_table_linear(rows, table.weight.squeeze(1), scale, bias)
         return y.view(*x.shape[:-1], table.num_embeddings).to(self.output_dtype)

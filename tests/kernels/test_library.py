@@ -343,7 +343,7 @@ def test_the_interface_has_one_number() -> None:
     assert (int(status["NoMemory"]), int(status["BadId"])) == (native._NO_MEMORY, native._BAD_ID)
 
 
-C_TYPES = {"int32_t": "c_int", "int64_t": "c_long", "float": "c_float"}
+C_TYPES = {"int32_t": "c_int", "int64_t": "c_long", "float": "c_float", "double": "c_double"}
 
 
 @needs_sources

@@ -13,52 +13,48 @@ namespace {
 template <class Isa>
 class CodeProduct {
  public:
-  static std::int64_t bytes(const CodeLinear& linear, int rows, int threads) {
-    Cutter cutter(nullptr);
-    cutter.take<float>(std::int64_t{threads} * room(linear, rows));
-    return cutter.used();
+  static constexpr int kFew = 2;  // rows for which codes are not unpacked
+
+  // Of `total` rows that are multiplied at all, `rows` from x on; sums are the same whatever part of the total they are.
+  // `own` is this thread's, of `room` floats.
+  CodeProduct(const CodeLinear& linear, const float* x, int rows, int total, float* own)
+      : linear_(linear), x_(x), rows_(rows), is_few_(total <= kFew), own_(own) {}
+
+  // Floats that a thread needs: sums of x by row and block, or unpacked panels.
+  static std::int64_t room(const CodeLinear& linear, int total) {
+    if (linear.layout == kCodeRows) return 0;
+    if (total <= kFew) return ceil_div(total * linear.column_blocks, kTile) * kTile;
+    return std::int64_t{Isa::kFloatPanels} * ceil_div(linear.inputs, kQuad) * kQuad * kTile;
   }
 
-  CodeProduct(const CodeLinear& linear, const float* x, int rows, float* out, int threads, void* memory)
-      : linear_(linear), x_(x), out_(out), rows_(rows) {
-    Cutter cutter(memory);
-    memory_ = cutter.take<float>(std::int64_t{threads} * room(linear, rows));
-  }
-
-  void run(const Crew& crew) {
+  // Calls `store(isa, cell, y)` for what belongs into each cell of `target` [rows][outputs], of this thread's outputs.
+  template <class Store>
+  void run(const Crew& crew, const Target<float>& target, const Store& store) const {
     if (linear_.layout == kCodeRows) {
       const int groups = ceil_div(linear_.outputs, kTogether);
-      for (int g = crew.begin(groups); g < crew.end(groups); ++g) table_rows(g * kTogether);
+      for (int g = crew.begin(groups); g < crew.end(groups); ++g) table_rows(g * kTogether, target, store);
       return;
     }
-    float* own = memory_ + crew.index * room(linear_, rows_);
     const int panels = ceil_div(linear_.outputs, kTile);
-    if (rows_ > kFew) {
+    if (!is_few_) {
       const int groups = ceil_div(panels, Isa::kFloatPanels);
       for (int g = crew.begin(groups); g < crew.end(groups); ++g) {
         const int first = g * Isa::kFloatPanels;
-        many(first, std::min(Isa::kFloatPanels, panels - first), own);
+        many(first, std::min(Isa::kFloatPanels, panels - first), target, store);
       }
       return;
     }
-    if (linear_.offset != nullptr && crew.begin(panels) < crew.end(panels)) add_up(own);
+    if (linear_.offset != nullptr && crew.begin(panels) < crew.end(panels)) add_up(own_);
     for (int p = crew.begin(panels); p < crew.end(panels); ++p) {
-      linear_.layout == kCodeNibbles ? few<true>(p, own) : few<false>(p, own);
+      linear_.layout == kCodeNibbles ? few<true>(p, target, store) : few<false>(p, target, store);
     }
   }
 
  private:
-  static constexpr int kFew = 2;       // rows for which codes are not unpacked
   static constexpr int kTogether = 4;  // rows of a table that share what is loaded of x
+  static constexpr int kBytesAhead = 4096;  // of a table that are asked for
   static constexpr int kVectors = kTile / Isa::kLanes;
   using Float = typename Isa::Float;
-
-  // Floats that a thread needs: sums of x by row and block, or unpacked panels.
-  static std::int64_t room(const CodeLinear& linear, int rows) {
-    if (linear.layout == kCodeRows) return 0;
-    if (rows <= kFew) return ceil_div(rows * linear.column_blocks, kTile) * kTile;
-    return std::int64_t{Isa::kFloatPanels} * ceil_div(linear.inputs, kQuad) * kQuad * kTile;
-  }
 
   int block_end(int block) const { return std::min((block + 1) * linear_.width, linear_.inputs); }
 
@@ -104,8 +100,8 @@ class CodeProduct {
     return Isa::load_quads(tile + vector * Isa::kLanes * 4);
   }
 
-  template <bool kNibbles>
-  void few(int panel, const float* x_sums) const {
+  template <bool kNibbles, class Store>
+  void few(int panel, const Target<float>& target, const Store& store) const {
     constexpr int kBytes = kNibbles ? kTile * kQuad / 2 : kTile * kQuad;
     alignas(64) float scale[kTile], offset[kTile], result[kTile];
     const Places places(linear_, panel);
@@ -123,7 +119,10 @@ class CodeProduct {
           for (int v = 0; v < kVectors; ++v) sums[i][v] = Isa::set_float(0.0f);
         }
         int k = block * linear_.width;
-        for (; k + kQuad <= end; k += kQuad, tile += kBytes) step<kNibbles>(tile, x + k, sums);
+        for (; k + kQuad <= end; k += kQuad, tile += kBytes) {
+          if (!kNibbles || k % (2 * kQuad) == 0) __builtin_prefetch(tile + kBytesAhead, 0, 0);
+          step<kNibbles>(tile, x + k, sums);
+        }
         if (k < end) {
           float last[kQuad] = {};
           for (int i = 0; k + i < end; ++i) last[i] = x[k + i];
@@ -135,12 +134,12 @@ class CodeProduct {
           const auto sum = Isa::add_float(Isa::add_float(sums[0][v], sums[1][v]), Isa::add_float(sums[2][v], sums[3][v]));
           total[v] = Isa::fused(sum, Isa::load_float(scale + v * Isa::kLanes), total[v]);
           if (linear_.offset == nullptr) continue;
-          const auto x_sum = Isa::set_float(x_sums[r * linear_.column_blocks + block]);
+          const auto x_sum = Isa::set_float(own_[r * linear_.column_blocks + block]);
           total[v] = Isa::fused(x_sum, Isa::load_float(offset + v * Isa::kLanes), total[v]);
         }
       }
       for (int v = 0; v < kVectors; ++v) Isa::store_float(result + v * Isa::kLanes, total[v]);
-      store(r, panel * kTile, result, kTile);
+      put(r, panel * kTile, result, kTile, target, store);
     }
   }
 
@@ -158,25 +157,28 @@ class CodeProduct {
     }
   }
 
-  void store(int row, int column, const float* result, int width) const {
-    float* out = out_ + std::int64_t{row} * linear_.outputs + column;
+  template <class Store>
+  void put(int row, int column, const float* result, int width, const Target<float>& target, const Store& store) const {
     sweep_float<Isa>(std::min(width, linear_.outputs - column), [&](auto isa, int i) {
       using V = decltype(isa);
       auto y = V::load_float(result + i);
       if (linear_.bias != nullptr) y = V::add_float(y, V::load_float(linear_.bias + column + i));
-      V::store_float(out + i, y);
+      store(isa, target.at(row, column + i), y);
     });
   }
 
-  void many(int first, int panels, float* unpacked) const {
+  template <class Store>
+  void many(int first, int panels, const Target<float>& target, const Store& store) const {
     const std::ptrdiff_t size = std::ptrdiff_t{ceil_div(linear_.inputs, kQuad)} * kQuad * kTile;
     for (int p = 0; p < panels; ++p) {
-      linear_.layout == kCodeNibbles ? unpack<true>(first + p, unpacked + p * size) : unpack<false>(first + p, unpacked + p * size);
+      linear_.layout == kCodeNibbles ? unpack<true>(first + p, own_ + p * size) : unpack<false>(first + p, own_ + p * size);
     }
     for (int r = 0; r < rows_; r += Isa::kFloatRows) {
       const int count = std::min(Isa::kFloatRows, rows_ - r);
-      multiply_floats<Isa>(x_ + std::int64_t{r} * linear_.inputs, linear_.inputs, count, unpacked, size, linear_.inputs, panels,
-                           [&](int i, int column, const float* sums, int width) { store(r + i, first * kTile + column, sums, width); });
+      multiply_floats<Isa>(x_ + std::int64_t{r} * linear_.inputs, linear_.inputs, count, own_, size, linear_.inputs, panels,
+                           [&](int i, int column, const float* sums, int width) {
+                             put(r + i, first * kTile + column, sums, width, target, store);
+                           });
     }
   }
 
@@ -206,7 +208,8 @@ class CodeProduct {
   }
 
   // Some rows of a table of int8 codes, row after row, with one scale a row.
-  void table_rows(int first) const {
+  template <class Store>
+  void table_rows(int first, const Target<float>& target, const Store& store) const {
     const int count = std::min(kTogether, linear_.outputs - first);
     const auto* codes = static_cast<const std::int8_t*>(linear_.weight) + std::int64_t{first} * linear_.inputs;
     for (int r = 0; r < rows_; ++r) {
@@ -220,7 +223,7 @@ class CodeProduct {
       for (int i = 0; i < count; ++i) {
         const int output = first + i;
         const float y = sums[i] * linear_.scale[output / linear_.block_rows];
-        out_[std::int64_t{r} * linear_.outputs + output] = linear_.bias != nullptr ? y + linear_.bias[output] : y;
+        store(FloatPortable{}, target.at(r, output), linear_.bias != nullptr ? y + linear_.bias[output] : y);
       }
     }
   }
@@ -235,6 +238,8 @@ class CodeProduct {
     int k = 0;
     for (; k + 2 * Isa::kLanes <= n; k += 2 * Isa::kLanes) {
       const auto x0 = Isa::load_float(x + k), x1 = Isa::load_float(x + k + Isa::kLanes);
+      // N rows are read at once, of which the hardware sees no stream: what comes next is asked for line by line.
+      for (int byte = 0; byte < 2 * N * Isa::kLanes; byte += 64) __builtin_prefetch(codes + std::int64_t{N} * k + byte + kBytesAhead, 0, 0);
 #pragma GCC unroll 4
       for (int i = 0; i < N; ++i) {
         const std::int8_t* row = codes + std::int64_t{i} * n + k;
@@ -250,8 +255,9 @@ class CodeProduct {
 
   const CodeLinear& linear_;
   const float* x_;
-  float *out_, *memory_;
   int rows_;
+  bool is_few_;
+  float* own_;
 };
 
 }  // namespace

@@ -49,6 +49,41 @@ struct QEncoder {
   std::int32_t count, hidden, heads, activation;
 };
 
+struct RmsNorm {
+  const float* weight;
+  float eps;
+  std::int32_t size;
+};
+
+// A linear of a decoder: with `is_float`, float rows by the codes of `codes`, else codes of rows by those of `quantized`.
+struct DecoderLinear {
+  QLinear quantized;
+  CodeLinear codes;
+  std::int32_t is_float;
+};
+
+enum GateActivation : std::int32_t { kSilu = 0, kGeluGate = 1 };
+
+// A pre-norm block up to its attention: heads of queries, and of keys and values (`groups`), of `size` channels each.
+struct DecoderFront {
+  DecoderLinear query, key, value;
+  RmsNorm norm;
+  std::int32_t heads, groups, size;
+};
+
+// The rest of it, with a gated feed-forward part.
+struct DecoderBack {
+  DecoderLinear output, gate, up, down;
+  RmsNorm norm;
+  std::int32_t activation;
+};
+
+// Cosines and sines by which queries and keys are turned, [count][size]; row r takes those of r % count.
+struct Rotation {
+  const float *cosine, *sine;
+  std::int32_t count;
+};
+
 // Codes of queries [batch][groups][heads / groups * queries][size], keys and values [batch][groups][keys][size] and what a
 // code is worth: of a row of queries (with the scale of the scores, in octaves), of a key, of the values of a group. `mask`
 // is null, or bytes of which a row is `mask_batch`, `mask_head` and `mask_query` further for the next of those.
@@ -60,6 +95,16 @@ struct Int8Attention {
   std::int32_t batch, heads, groups, queries, keys, size;
 };
 
+// One query of each of `heads`, keys and values of `groups`, with distances in elements between sequences, heads and
+// tokens; channels lie side by side. `mask` is null, or bytes of what is seen, those of a head side by side.
+struct WideAttention {
+  const float *query, *key, *value;
+  const std::uint8_t* mask;
+  std::int64_t query_batch, query_head, key_batch, key_head, key_token, value_batch, value_head, value_token, mask_batch, mask_head;
+  double scaling;
+  std::int32_t batch, heads, groups, keys, size;
+};
+
 struct FloatKernels {
   std::int64_t (*linear_bytes)(const QLinear&, int rows, int threads);
   void (*linear)(const QLinear&, const float* x, int rows, float* out, int threads, void* memory);
@@ -68,9 +113,18 @@ struct FloatKernels {
   std::int64_t (*encoder_bytes)(const QEncoder&, const std::int32_t* starts, int sequences, int threads);
   // x float32 [tokens, hidden], in place; sequence i has rows starts[i] ... starts[i + 1] - 1.
   void (*encoder)(const QEncoder&, float* x, const std::int32_t* starts, int sequences, int threads, void* memory);
+  std::int64_t (*decoder_front_bytes)(const DecoderFront&, int rows, int threads);
+  // x [rows][hidden] → out [rows][heads + 2 groups][size]: queries and keys, turned, and values.
+  void (*decoder_front)(const DecoderFront&, const Rotation&, const float* x, int rows, float* out, int threads, void* memory);
+  std::int64_t (*decoder_back_bytes)(const DecoderBack&, int rows, int threads);
+  // context [rows][heads * size] and what went into the front, x [rows][hidden] → out [rows][hidden], another array.
+  void (*decoder_back)(const DecoderBack&, const float* context, const float* x, int rows, float* out, int threads, void* memory);
   std::int64_t (*attention_bytes)(const Int8Attention&);
   // out float32 [batch][groups][heads / groups * queries][size], codes uint8 [...][keys]; `memory` is as much for each thread.
   void (*attention)(const Int8Attention&, float* out, std::uint8_t* codes, int threads, void* memory);
+  std::int64_t (*wide_attention_bytes)(const WideAttention&);
+  // out float32 [batch][heads][size]; `memory` is as much for each thread.
+  void (*wide_attention)(const WideAttention&, float* out, int threads, void* memory);
 };
 
 extern const FloatKernels kFloatPortable, kFloatAvx2, kFloatAvx512Vnni;

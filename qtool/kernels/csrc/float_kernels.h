@@ -4,7 +4,9 @@
 
 #include "code_attention.h"
 #include "code_linear.h"
+#include "float_decoder.h"
 #include "float_encoder.h"
+#include "wide_attention.h"
 
 namespace qtool {
 namespace {
@@ -25,7 +27,7 @@ struct FloatTable {
       quantize_rows<Isa>(crew, linear, x, rows, parts.codes, parts.scales);
       if (linear.offset != nullptr) {
         for (int r = crew.begin(rows); r < crew.end(rows); ++r) {
-          add_codes(linear, parts.codes + std::int64_t{r} * Product::stride(linear), parts.code_sums + std::int64_t{r} * linear.column_blocks);
+          add_codes<Isa>(linear, parts.codes + std::int64_t{r} * Product::stride(linear), parts.code_sums + std::int64_t{r} * linear.column_blocks);
         }
       }
       crew.wait();
@@ -38,12 +40,19 @@ struct FloatTable {
   }
 
   static std::int64_t code_linear_bytes(const CodeLinear& linear, int rows, int threads) {
-    return CodeProduct<Isa>::bytes(linear, rows, threads);
+    Cutter cutter(nullptr);
+    cutter.take<float>(threads * CodeProduct<Isa>::room(linear, rows));
+    return cutter.used();
   }
 
   static void code_linear(const CodeLinear& linear, const float* x, int rows, float* out, int threads, void* memory) {
-    CodeProduct<Isa> work(linear, x, rows, out, threads, memory);
-    auto job = [&](const Crew& crew) { work.run(crew); };
+    const std::int64_t room = CodeProduct<Isa>::room(linear, rows);
+    float* const own = Cutter(memory).take<float>(threads * room);
+    auto job = [&](const Crew& crew) {
+      CodeProduct<Isa>(linear, x, rows, rows, own + crew.index * room).run(crew, Target<float>{out, linear.outputs}, [](auto isa, float* cell, auto y) {
+        decltype(isa)::store_float(cell, y);
+      });
+    };
     together(threads, job);
   }
 
@@ -57,8 +66,30 @@ struct FloatTable {
     together(threads, job);
   }
 
+  static std::int64_t decoder_front_bytes(const DecoderFront& front, int rows, int threads) {
+    return DecoderRows<Isa>::bytes(front, rows, threads);
+  }
+
+  static void decoder_front(const DecoderFront& front, const Rotation& rotation, const float* x, int rows, float* out, int threads, void* memory) {
+    DecoderRows<Isa> work(front, rows, threads, memory);
+    auto job = [&](const Crew& crew) { work.before_attention(crew, front, rotation, x, out); };
+    together(threads, job);
+  }
+
+  static std::int64_t decoder_back_bytes(const DecoderBack& back, int rows, int threads) {
+    return DecoderRows<Isa>::bytes(back, rows, threads);
+  }
+
+  static void decoder_back(const DecoderBack& back, const float* context, const float* x, int rows, float* out, int threads, void* memory) {
+    DecoderRows<Isa> work(back, rows, threads, memory);
+    auto job = [&](const Crew& crew) { work.after_attention(crew, back, context, x, out); };
+    together(threads, job);
+  }
+
   static constexpr FloatKernels table() {
-    return {&linear_bytes, &linear, &code_linear_bytes, &code_linear, &encoder_bytes, &encoder, &CodeAttention<Isa>::bytes, &CodeAttention<Isa>::run};
+    return {&linear_bytes,  &linear,        &code_linear_bytes,  &code_linear,  &encoder_bytes,            &encoder,
+            &decoder_front_bytes, &decoder_front, &decoder_back_bytes, &decoder_back, &CodeAttention<Isa>::bytes, &CodeAttention<Isa>::run,
+            &WideHeads::bytes, &WideHeads::run};
   }
 
  private:
@@ -78,16 +109,6 @@ struct FloatTable {
     parts.code_sums = cutter.take<std::int32_t>(linear.offset != nullptr ? std::int64_t{rows} * linear.column_blocks : 0);
     parts.unpacked = cutter.take<std::int8_t>(threads * Product::unpacked_bytes(linear, rows));
     return parts;
-  }
-
-  // Sums of a row's codes, as they are without kOffset, over each block of columns.
-  static void add_codes(const QLinear& linear, const std::uint8_t* codes, std::int32_t* sums) {
-    for (int block = 0; block < linear.column_blocks; ++block) {
-      const int begin = block * linear.width, end = std::min(begin + linear.width, linear.inputs);
-      std::int32_t sum = 0;
-      for (int k = begin; k < end; ++k) sum += Isa::kOffset != 0 ? codes[k] - Isa::kOffset : static_cast<std::int8_t>(codes[k]);
-      sums[block] = sum;
-    }
   }
 };
 

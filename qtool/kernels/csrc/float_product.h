@@ -48,6 +48,17 @@ void add_shifted(int rows, int width, const std::int32_t* sums, const float* act
   }
 }
 
+// Sums of a row's codes, as they are without kOffset, over each block of columns.
+template <class Isa>
+void add_codes(const QLinear& linear, const std::uint8_t* codes, std::int32_t* sums) {
+  for (int block = 0; block < linear.column_blocks; ++block) {
+    const int begin = block * linear.width, end = std::min(begin + linear.width, linear.inputs);
+    std::int32_t sum = 0;
+    for (int k = begin; k < end; ++k) sum += Isa::kOffset != 0 ? codes[k] - Isa::kOffset : static_cast<std::int8_t>(codes[k]);
+    sums[block] = sum;
+  }
+}
+
 // add_scaled by number of rows and panels.
 template <class Isa>
 struct Scaled {

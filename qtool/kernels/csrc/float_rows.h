@@ -49,6 +49,16 @@ typename V::Float gelu(typename V::Float x) {
   return V::fused(half, erf, half);
 }
 
+// x / (1 + e^-x); what is below -100 is nothing in float32.
+template <class V>
+typename V::Float silu(typename V::Float x) {
+  x = V::max_float(V::set_float(-100.0f), x);  // in this order a NaN stays
+  const auto one = V::set_float(1.0f);
+  const auto weight = exponential<V>(V::sub_float(V::set_float(0.0f), V::abs_float(x)));
+  const auto above = V::max_float(weight, V::copy_sign(one, x));  // 1 for x >= 0, else e^x
+  return V::mul_float(x, V::div_float(above, V::add_float(one, weight)));
+}
+
 // Token-wise codes (or those of a static scale), plus `offset`; returns the row's scale. A row with an infinity or NaN
 // gets a scale that is not finite.
 template <class Isa>
@@ -117,6 +127,39 @@ void norm_row(const Norm& norm, const float* x, float* out) {
     using V = decltype(isa);
     const auto normal = V::mul_float(V::sub_float(V::load_float(x + i), V::set_float(mean)), V::set_float(inverse));
     V::store_float(out + i, V::fused(normal, V::load_float(norm.weight + i), V::load_float(norm.bias + i)));
+  });
+}
+
+// x / sqrt(mean(x^2) + eps) * weight, of a row.
+template <class Isa>
+void rms_norm_row(const RmsNorm& norm, const float* x, float* out) {
+  const int n = norm.size;
+  auto squares = Isa::set_float(0.0f);
+  int i = 0;
+  for (; i + Isa::kLanes <= n; i += Isa::kLanes) {
+    const auto value = Isa::load_float(x + i);
+    squares = Isa::fused(value, value, squares);
+  }
+  float sum = Isa::reduce_add_float(squares);
+  for (; i < n; ++i) sum = std::fma(x[i], x[i], sum);
+  const float inverse = 1.0f / std::sqrt(sum / static_cast<float>(n) + norm.eps);
+  sweep_float<Isa>(n, [&](auto isa, int j) {
+    using V = decltype(isa);
+    V::store_float(out + j, V::mul_float(V::load_float(norm.weight + j), V::mul_float(V::load_float(x + j), V::set_float(inverse))));
+  });
+}
+
+// Rotates a head of `size` (even) channels in place: channel i with channel i + size / 2, by the angles whose cosines and
+// sines stand at both. Rounds as the products and the sum alone do.
+template <class Isa>
+void rotate_head(float* head, const float* cosine, const float* sine, int size) {
+  const int half = size / 2;
+  sweep_float<Isa>(half, [&](auto isa, int i) {
+    using V = decltype(isa);
+    const auto low = V::load_float(head + i), high = V::load_float(head + half + i);
+    V::store_float(head + i, V::sub_float(V::mul_float(low, V::load_float(cosine + i)), V::mul_float(high, V::load_float(sine + i))));
+    V::store_float(head + half + i, V::add_float(V::mul_float(high, V::load_float(cosine + half + i)),
+                                                 V::mul_float(low, V::load_float(sine + half + i))));
   });
 }
 

@@ -23,7 +23,7 @@ namespace qtool {
 namespace {
 
 // Raised with every incompatible change of an exported function or struct; native.py refuses a library of another number.
-constexpr std::int32_t kAbiVersion = 4;
+constexpr std::int32_t kAbiVersion = 5;
 
 // What functions return.
 enum Status : std::int32_t { kFine = 0, kNoMemory = 1, kBadId = 2 };
@@ -216,11 +216,34 @@ QTOOL_EXPORT std::int32_t qtool_float_encoder(std::int32_t isa, const QEncoder* 
   return kFine;
 }
 
+QTOOL_EXPORT std::int32_t qtool_decoder_front(std::int32_t isa, const DecoderFront* front, const Rotation* rotation,
+                                              const float* x, std::int32_t rows, float* out, std::int32_t threads) {
+  const Memory memory(floating(isa).decoder_front_bytes(*front, rows, threads));
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).decoder_front(*front, *rotation, x, rows, out, threads, memory.get());
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_decoder_back(std::int32_t isa, const DecoderBack* back, const float* context, const float* x,
+                                             std::int32_t rows, float* out, std::int32_t threads) {
+  const Memory memory(floating(isa).decoder_back_bytes(*back, rows, threads));
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).decoder_back(*back, context, x, rows, out, threads, memory.get());
+  return kFine;
+}
+
 QTOOL_EXPORT std::int32_t qtool_int8_attention(std::int32_t isa, const Int8Attention* attention, float* out, std::uint8_t* codes,
                                                std::int32_t threads) {
   const Memory memory(floating(isa).attention_bytes(*attention) * threads);
   if (memory.get() == nullptr) return kNoMemory;
   floating(isa).attention(*attention, out, codes, threads, memory.get());
+  return kFine;
+}
+
+QTOOL_EXPORT std::int32_t qtool_wide_attention(std::int32_t isa, const WideAttention* attention, float* out, std::int32_t threads) {
+  const Memory memory(floating(isa).wide_attention_bytes(*attention) * threads);
+  if (memory.get() == nullptr) return kNoMemory;
+  floating(isa).wide_attention(*attention, out, threads, memory.get());
   return kFine;
 }
 

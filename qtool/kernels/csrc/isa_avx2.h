@@ -144,6 +144,7 @@ struct Avx2 {
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
     for (std::ptrdiff_t k = 0; k < steps; ++k) {
       const auto* weights = reinterpret_cast<const __m256i*>(w + k * 64);
+      if constexpr (R == 1) __builtin_prefetch(w + k * 64 + 4096, 0, 0);  // one row waits for memory, not for its products
       const Int low = _mm256_loadu_si256(weights), high = _mm256_loadu_si256(weights + 1);
       const Int size_low = _mm256_abs_epi8(low), size_high = _mm256_abs_epi8(high);
 #pragma GCC unroll 8

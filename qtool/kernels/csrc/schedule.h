@@ -51,6 +51,8 @@ class Schedule {
   }
 
   int longest() const { return longest_; }
+  // Whether all threads go through all rows together.
+  bool is_together() const { return together_; }
   // Rows of intermediate results that thread `index` needs.
   int rows_of(int index) const { return index > 0 && together_ ? 0 : block_; }
 

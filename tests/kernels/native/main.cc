@@ -589,9 +589,35 @@ void float_linears(const std::vector<Isa>& all) {
   }
 }
 
+// How far rows of one instruction set are from those of another.
+class Off {
+ public:
+  void add(const std::vector<float>& found, const std::vector<float>& wanted, int width) {
+    for (std::size_t begin = 0; begin < wanted.size(); begin += static_cast<std::size_t>(width)) {
+      double off = 0, norm = 0;
+      for (std::size_t i = begin; i < begin + static_cast<std::size_t>(width); ++i) {
+        const double is = wanted[i], error = found[i] - is;
+        off += error * error, norm += is * is;
+      }
+      const double error = std::sqrt(off / (norm + 1e-6));
+      worst_ = error > worst_ || std::isnan(error) ? error : worst_;
+      ++total_, moved_ += error > 1e-4;
+    }
+    ++checks;
+  }
+  void report(const char* what) const {
+    std::printf("%s: %lld of %lld rows moved by a code, at most %.3g\n", what, static_cast<long long>(moved_),
+                static_cast<long long>(total_), worst_);
+    if (!(worst_ < 0.1) || moved_ * 50 > total_) std::exit(1);
+  }
+
+ private:
+  double worst_ = 0;
+  int64_t total_ = 0, moved_ = 0;
+};
+
 void float_encoders(const std::vector<Isa>& all, int count) {
-  double worst = 0;
-  int64_t total = 0, moved = 0;
+  Off off;
   for (int number = 0; number < count; ++number) {
     Draw draw(static_cast<std::uint64_t>(9000 + number));
     Heap heap;
@@ -638,22 +664,114 @@ void float_encoders(const std::vector<Isa>& all, int count) {
     for (const Isa& isa : all) {
       const std::vector<float> alone = run(isa, 1, 0xa5);
       for (int threads = 2; threads <= 4; ++threads) equal(run(isa, threads, 0x7b), alone, isa.name, what + text(", threads", threads));
-      for (int r = 0; r < from.back(); ++r) {
-        double off = 0, norm = 0;
-        for (int c = 0; c < hidden; ++c) {
-          const double found = alone[static_cast<std::size_t>(r * hidden + c)], is = wanted[static_cast<std::size_t>(r * hidden + c)];
-          off += (found - is) * (found - is), norm += is * is;
-        }
-        const double error = std::sqrt(off / (norm + 1e-6));
-        worst = error > worst || std::isnan(error) ? error : worst;
-        ++total, moved += error > 1e-4;
-      }
-      ++checks;
+      off.add(alone, wanted, hidden);
     }
   }
-  std::printf("float encoders: %lld of %lld rows moved by a code, at most %.3g\n", static_cast<long long>(moved),
-              static_cast<long long>(total), worst);
-  if (!(worst < 0.1) || moved * 50 > total) std::exit(1);
+  off.report("float encoders");
+}
+
+// A linear of a decoder of either kind.
+DecoderLinear decoder_linear(Draw& draw, Heap& heap, int inputs, int outputs, bool is_float, bool is_static) {
+  int width = inputs;
+  for (int wanted : {8, 12, 20}) {
+    if (wanted < inputs && draw.coin()) width = wanted;
+  }
+  const bool nibbles = draw.coin(), biased = draw.coin(), shifted = draw.coin();
+  DecoderLinear made = {};
+  made.is_float = is_float;
+  if (!is_float) {
+    made.quantized = q_linear_of(draw, heap, inputs, outputs, width, nibbles, biased, is_static, shifted);
+    return made;
+  }
+  const int blocks = up(inputs, width) / width, block_rows = outputs % 2 == 0 && draw.coin() ? 2 : 1;
+  const int8_t* tiles = tiled(heap, heap.integers<int8_t>(draw, int64_t{outputs} * inputs, nibbles ? -8 : -128, nibbles ? 7 : 127), outputs, inputs);
+  CodeLinear& codes = made.codes;
+  codes.weight = nibbles ? static_cast<const void*>(halved(heap, tiles, int64_t{up(outputs, 16)} * up(inputs, 4))) : tiles;
+  codes.scale = heap.reals(draw, int64_t{outputs} / block_rows * blocks, 0.001f, 0.01f);
+  codes.offset = shifted ? heap.reals(draw, int64_t{outputs} / block_rows * blocks, -0.1f, 0.1f) : nullptr;
+  codes.bias = biased ? heap.reals(draw, outputs, -1, 1) : nullptr;
+  codes.inputs = inputs, codes.outputs = outputs, codes.block_rows = block_rows, codes.column_blocks = blocks, codes.width = width;
+  codes.layout = nibbles ? kCodeNibbles : kCodeTiles;
+  return made;
+}
+
+void decoders(const std::vector<Isa>& all, int count) {
+  Off off_front, off_back;
+  for (int number = 0; number < count; ++number) {
+    Draw draw(static_cast<std::uint64_t>(7000 + number));
+    Heap heap;
+    const int groups = static_cast<int>(draw.integer(1, 3)), heads = groups * static_cast<int>(draw.integer(1, 3));
+    const int size = 2 * static_cast<int>(draw.integer(1, 17)), hidden = static_cast<int>(draw.integer(3, 70));
+    const int inner = static_cast<int>(draw.integer(1, 90)), counts[] = {1, 2, 3, 4, 5, 40, 131, 700};
+    const int rows = counts[number % 8], angles = number % 3 == 0 ? rows : static_cast<int>(draw.integer(1, rows));
+    const auto linear = [&](int inputs, int outputs) {
+      const bool is_float = number % 4 == 1 || (number % 4 == 2 && draw.coin());
+      return decoder_linear(draw, heap, inputs, outputs, is_float, number % 5 == 4);
+    };
+    const auto norm = [&]() { return RmsNorm{heap.reals(draw, hidden, 0.5f, 1.5f), 1e-5f, hidden}; };
+    const DecoderFront front = {linear(hidden, heads * size), linear(hidden, groups * size), linear(hidden, groups * size), norm(),
+                                heads, groups, size};
+    const DecoderBack back = {linear(heads * size, hidden), linear(hidden, inner), linear(hidden, inner), linear(inner, hidden), norm(),
+                              number % 2 == 0 ? kSilu : kGeluGate};
+    const Rotation rotation = {heap.reals(draw, int64_t{angles} * size, -1, 1), heap.reals(draw, int64_t{angles} * size, -1, 1), angles};
+    const float *x = heap.reals(draw, int64_t{rows} * hidden, -2, 2), *context = heap.reals(draw, int64_t{rows} * heads * size, -2, 2);
+    const int width = (heads + 2 * groups) * size;
+    const auto first = [&](const Isa& isa, int threads, int filling) {
+      Heap own;
+      auto* out = own.take<float>(int64_t{rows} * width);
+      const Memory memory(isa.floating->decoder_front_bytes(front, rows, threads), filling);
+      isa.floating->decoder_front(front, rotation, x, rows, out, threads, memory.get());
+      return taken(out, int64_t{rows} * width);
+    };
+    const auto second = [&](const Isa& isa, int threads, int filling) {
+      Heap own;
+      auto* out = own.take<float>(int64_t{rows} * hidden);
+      const Memory memory(isa.floating->decoder_back_bytes(back, rows, threads), filling);
+      isa.floating->decoder_back(back, context, x, rows, out, threads, memory.get());
+      return taken(out, int64_t{rows} * hidden);
+    };
+    const auto what = text("decoder", number, heads, groups, size, hidden, inner, rows);
+    const std::vector<float> wanted_first = first(all[0], 1, 0), wanted_second = second(all[0], 1, 0);
+    for (const Isa& isa : all) {
+      const std::vector<float> alone_first = first(isa, 1, 0xa5), alone_second = second(isa, 1, 0xa5);
+      for (int threads = 2; threads <= 4; ++threads) {
+        equal(first(isa, threads, 0x7b), alone_first, isa.name, what + text(", threads", threads));
+        equal(second(isa, threads, 0x7b), alone_second, isa.name, what + text(", threads", threads));
+      }
+      off_front.add(alone_first, wanted_first, width), off_back.add(alone_second, wanted_second, hidden);
+    }
+  }
+  off_front.report("decoders before attention"), off_back.report("decoders behind attention");
+}
+
+void wide_attentions(const std::vector<Isa>& all, int count) {
+  for (int number = 0; number < count; ++number) {
+    Draw draw(static_cast<std::uint64_t>(5000 + number));
+    Heap heap;
+    const auto some = [&](int most) { return static_cast<int32_t>(draw.integer(1, most)); };
+    WideAttention attention = {};
+    attention.batch = some(3), attention.groups = some(3), attention.heads = attention.groups * some(10);
+    attention.keys = some(70), attention.size = some(70), attention.scaling = 0.3;
+    const int64_t row = attention.size + some(3), keys = attention.keys, heads = attention.heads;
+    const auto states = [&](int64_t rows) { return heap.reals(draw, (rows - 1) * row + attention.size, -2, 2); };
+    attention.query = states(attention.batch * heads), attention.query_head = row, attention.query_batch = heads * row;
+    attention.key = states(attention.batch * attention.groups * keys), attention.value = states(attention.batch * attention.groups * keys);
+    attention.key_token = attention.value_token = row, attention.key_head = attention.value_head = keys * row;
+    attention.key_batch = attention.value_batch = attention.groups * keys * row;
+    if (draw.coin()) {
+      const bool by_head = draw.coin();
+      attention.mask = heap.integers<uint8_t>(draw, attention.batch * (by_head ? heads : 1) * keys, 0, 1);
+      attention.mask_head = by_head ? keys : 0, attention.mask_batch = by_head ? heads * keys : keys;
+    }
+    const int64_t cells = attention.batch * heads * attention.size;
+    same_everywhere<float>(all, 1 + number % 4, text("wide attention", number), [&](const Isa& isa, int threads, int filling) {
+      Heap own;
+      auto* out = own.take<float>(cells);
+      const Memory memory(isa.floating->wide_attention_bytes(attention) * threads, filling);
+      isa.floating->wide_attention(attention, out, threads, memory.get());
+      return taken(out, cells);
+    });
+  }
 }
 
 // What a sanitizer has to see.
@@ -718,6 +836,8 @@ int main(int count, char** arguments) {
   integer_encoders(all, 60);
   float_linears(all);
   float_encoders(all, 60);
+  decoders(all, 80);
+  wide_attentions(all, 60);
   std::printf("%lld checks of %zu instruction sets\n", static_cast<long long>(checks), all.size());
   return 0;
 }

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from qtool.pipeline import Event, Job
 
 
-_ROW_TOKENS = 8  # that a row of a corpus has at least, on average, when rows are read to fill windows
-
-
 def calibration_batches(job: "Job") -> "Batches":
     """`calibration_events` without the events."""
     events = calibration_events(job)
@@ -47,7 +44,7 @@ def calibration_events(job: "Job") -> "Generator[Event, None, Batches]":
         return _random_tokens(job)
     size = _size(job)
     if job.anatomy.head_kind == "causal-lm":
-        rows = max(size["num_samples"], size["num_samples"] * size["max_length"] // _ROW_TOKENS)
+        rows = size["num_samples"] * size["max_length"]  # a row and its end are a token at least
         texts, description = calibration_texts(job.recipe, rows)
         return sources.windows(_tokenizer(job), texts, **size, description=description)
     texts, description = calibration_texts(job.recipe)

@@ -276,6 +276,7 @@ def test_joined_layers_are_close_to_the_modules(
     """With float activations to the rounding of floats. Codes that fall to the other side of a tie move a row by about
     1e-2, and in a decoder all rows that attend to it."""
     model, inputs = load(architecture, recipe), batch(4, 9, padding)
+    calls.clear()  # those of quantizing it, if it was the first
     found = logits(model, inputs)
     assert joined(calls, model)
     calls.clear()
@@ -293,6 +294,7 @@ def test_joined_layers_are_close_to_the_modules(
 @pytest.mark.parametrize("architecture", list(FAMILIES))
 def test_generation_with_and_without_a_cache(load: Load, architecture: str, recipe: str, calls: list[str]) -> None:
     model = load(architecture, recipe)
+    calls.clear()  # those of quantizing it, if it was the first
     prompts = batch(3, 7, "left")
     plain = {"max_new_tokens": 9, "min_new_tokens": 9, "pad_token_id": 0}
     for options in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}):
@@ -307,6 +309,7 @@ def test_generation_with_and_without_a_cache(load: Load, architecture: str, reci
 @pytest.mark.parametrize("recipe", ["w8a8", "static"])
 def test_steps_with_a_cache_give_the_logits_of_the_whole(load: Load, recipe: str, calls: list[str]) -> None:
     model, past, steps = load(LLAMA, recipe), None, []
+    calls.clear()  # those of quantizing it, if it was the first
     ids = batch(2, 12)["input_ids"]
     for token in ids.unbind(1):
         step = model(input_ids=token[:, None], past_key_values=past, use_cache=True)
@@ -322,6 +325,7 @@ def test_attention_is_given_what_the_module_gives_it(
     load: Load, architecture: str, cached: bool, calls: list[str]
 ) -> None:
     model, seen = load(architecture, "float"), []
+    calls.clear()  # those of quantizing it, if it was the first
 
     def look(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         seen.append((module.layer_idx, [query, key, value, mask], options))
@@ -351,6 +355,7 @@ def test_attention_is_given_what_the_module_gives_it(
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_any_attention_of_the_registry(load: Load, implementation: str, calls: list[str]) -> None:
     model = load(LLAMA, "float")
+    calls.clear()  # those of quantizing it, if it was the first
     model.set_attn_implementation(implementation)
     found = logits(model, batch(3, 8, "left"))
     assert joined(calls, model)
@@ -361,6 +366,7 @@ def test_any_attention_of_the_registry(load: Load, implementation: str, calls: l
 def test_int8_attention(load: Load, calls: list[str]) -> None:
     """Its hooks only check; they do so for joined layers too."""
     model = load(LLAMA, "methods.zeroquant.attention=int8")
+    calls.clear()  # those of quantizing it, if it was the first
     inputs = batch(3, 8, "left")
     calls.clear()
     found = logits(model, inputs)
@@ -383,6 +389,7 @@ def test_everybody_who_watches_a_module_sees_it(
     load: Load, way: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, inputs, seen = load(), batch(2, 5), []
+    calls.clear()  # those of quantizing it, if it was the first
     logits(model, inputs)
     dense = model.model.layers[1].mlp.up_proj
     original = dense.forward
@@ -409,6 +416,7 @@ def test_everybody_who_watches_a_module_sees_it(
 
 def test_hooks_of_a_layer_itself_see_what_goes_in_and_out(load: Load, calls: list[str]) -> None:
     model, seen = load(), []
+    calls.clear()  # those of quantizing it, if it was the first
     for layer in model.model.layers:
         layer.register_forward_hook(lambda module, given, output: seen.append((given[0].clone(), output.clone())))
     logits(model, batch(2, 5))
@@ -431,6 +439,7 @@ def test_hidden_states_and_attentions(load: Load) -> None:
 @pytest.mark.parametrize("way", ["training", "a module in training", "reference", "half"])
 def test_modules_run_where_joining_would_lose_something(load: Load, way: str, calls: list[str]) -> None:
     model, inputs = load(), batch(2, 5)
+    calls.clear()  # those of quantizing it, if it was the first
     context: Any = contextlib.nullcontext()
     if way == "training":
         model.train()
@@ -449,6 +458,7 @@ def test_modules_run_where_joining_would_lose_something(load: Load, way: str, ca
 def test_gradients_are_those_of_the_modules(load: Load, calls: list[str]) -> None:
     """Products on codes pass none on; what goes around them, from the hidden states on, has one."""
     model = load(LLAMA, "float")
+    calls.clear()  # those of quantizing it, if it was the first
     model.requires_grad_(False)
 
     def gradient(wanted: bool) -> torch.Tensor | None:
@@ -481,6 +491,7 @@ def test_what_does_not_fit_runs_by_modules(
     load: Load, architecture: str, entries: tuple[str, ...], options: dict[str, Any], calls: list[str]
 ) -> None:
     model = load(architecture, *entries, **options)
+    calls.clear()  # those of quantizing it, if it was the first
     inputs = batch(3, 5)
     found = [logits(model, inputs) for _ in range(2)]
     assert "qtool_decoder_front" not in calls
@@ -533,6 +544,7 @@ DIFFERENT = [another_activation, another_norm, a_norm_of_queries, another_attent
 @pytest.mark.parametrize("change", DIFFERENT)
 def test_a_layer_that_is_something_else_is_not_joined(load: Load, change: Any, early: bool, calls: list[str]) -> None:
     model, inputs = load(), batch(2, 5)
+    calls.clear()  # those of quantizing it, if it was the first
     model.model.layers = model.model.layers[:1]
     if not early:
         assert logits(model, inputs).isfinite().all() and joined(calls, model)
@@ -581,6 +593,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def test_changes_between_two_calls_are_noticed(load: Load, kind: str, calls: list[str]) -> None:
     recipe = "w8a8" if "offset" not in kind else "zero points"
     model, afresh, inputs = load(LLAMA, recipe), load(LLAMA, recipe), batch(3, 9)
+    calls.clear()  # those of quantizing it, if it was the first
     before = logits(model, inputs)
     CHANGES[kind](model), CHANGES[kind](afresh)
     found = logits(model, inputs)

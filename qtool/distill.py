@@ -8,7 +8,7 @@ the block got better at all; if not, nothing changes.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ CHECK_STEPS = 25
 """Updates between two looks at the held-out batches."""
 _SCALE_SHARE = 0.1  # scales move by this share of what codes move, relative to themselves
 _VECTOR_SHARE = 0.01  # biases and norms, whose natural unit is 1, move by this share
+_SILENT = 1e-6  # of the mean energy of tokens: one with less is taken for that, or its error would be infinite
 _INSIDE = 0.49  # how far from its code a weight may start, in steps
 
 
@@ -35,9 +36,9 @@ class Schedule:
     """How a block is taught.
 
     `inputs` are those that the float model has (teacher) or those that the lowered one has (student); `loss` is the
-    mean squared error of the block's output or the KL divergence of its softmax over features. `learning_rate` is in
-    steps of the weights' grid; it falls to 0 along a cosine. Every 25 steps comes a look at the held-out batches, of
-    which the best counts; after `patience` looks without gain training ends.
+    mean squared error of the block's output, relative to each token's mean square, or the KL divergence of its softmax
+    over features. `learning_rate` is in steps of the weights' grid; it falls to 0 along a cosine. Every 25 steps comes
+    a look at the held-out batches, of which the best counts; after `patience` looks without gain training ends.
     """
 
     inputs: Literal["teacher", "student"] = "teacher"
@@ -190,10 +191,16 @@ def _student_input(example: Example, schedule: Schedule) -> torch.Tensor:
 
 
 def _loss(schedule: Schedule, found: torch.Tensor, target: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Over real tokens: the mean squared error of a feature, or the mean divergence of a token's features."""
+    """Over real tokens: the mean squared error over the mean square of its token, or the mean divergence of features.
+
+    Relative to its token, because the next norm is: the first token of many decoders is hundreds of times as large as
+    all others, and would be all that a block learns.
+    """
     found, target = found[real].float(), target[real].float()
     if schedule.loss == "mse":
-        return F.mse_loss(found, target)
+        energy = target.square().mean(-1, keepdim=True)
+        least = (_SILENT * energy.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        return ((found - target).square() / energy.maximum(least)).mean()
     return F.kl_div(found.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
 
 
@@ -262,7 +269,7 @@ def _train(
     while step < schedule.steps and waited != schedule.patience:
         order = order or torch.randperm(len(numbers)).tolist()
         number = numbers[order.pop()]
-        example = _normal(lesson.examples[number])
+        example = lesson.examples[number].normal()
         found = lesson.forward(_student_input(example, schedule), example.call)
         loss = _loss(schedule, found, targets[number][0].clone(), example.real)
         optimizer.zero_grad()
@@ -292,17 +299,3 @@ def _groups(schedule: Schedule, learners: Sequence[_Learner], floats: Sequence[n
     }
     groups = [{"params": [one for one in params if one.requires_grad], "lr": own} for own, params in rates.items()]
     return [group for group in groups if group["params"]]
-
-
-def _normal(example: Example) -> Example:
-    """A copy that gradients may flow through: hidden states and masks were made in inference mode."""
-    call = replace(example.call, args=_cloned(example.call.args), kwargs=_cloned(example.call.kwargs))
-    return Example(example.exact.clone(), example.lowered.clone(), call, example.real.clone())
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, tuple | list):
-        return type(value)(_cloned(one) for one in value)
-    return {key: _cloned(one) for key, one in value.items()} if isinstance(value, dict) else value

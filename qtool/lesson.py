@@ -6,7 +6,8 @@ what the lowered model will compute, and nobody has to know what a block is made
 
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,22 @@ class Example:
     lowered: torch.Tensor
     call: Call
     real: torch.Tensor
+
+    def normal(self) -> "Example":
+        """A copy that gradients may flow through: hidden states and masks were made in inference mode."""
+        call = replace(self.call, args=_cloned(self.call.args), kwargs=_cloned(self.call.kwargs))
+        return Example(self.exact.clone(), self.lowered.clone(), call, self.real.clone())
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, tuple | list):
+        return type(value)(_cloned(one) for one in value)
+    return {key: _cloned(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+_SILENT = 0.1  # of the median norm of a token
 
 
 class _Seen(Exception):
@@ -90,29 +107,72 @@ class Lesson:
         reached = {path for _, stage in seen for path in stage}
         return [stage for _, stage in seen] + [[path] for path in paths if path not in reached]
 
-    def moments(self, path: str, lowered: Mapping[str, nn.Module]) -> Moments | None:
-        """Of what the module at `path` reads, in the float block and where `lowered` modules stand in it.
+    def sensitivities(self, paths: Sequence[str]) -> dict[str, list[torch.Tensor]]:
+        """How much the float block's output hangs on what each of `paths` gives a token: `[rows]` an example, mean 1.
 
-        None where no token of any example reaches it.
+        An error in a token's row moves the outputs of all tokens that attend to it, and matters by its size beside
+        theirs. So a row counts by the mean square of its gradient, that of random sums of the outputs over their norms,
+        which stay as they are (Hutchinson's estimate of the diagonal of JᵀJ, rows for elements). In a decoder, most of
+        what values do may hang on those of the first token alone, one of hundreds where all count the same. Draws
+        torch's random numbers. Examples that do not reach a module have no rows there; where all gradients are zero or
+        one is not finite, rows count the same.
         """
-        moments: Moments | None = None
+        squares: dict[str, list[torch.Tensor]] = {path: [] for path in paths}
+        for example in self.examples if paths else ():
+            gradients = self._gradients(paths, example.normal())
+            for path in paths:
+                rows = _real_rows(gradients[path], example.real) if path in gradients else torch.empty(0, 1)
+                squares[path].append(rows.float().square().mean(-1))
+            del gradients
+            give_back()
+        return {path: _over_mean(rows) for path, rows in squares.items()}
+
+    def _gradients(self, paths: Sequence[str], example: Example) -> dict[str, torch.Tensor]:
+        """Of a random sum of the block's outputs, each over its token's norm, by what modules give, `[…, out]`."""
+        outputs: dict[str, torch.Tensor] = {}
+        with ExitStack() as stack, torch.enable_grad():
+            for path in paths:
+                keep = partial(_keep_output, outputs, path)
+                stack.callback(self.module(path).register_forward_hook(keep).remove)
+            block = self.forward(example.exact.requires_grad_(True), example.call)
+        if not outputs:
+            return {}
+        direction = _random_direction(block.detach(), example.real)
+        found = torch.autograd.grad(block, list(outputs.values()), direction, allow_unused=True)
+        return {path: one for path, one in zip(outputs, found, strict=True) if one is not None}
+
+    def moments(
+        self,
+        paths: Sequence[str],
+        lowered: Mapping[str, nn.Module],
+        sensitivities: Mapping[str, Sequence[torch.Tensor]] | None = None,
+    ) -> dict[str, Moments]:
+        """Of what the modules of a stage read, in the float block and where `lowered` modules stand in it, by path.
+
+        Tokens count by `sensitivities`, or all the same, and then matrices that read the same have the same moments.
+        Paths that no token of any example reaches are left out.
+        """
+        found: dict[str, Moments] = {}
         with torch.inference_mode():
-            for example in self.examples:
-                exact = self._input(path, example.exact, example)
+            for number, example in enumerate(self.examples):
+                exact = self._input(paths[0], example.exact, example)
                 with self.standing_in(lowered):
-                    own = self._input(path, example.lowered, example)
-                if own is not None and len(own):
-                    moments = moments or Moments(own.shape[-1])
-                    moments.update(own if exact is None else exact, own)
+                    own = self._input(paths[0], example.lowered, example)
+                if own is None or not len(own):
+                    continue
+                for path in paths if sensitivities else paths[:1]:
+                    counts = sensitivities[path][number] if sensitivities else None
+                    moments = found.setdefault(path, Moments(own.shape[-1]))
+                    moments.update(own if exact is None else exact, own, counts)
                 give_back()
-        return moments
+        return found if sensitivities else {path: moments for path in paths for moments in found.values()}
 
     def _input(self, path: str, hidden: torch.Tensor, example: Example) -> torch.Tensor | None:
         """Rows of real tokens that enter a module."""
         found: list[torch.Tensor] = []
 
         def keep(_: Any, args: Any) -> None:
-            found.append(args[0].flatten(0, -2))
+            found.append(args[0])
             raise _Seen
 
         handle = self.module(path).register_forward_pre_hook(keep)
@@ -124,9 +184,42 @@ class Lesson:
             handle.remove()
         if not found:
             return None
-        # An expert sees only the tokens that were sent to it: then nobody knows which are padding.
-        real = example.real.flatten()
-        return found[0][real] if len(found[0]) == len(real) else found[0]
+        return _real_rows(found[0], example.real)
+
+
+def _real_rows(rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Of `[…, features]`, those of real tokens, `[rows, features]`.
+
+    An expert sees only the tokens that were sent to it: then nobody knows which are padding, and all are real.
+    """
+    rows, known = rows.flatten(0, -2), real.flatten()
+    return rows[known] if len(rows) == len(known) else rows
+
+
+def _random_direction(block: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Normal numbers for a block's output `[batch, tokens, hidden]`, over the norm of each token.
+
+    Nothing at padding, unless the block itself padded its input: then nobody knows where that is. A token with next to
+    nothing counts as one with a tenth of the median norm, or it would count more than all others.
+    """
+    norms = block.float().norm(dim=-1, keepdim=True)
+    known = real if real.shape == norms.shape[:-1] else torch.ones_like(norms[..., 0], dtype=torch.bool)
+    if not known.any():
+        return torch.zeros_like(block)
+    least = (_SILENT * norms[known].median()).clamp_min(torch.finfo(torch.float32).tiny)
+    direction: torch.Tensor = torch.randn(block.shape) / norms.maximum(least) * known[..., None]
+    return direction.to(block.dtype)
+
+
+def _over_mean(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Over the mean of all; where that says nothing, all count the same."""
+    mean = torch.cat(list(rows)).mean()
+    return [one / mean if mean > 0 and mean.isfinite() else torch.ones_like(one) for one in rows]
+
+
+def _keep_output(outputs: dict[str, torch.Tensor], path: str, module: nn.Module, args: Any, output: Any) -> None:
+    """Of the first call, whose input is the one that counts."""
+    outputs.setdefault(path, output)
 
 
 def _put(model: Any, path: str, module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 torch and transformers are imported where they are used: tests without models start at once.
 """
 
+import copy
 import ipaddress
 import json
 import os
@@ -12,7 +13,8 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +331,41 @@ def zoo(tmp_path: Path) -> Zoo:
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     """Models that are made once and only read."""
     return Zoo(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.fixture
+def lesson(zoo: Zoo) -> Callable[..., AbstractContextManager[Any]]:
+    """The first block of a random model, as methods that learn see it; its lowered inputs are float's, disturbed."""
+
+    @contextmanager
+    def make(architecture: str = "BertForSequenceClassification", *, batches: int = 25) -> Iterator[Any]:
+        import torch
+
+        from qtool.api import calibration_batches, open_job, resolve_recipe
+        from qtool.follow import Follower
+        from qtool.stream import Stream
+
+        decoder = "Bert" not in architecture
+        options = {"initializer_range": 0.1} if decoder else {}
+        grouped: dict[str, Any] = {"num_key_value_heads": 1} if "Llama" in architecture else {}
+        model = (zoo.causal if decoder else zoo.make)(
+            "float", architecture, change=zoo.noise(0.05), **options, **grouped
+        )
+        texts = 4 * batches * (3 if decoder else 1)  # decoders read them in windows, without padding
+        zoo.write("text.jsonl", zoo.sentences(texts), [0] * texts)
+        flags = {"data": str(zoo.folder / "text.jsonl"), "batch_size": 4, "num_samples": 4 * batches, "max_length": 16}
+        job = open_job(str(model), resolve_recipe(config="zeroquant-w8a8", model=str(model), flags=flags))
+        exact, lowered = (Stream(copy.deepcopy(job.model), job.anatomy, job.checkpoint.tensor) for _ in range(2))
+        follower = Follower(exact, lowered, calibration_batches(job).batches)
+        with lowered.loaded(job.anatomy.embeddings):
+            follower.advance(job.anatomy.embeddings)
+        torch.manual_seed(0)
+        with follower.lesson(job.anatomy.blocks[0]) as known:
+            noisy = [replace(one, lowered=one.exact + 0.05 * torch.randn(one.exact.shape)) for one in known.examples]
+            known.examples = noisy
+            yield known
+
+    return make
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,18 @@ def test_methods_that_follow_need_both_models(tiny: Any) -> None:
     assert worst(found, "quantize") - worst(alone, "quantize") > 2 * states
 
 
+@pytest.mark.parametrize("way", ["methods.zeroquant.lkd=true", "methods.zeroquant.token_weights=sensitivity"])
+def test_gradients_keep_what_a_block_computes(way: str, tiny: Any) -> None:
+    """Beside what rounding with the same data needs: 20 values a token as wide as the widest layer, which has 48."""
+    entries = ("weights=int4:group:16:sym", "weights.rounding=gptq")
+    without, found = (
+        [need for need in needs(job_of(tiny, "zeroquant-w8a8", *more), [(3, 5)], calibrates=False, spill=True)]
+        for more in (entries, (*entries, way))
+    )
+    worst_of = [max(n.num_bytes for n in some if n.step == "quantize") for some in (without, found)]
+    assert worst_of[1] - worst_of[0] >= 4 * 3 * 5 * 20 * 48
+
+
 # --- how the work is divided
 
 

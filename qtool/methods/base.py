@@ -99,6 +99,11 @@ class Method(ABC):
         """Whether `lower` learns from calibration data: then it is given a lesson for each block."""
         return False
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether gradients flow through a block in `lower`, for which all that is computed in it is kept."""
+        return False
+
     @abstractmethod
     def lower(
         self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None

@@ -9,7 +9,7 @@ import torch
 class Moments:
     """Second moments of the rows `x` that a matrix reads in the float model and `y` that it reads after lowering.
 
-    `own` is Σ yᵀy and `cross` Σ yᵀx, float64 `[in, in]`, over `tokens` rows.
+    `own` is Σ s yᵀy and `cross` Σ s yᵀx, float64 `[in, in]`, over `tokens` rows, each of which counts by its `s`.
     """
 
     features: int
@@ -21,14 +21,16 @@ class Moments:
         self.own = torch.zeros(self.features, self.features, dtype=torch.float64)
         self.cross = torch.zeros(self.features, self.features, dtype=torch.float64)
 
-    def update(self, exact: torch.Tensor, lowered: torch.Tensor) -> None:
-        """Take in float rows `[tokens, in]` of both models.
+    def update(self, exact: torch.Tensor, lowered: torch.Tensor, counts: torch.Tensor | None = None) -> None:
+        """Take in float rows `[tokens, in]` of both models, which count by `counts` `[tokens]`, or all the same.
 
         Where a router sent other tokens to a matrix than in the float model, rows have no partners: `lowered` alone
-        counts. Products of a batch are float32, their sum is float64.
+        counts, and where there are not as many rows as `counts`, each counts 1, the mean of those. Products of a batch
+        are float32, their sum is float64.
         """
         y = lowered.float()
-        own = y.t() @ y
+        left = y.t() if counts is None or len(counts) != len(y) else y.t() * counts.float()
+        own = left @ y
         self.own += own
-        self.cross += y.t() @ exact.float() if exact.shape == lowered.shape else own
+        self.cross += left @ exact.float() if exact.shape == lowered.shape else own
         self.tokens += len(y)

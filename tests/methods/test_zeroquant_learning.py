@@ -22,6 +22,7 @@ LKD = "methods.zeroquant.lkd={steps: 30, learning_rate: 0.05}"
 WAYS = {
     "gptq": ("weights.rounding=gptq",),
     "gpfq": ("weights.rounding=gpfq",),
+    "weighed": ("weights.rounding=gptq", "methods.zeroquant.token_weights=sensitivity"),
     "lkd": (LKD,),
     "gptq and lkd": ("weights.rounding=gptq", LKD, "methods.zeroquant.lkd.inputs=student"),
     "smoothing": ("methods.zeroquant.smoothing=0.5",),
@@ -122,6 +123,17 @@ def test_better_answers(tiny: Any, desk: Path, zoo: Any) -> None:
     assert error["lkd"] < 0.7 * error["plain"]
 
 
+def test_tokens_count_where_they_are_weighed(tiny: Any, desk: Path) -> None:
+    """The same rounding gives other codes; one that looks at no data gives the same."""
+    weighed = "methods.zeroquant.token_weights=sensitivity"
+    for out, ways in {"even": ("weights.rounding=gptq",), "weighed": ("weights.rounding=gptq", weighed)}.items():
+        run(tiny, out, *ways)
+    for out, ways in {"mse": ("weights.rounding=mse",), "mse, weighed": ("weights.rounding=mse", weighed)}.items():
+        run(tiny, out, *ways)
+    assert deciding("even")[0] != deciding("weighed")[0]
+    assert deciding("mse")[0] == deciding("mse, weighed")[0]
+
+
 @pytest.mark.parametrize("train", ["both", "scales"])
 def test_matrices_that_a_rule_keeps_do_not_learn(train: str, tiny: Any, desk: Path) -> None:
     """A block all in float is not taught at all; in the other one, vectors learn and the kept matrix does not."""
@@ -137,11 +149,14 @@ def test_matrices_that_a_rule_keeps_do_not_learn(train: str, tiny: Any, desk: Pa
     assert list(json.loads(Path("out/qtool.json").read_text())["figures"]).count(f"{layer}1") == 0
 
 
-@pytest.mark.parametrize(("way", "passes"), [("gptq", 2 + 4), ("lkd", 2 + 30 * (3 + 2 / 25) / 8), ("smoothing", 0)])
+@pytest.mark.parametrize(
+    ("way", "passes"), [("gptq", 2 + 4), ("weighed", 2 + 4 + 3), ("lkd", 2 + 30 * (3 + 2 / 25) / 8), ("smoothing", 0)]
+)
 def test_a_rehearsal_counts_what_learning_takes(
     way: str, passes: float, tiny: Any, desk: Path, qtool_command: Command
 ) -> None:
-    """Of 8 batches: on to the next block, GPTQ's four stages, LKD's 30 steps with their looks. Nothing is written."""
+    """Of 8 batches: on to the next block, GPTQ's four stages and gradients, LKD's 30 steps with their looks. Nothing is
+    written."""
     assert open_job(str(tiny.model), recipe_of(tiny, *WAYS[way])).lowering.passes(8) == pytest.approx(passes)
     options = [part for one in ("weights=int4:group:16:sym", *WAYS[way]) for part in ("--set", one)]
     task = ("--task", "sst2", "--data", str(tiny.data))

@@ -176,6 +176,22 @@ def test_moments_are_sums_of_products() -> None:
     torch.testing.assert_close(found.cross, wanted.cross, rtol=1e-4, atol=1e-4 * float(wanted.cross.abs().max()))
 
 
+def test_rows_count_by_what_they_are_given() -> None:
+    """Twice is as if a row were there twice, nothing as if it were not; counts of other rows do not count at all."""
+    _, exact, lowered, _ = case(9, tokens=60)
+    counts = torch.arange(60) % 3
+    found, wanted, plain = Moments(36), Moments(36), Moments(36)
+    found.update(exact, lowered, counts)
+    wanted.update(exact.repeat_interleave(counts, 0), lowered.repeat_interleave(counts, 0))
+    scale = float(wanted.own.abs().max())
+    torch.testing.assert_close(found.own, wanted.own, rtol=1e-5, atol=1e-5 * scale)
+    torch.testing.assert_close(found.cross, wanted.cross, rtol=1e-5, atol=1e-5 * scale)
+    other = Moments(36)
+    other.update(exact, lowered, counts[:50])
+    plain.update(exact, lowered)
+    assert torch.equal(other.own, plain.own) and torch.equal(other.cross, plain.cross)
+
+
 def test_rows_without_partners_count_alone() -> None:
     _, exact, lowered, _ = case(8)
     found = Moments(36)

@@ -32,6 +32,7 @@ from qtool.stream import Reader, stored
 _PRODUCTS = {False: "int8 x int8 -> int32", True: "float32 x integer codes -> float32"}
 _TILED, _TURNED, _WIDE = 4, 4, 32  # bytes of a weight while it is laid out, turned round, or tried on many scales
 _SQUARES = 8  # float64 matrices of inputs by inputs: moments, factors and what they are made from
+_MORE_SQUARES = 6  # moments of three more matrices that read the same tensor, where each has its own
 _STAGES = 4  # of a block, that wait for each other
 _LEARNING = 40  # bytes of a weight that is distilled: itself, places, gradient, two moments, the best, products
 
@@ -66,6 +67,9 @@ class ZeroQuantOptions(Options):
 
     word_embeddings: Spec | Literal["float"] = Field(QuantSpec.parse("int8:channel:sym"), union_mode="left_to_right")
     small_embeddings: Spec | Literal["float"] = Field(QuantSpec.parse("int16:channel:sym"), union_mode="left_to_right")
+    token_weights: Literal["even", "sensitivity"] = Field(
+        "even", description="How calibration tokens count in gptq and gpfq: the same, or by what hangs on their rows"
+    )
     lkd: LKD = LKD(enabled=False)
     smoothing: float | None = Field(None, ge=0, le=1, description="Exponent of migration into weights; null: none")
     tuning: int = Field(0, ge=0, description="Steps in which the smoothing is tuned on a sample of activations")
@@ -204,8 +208,17 @@ class ZeroQuant(Method):
         return self._rounds_with_data or self.options.lkd.enabled
 
     @property
+    def differentiates(self) -> bool:
+        """Where a block learns, or its tokens count by their gradients."""
+        return self.options.lkd.enabled or self._weighs_tokens
+
+    @property
     def _rounds_with_data(self) -> bool:
         return self.recipe.weights.rounding in DATA_ROUNDINGS
+
+    @property
+    def _weighs_tokens(self) -> bool:
+        return self._rounds_with_data and self.options.token_weights == "sensitivity"
 
     def floats(self, unit: Unit) -> Mapping[str, torch.Tensor]:
         """What distillation changed beside the linears; it is asked for once."""
@@ -216,12 +229,12 @@ class ZeroQuant(Method):
         return self._remarks.get(unit.name, "")
 
     def passes(self, batches: int) -> float:
-        """Both models go on; each stage's inputs are half a block of both; a step of distillation is three passes."""
+        """Both models go on; a stage's inputs are half a block of both; gradients and steps of LKD are three each."""
         if not self.learns:
             return 0.0
         lkd = self.options.lkd
         taught = lkd.steps * (3 + 2 / CHECK_STEPS) / batches if lkd.enabled else 0.0
-        return 2.0 + (_STAGES if self._rounds_with_data else 0) + taught
+        return 2.0 + (_STAGES if self._rounds_with_data else 0) + (3 if self._weighs_tokens else 0) + taught
 
     def in_hand(self, module: Any, description: Mapping[str, Any]) -> int:
         """Codes in rows, padded, in tiles; a matrix the other way round; what rounding with care takes whole."""
@@ -233,7 +246,8 @@ class ZeroQuant(Method):
         if not self._rounds_with_data:
             return elements * (copies + (_WIDE if whole else 0))
         inputs = elements // int(description["shape"][0])
-        return elements * (copies + _WIDE) + _SQUARES * 8 * inputs * inputs
+        squares = _SQUARES + (_MORE_SQUARES if self._weighs_tokens else 0)
+        return elements * (copies + _WIDE) + squares * 8 * inputs * inputs
 
     def memory(self, unit: Unit, plan: Plan) -> int:
         """What distillation keeps: float weights, places and scales with their gradients and optimizer state, twice."""
@@ -248,9 +262,11 @@ class ZeroQuant(Method):
         """Round each matrix of the unit and fill a module with codes and scales."""
         paths = _owned(unit, plan, "linear", "embedding")  # a tied layer has only a float bias
         lowered: dict[str, QModule] = {}
+        careful = lesson if self._rounds_with_data else None
+        counts = careful.sensitivities(paths) if careful and self._weighs_tokens else {}
         for stage in lesson.stages(paths) if lesson else [[path] for path in paths]:
-            moments = lesson.moments(stage[0], lowered) if lesson and self._rounds_with_data else None
-            lowered |= {path: self._lower(unit, path, plan, weights, statistics, moments) for path in stage}
+            moments = careful.moments(stage, lowered, counts) if careful else {}
+            lowered |= {path: self._lower(unit, path, plan, weights, statistics, moments.get(path)) for path in stage}
         if lesson and self.options.lkd.enabled:
             lowered |= self._distill(unit, lesson, lowered, weights)
         attention = {path: _attention(unit, path, plan, statistics) for path in _owned(unit, plan, "attention")}

@@ -2,33 +2,27 @@
 
 import contextlib
 import copy
-import functools
 import gc
-import json
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-import qtool
 from qtool import kernels
 from qtool.decoder import JoinedLayer
 from qtool.errors import InputError
-from qtool.kernels import integer, native
 from qtool.nn import QLinear
 from qtool.nn.decoder import DecoderPlan
 from qtool.nn.plan import one_by_one
 from qtool.numerics import QuantSpec
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "")
 SHAPE = {
     "hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 88,
     "num_hidden_layers": 3, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3,
@@ -61,55 +55,15 @@ Batch = dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def load(shelf: Any) -> Load:
+def decoder(load: Any) -> Load:
     """A fresh copy of a tiny quantized decoder, by its class, a recipe or entries of one, and options of the config."""
-
-    @functools.cache
-    def folder(architecture: str, entries: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Path:
-        name = f"decoders-{len(list(shelf.folder.iterdir()))}"
-        config = {**SHAPE, **FAMILIES.get(architecture, {}), **dict(options)}
-        source = shelf.make(name, architecture, words=None, change=shelf.noise(0.1), **config)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(shelf.folder)
-            patch.setattr("qtool.pipeline._check_in_fresh_process", lambda *run: None)  # it takes seconds
-            recipe = ["calibration.source=random", "calibration.num_samples=4", "calibration.max_length=12", *entries]
-            path: Path = qtool.quantize(
-                str(source), method="zeroquant", output=shelf.folder / f"{name}-out", set=recipe
-            ).path
-        return path
 
     def make(architecture: str = LLAMA, *entries: str, **options: Any) -> Any:
         recipe = RECIPES[entries[0]] if entries and entries[0] in RECIPES else entries
-        path = folder(architecture, tuple(recipe), tuple(options.items()))
-        name = json.loads((path / "config.json").read_text())["architectures"][0]
-        return getattr(transformers, name).from_pretrained(path).eval()
+        config = {"words": None, **SHAPE, **FAMILIES.get(architecture, {}), **options}
+        return load(architecture, "zeroquant", *recipe, **config)
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def natively(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On the native backend, and with as many threads as torch has even for the little that tiny models do."""
-    monkeypatch.setattr(integer, "_ALONE", -1)
-    with kernels.using("native"), torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=native.ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in native.isas():
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setattr(native, "isa", lambda: request.param)
-    return str(request.param)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Functions of the library as they are called."""
-    seen: list[str] = []
-    call = native.call
-    monkeypatch.setattr(native, "call", lambda name, *given: (seen.append(name), call(name, *given))[1])
-    return seen
 
 
 def batch(rows: int, tokens: int, padding: str = "none") -> Batch:
@@ -200,8 +154,8 @@ def angles(batch_size: int, tokens: int, size: int, each: bool) -> tuple[torch.T
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 @pytest.mark.parametrize("architecture", list(FAMILIES))
-def test_halves_of_a_block_are_those_of_float64(load: Load, architecture: str, recipe: str, isa: str) -> None:
-    layer, plan = planned(load(architecture, recipe), 1)
+def test_halves_of_a_block_are_those_of_float64(decoder: Load, architecture: str, recipe: str, isa: str) -> None:
+    layer, plan = planned(decoder(architecture, recipe), 1)
     hidden, size = layer.self_attn.q_proj.in_features, layer.self_attn.head_dim
     draw = torch.Generator().manual_seed(0)
     for rows, tokens in SHAPES:
@@ -217,9 +171,9 @@ def test_halves_of_a_block_are_those_of_float64(load: Load, architecture: str, r
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
-def test_activations_at_all_sizes(load: Load, activation: str, isa: str) -> None:
+def test_activations_at_all_sizes(decoder: Load, activation: str, isa: str) -> None:
     """Gates from 1e-3 to 1e3 of either sign: none overflows, and what is far below zero lets nothing through."""
-    layer, plan = planned(load(LLAMA, "float int8", hidden_act=activation, attention_bias=False, mlp_bias=False))
+    layer, plan = planned(decoder(LLAMA, "float int8", hidden_act=activation, attention_bias=False, mlp_bias=False))
     x, context = torch.randn(1, 60, 40), torch.zeros(1, 60, 48)
     layer.post_attention_layernorm.weight.copy_(torch.logspace(-3, 3, 40))
     gate = product64(layer.mlp.gate_proj, norm64(layer.post_attention_layernorm, x.double()))
@@ -229,16 +183,16 @@ def test_activations_at_all_sizes(load: Load, activation: str, isa: str) -> None
     close(found, back64(layer, context.double(), x.double()), 2e-6)
 
 
-def test_a_gate_that_is_no_number_shows(load: Load, isa: str) -> None:
-    layer, plan = planned(load())
+def test_a_gate_that_is_no_number_shows(decoder: Load, isa: str) -> None:
+    layer, plan = planned(decoder())
     layer.mlp.gate_proj.bias[3] = float("nan")
     assert plan.back(torch.zeros(1, 2, 48), torch.ones(1, 2, 40)).isnan().all()
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
-def test_rows_depend_on_nothing_else(load: Load, recipe: str, isa: str) -> None:
+def test_rows_depend_on_nothing_else(decoder: Load, recipe: str, isa: str) -> None:
     """Not on threads, and not on the rows beside them but for the two ways in which floats multiply codes."""
-    layer, plan = planned(load(LLAMA, recipe))
+    layer, plan = planned(decoder(LLAMA, recipe))
     by_count = any(linear.activations == "float" for linear in layer.modules() if isinstance(linear, QLinear))
     draw = torch.Generator().manual_seed(1)
     for rows, tokens in SHAPES:
@@ -271,11 +225,11 @@ def test_the_shapes_are_on_all_sides() -> None:
 @pytest.mark.parametrize("recipe", list(RECIPES))
 @pytest.mark.parametrize("architecture", list(FAMILIES))
 def test_joined_layers_are_close_to_the_modules(
-    load: Load, architecture: str, recipe: str, padding: str, calls: list[str]
+    decoder: Load, architecture: str, recipe: str, padding: str, calls: list[str]
 ) -> None:
     """With float activations to the rounding of floats. Codes that fall to the other side of a tie move a row by about
     1e-2, and in a decoder all rows that attend to it."""
-    model, inputs = load(architecture, recipe), batch(4, 9, padding)
+    model, inputs = decoder(architecture, recipe), batch(4, 9, padding)
     calls.clear()  # those of quantizing it, if it was the first
     found = logits(model, inputs)
     assert joined(calls, model)
@@ -292,8 +246,8 @@ def test_joined_layers_are_close_to_the_modules(
 
 @pytest.mark.parametrize("recipe", ["w8a8", "zero points", "float"])
 @pytest.mark.parametrize("architecture", list(FAMILIES))
-def test_generation_with_and_without_a_cache(load: Load, architecture: str, recipe: str, calls: list[str]) -> None:
-    model = load(architecture, recipe)
+def test_generation_with_and_without_a_cache(decoder: Load, architecture: str, recipe: str, calls: list[str]) -> None:
+    model = decoder(architecture, recipe)
     calls.clear()  # those of quantizing it, if it was the first
     prompts = batch(3, 7, "left")
     plain = {"max_new_tokens": 9, "min_new_tokens": 9, "pad_token_id": 0}
@@ -307,8 +261,8 @@ def test_generation_with_and_without_a_cache(load: Load, architecture: str, reci
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "static"])
-def test_steps_with_a_cache_give_the_logits_of_the_whole(load: Load, recipe: str, calls: list[str]) -> None:
-    model, past, steps = load(LLAMA, recipe), None, []
+def test_steps_with_a_cache_give_the_logits_of_the_whole(decoder: Load, recipe: str, calls: list[str]) -> None:
+    model, past, steps = decoder(LLAMA, recipe), None, []
     calls.clear()  # those of quantizing it, if it was the first
     ids = batch(2, 12)["input_ids"]
     for token in ids.unbind(1):
@@ -322,9 +276,9 @@ def test_steps_with_a_cache_give_the_logits_of_the_whole(load: Load, recipe: str
 @pytest.mark.parametrize("architecture", list(FAMILIES))
 @pytest.mark.parametrize("cached", [True, False])
 def test_attention_is_given_what_the_module_gives_it(
-    load: Load, architecture: str, cached: bool, calls: list[str]
+    decoder: Load, architecture: str, cached: bool, calls: list[str]
 ) -> None:
-    model, seen = load(architecture, "float"), []
+    model, seen = decoder(architecture, "float"), []
     calls.clear()  # those of quantizing it, if it was the first
 
     def look(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
@@ -353,8 +307,8 @@ def test_attention_is_given_what_the_module_gives_it(
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_any_attention_of_the_registry(load: Load, implementation: str, calls: list[str]) -> None:
-    model = load(LLAMA, "float")
+def test_any_attention_of_the_registry(decoder: Load, implementation: str, calls: list[str]) -> None:
+    model = decoder(LLAMA, "float")
     calls.clear()  # those of quantizing it, if it was the first
     model.set_attn_implementation(implementation)
     found = logits(model, batch(3, 8, "left"))
@@ -363,9 +317,9 @@ def test_any_attention_of_the_registry(load: Load, implementation: str, calls: l
         torch.testing.assert_close(found, logits(model, batch(3, 8, "left")), rtol=1e-4, atol=1e-4)
 
 
-def test_int8_attention(load: Load, calls: list[str]) -> None:
+def test_int8_attention(decoder: Load, calls: list[str]) -> None:
     """Its hooks only check; they do so for joined layers too."""
-    model = load(LLAMA, "methods.zeroquant.attention=int8")
+    model = decoder(LLAMA, "methods.zeroquant.attention=int8")
     calls.clear()  # those of quantizing it, if it was the first
     inputs = batch(3, 8, "left")
     calls.clear()
@@ -386,9 +340,9 @@ def test_int8_attention(load: Load, calls: list[str]) -> None:
 
 @pytest.mark.parametrize("way", ["hook", "pre-hook", "forward", "class", "global hook"])
 def test_everybody_who_watches_a_module_sees_it(
-    load: Load, way: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
+    decoder: Load, way: str, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, inputs, seen = load(), batch(2, 5), []
+    model, inputs, seen = decoder(), batch(2, 5), []
     calls.clear()  # those of quantizing it, if it was the first
     logits(model, inputs)
     dense = model.model.layers[1].mlp.up_proj
@@ -414,8 +368,8 @@ def test_everybody_who_watches_a_module_sees_it(
     assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
-def test_hooks_of_a_layer_itself_see_what_goes_in_and_out(load: Load, calls: list[str]) -> None:
-    model, seen = load(), []
+def test_hooks_of_a_layer_itself_see_what_goes_in_and_out(decoder: Load, calls: list[str]) -> None:
+    model, seen = decoder(), []
     calls.clear()  # those of quantizing it, if it was the first
     for layer in model.model.layers:
         layer.register_forward_hook(lambda module, given, output: seen.append((given[0].clone(), output.clone())))
@@ -424,8 +378,8 @@ def test_hooks_of_a_layer_itself_see_what_goes_in_and_out(load: Load, calls: lis
     assert torch.equal(seen[0][1], seen[1][0]) and torch.equal(seen[1][1], seen[2][0])
 
 
-def test_hidden_states_and_attentions(load: Load) -> None:
-    model, inputs = load(LLAMA, "float"), batch(2, 5)
+def test_hidden_states_and_attentions(decoder: Load) -> None:
+    model, inputs = decoder(LLAMA, "float"), batch(2, 5)
     model.set_attn_implementation("eager")
     with one_by_one():
         wanted = model(**inputs, output_hidden_states=True, output_attentions=True)
@@ -437,8 +391,8 @@ def test_hidden_states_and_attentions(load: Load) -> None:
 
 
 @pytest.mark.parametrize("way", ["training", "a module in training", "reference", "half"])
-def test_modules_run_where_joining_would_lose_something(load: Load, way: str, calls: list[str]) -> None:
-    model, inputs = load(), batch(2, 5)
+def test_modules_run_where_joining_would_lose_something(decoder: Load, way: str, calls: list[str]) -> None:
+    model, inputs = decoder(), batch(2, 5)
     calls.clear()  # those of quantizing it, if it was the first
     context: Any = contextlib.nullcontext()
     if way == "training":
@@ -455,9 +409,9 @@ def test_modules_run_where_joining_would_lose_something(load: Load, way: str, ca
     assert not joined(calls, model)
 
 
-def test_gradients_are_those_of_the_modules(load: Load, calls: list[str]) -> None:
+def test_gradients_are_those_of_the_modules(decoder: Load, calls: list[str]) -> None:
     """Products on codes pass none on; what goes around them, from the hidden states on, has one."""
-    model = load(LLAMA, "float")
+    model = decoder(LLAMA, "float")
     calls.clear()  # those of quantizing it, if it was the first
     model.requires_grad_(False)
 
@@ -488,9 +442,9 @@ def test_gradients_are_those_of_the_modules(load: Load, calls: list[str]) -> Non
     ids=["relu", "groups of two", "float", "gpt2"],
 )
 def test_what_does_not_fit_runs_by_modules(
-    load: Load, architecture: str, entries: tuple[str, ...], options: dict[str, Any], calls: list[str]
+    decoder: Load, architecture: str, entries: tuple[str, ...], options: dict[str, Any], calls: list[str]
 ) -> None:
-    model = load(architecture, *entries, **options)
+    model = decoder(architecture, *entries, **options)
     calls.clear()  # those of quantizing it, if it was the first
     inputs = batch(3, 5)
     found = [logits(model, inputs) for _ in range(2)]
@@ -542,8 +496,8 @@ DIFFERENT = [another_activation, another_norm, a_norm_of_queries, another_attent
 
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("change", DIFFERENT)
-def test_a_layer_that_is_something_else_is_not_joined(load: Load, change: Any, early: bool, calls: list[str]) -> None:
-    model, inputs = load(), batch(2, 5)
+def test_a_layer_that_is_something_else_is_not_joined(decoder: Load, change: Any, early: bool, calls: Any) -> None:
+    model, inputs = decoder(), batch(2, 5)
     calls.clear()  # those of quantizing it, if it was the first
     model.model.layers = model.model.layers[:1]
     if not early:
@@ -556,9 +510,9 @@ def test_a_layer_that_is_something_else_is_not_joined(load: Load, change: Any, e
         assert torch.equal(found, logits(model, inputs))
 
 
-def test_queries_of_other_codes_than_keys(load: Load) -> None:
+def test_queries_of_other_codes_than_keys(decoder: Load) -> None:
     """Static scales that differ between linears of the same rows."""
-    model = load(LLAMA, "static")
+    model = decoder(LLAMA, "static")
     layer, plan = planned(model)
     for linear, scale in ((layer.self_attn.k_proj, 0.01), (layer.mlp.up_proj, 0.02), (layer.self_attn.v_proj, 0.03)):
         linear.act_scale.fill_(scale)
@@ -590,9 +544,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("kind", CHANGES)
-def test_changes_between_two_calls_are_noticed(load: Load, kind: str, calls: list[str]) -> None:
+def test_changes_between_two_calls_are_noticed(decoder: Load, kind: str, calls: list[str]) -> None:
     recipe = "w8a8" if "offset" not in kind else "zero points"
-    model, afresh, inputs = load(LLAMA, recipe), load(LLAMA, recipe), batch(3, 9)
+    model, afresh, inputs = decoder(LLAMA, recipe), decoder(LLAMA, recipe), batch(3, 9)
     calls.clear()  # those of quantizing it, if it was the first
     before = logits(model, inputs)
     CHANGES[kind](model), CHANGES[kind](afresh)
@@ -601,9 +555,9 @@ def test_changes_between_two_calls_are_noticed(load: Load, kind: str, calls: lis
     assert not torch.equal(found, before)
 
 
-def test_numbers_that_moved_are_found(load: Load) -> None:
+def test_numbers_that_moved_are_found(decoder: Load) -> None:
     """Sharing a model with another process moves its storage; the tensors stay the same objects."""
-    model, inputs = load(), batch(3, 9)
+    model, inputs = decoder(), batch(3, 9)
     before = logits(model, inputs)
     where = {tensor.data_ptr() for tensor in model.state_dict().values()}
     model.share_memory()
@@ -611,8 +565,8 @@ def test_numbers_that_moved_are_found(load: Load) -> None:
     assert torch.equal(logits(model, inputs), before)
 
 
-def test_copies_go_their_own_way(load: Load, tmp_path: Path) -> None:
-    model, inputs = load(), batch(3, 9)
+def test_copies_go_their_own_way(decoder: Load, tmp_path: Path) -> None:
+    model, inputs = decoder(), batch(3, 9)
     wanted = logits(model, inputs)
     model.save_pretrained(tmp_path)
     others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), type(model).from_pretrained(tmp_path).eval()]
@@ -629,8 +583,8 @@ def test_copies_go_their_own_way(load: Load, tmp_path: Path) -> None:
     assert torch.equal(logits(other, inputs), wanted)
 
 
-def test_a_model_that_ran_is_freed_with_its_last_name(load: Load) -> None:
-    model = load()
+def test_a_model_that_ran_is_freed_with_its_last_name(decoder: Load) -> None:
+    model = decoder()
     logits(model, batch(3, 9))
     known = weakref.ref(model.model.layers[0])
     gc.collect()
@@ -643,8 +597,8 @@ def test_a_model_that_ran_is_freed_with_its_last_name(load: Load) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_damaged_token_damages_its_text_only(load: Load, value: float, isa: str) -> None:
-    model = load(attention_bias=False)
+def test_a_damaged_token_damages_its_text_only(decoder: Load, value: float, isa: str) -> None:
+    model = decoder(attention_bias=False)
     x = model.model.embed_tokens(batch(3, 7)["input_ids"])
     clean = model.model(inputs_embeds=x).last_hidden_state
     for token in range(7):

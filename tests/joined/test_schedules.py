@@ -1,28 +1,20 @@
 """Whole native encoders under every schedule of their threads, and after what people do to models between two calls."""
 
 import copy
-import functools
 import gc
-import json
 import pickle
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
-import qtool
 from qtool import kernels
-from qtool.kernels import integer, native
-from qtool.nn.integer.module import integer_outputs
 from qtool.nn.plan import one_by_one
 from qtool.numerics import QuantSpec
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "")
 BERT = "BertForSequenceClassification"
 FAMILIES = [BERT, "RobertaForMaskedLM", "DistilBertForSequenceClassification", "ElectraForTokenClassification"]
 ALONE = 128  # rows a thread from which on it takes blocks of its own: kAloneRows in csrc/schedule.h
@@ -35,80 +27,6 @@ SHAPES = {
 }
 Load = Callable[..., Any]
 Batch = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def load(shelf: Any) -> Load:
-    """A fresh copy of a tiny quantized model; options of the config and entries of the recipe."""
-
-    @functools.cache
-    def folder(architecture: str, method: str, entries: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Path:
-        name = f"schedules-{len(list(shelf.folder.iterdir()))}"
-        labels = ("a", "b", "c") if "Classification" in architecture else ()
-        config = {"max_position_embeddings": 200, **dict(options)}
-        source = shelf.make(name, architecture, labels=labels, change=shelf.noise(0.1), **config)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(shelf.folder)
-            patch.setattr("qtool.pipeline._check_in_fresh_process", lambda *run: None)  # it takes seconds
-            recipe = ["calibration.source=random", "calibration.num_samples=4", *entries]
-            result: Path = qtool.quantize(
-                str(source), method=method, output=shelf.folder / f"{name}-out", set=recipe
-            ).path
-        return result
-
-    def make(architecture: str = BERT, method: str = "ibert", *entries: str, **options: Any) -> Any:
-        path = folder(architecture, method, entries, tuple(options.items()))
-        name = json.loads((path / "config.json").read_text())["architectures"][0]
-        return getattr(transformers, name).from_pretrained(path).eval()
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def natively(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On the native backend, and with as many threads as torch has even for the little that tiny models do."""
-    monkeypatch.setattr(integer, "_ALONE", -1)
-    with kernels.using("native"), torch.no_grad():
-        yield
-
-
-@pytest.fixture(params=native.ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in native.isas():
-        pytest.skip(f"this CPU has no {request.param}")
-    monkeypatch.setattr(native, "isa", lambda: request.param)
-    return str(request.param)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Functions of the library as they are called, with their threads."""
-    seen: list[tuple[str, int]] = []
-    call = native.call
-    monkeypatch.setattr(native, "call", lambda name, *given: (seen.append((name, given[-1])), call(name, *given))[1])
-    return seen
-
-
-def batch(model: Any, rows: int, tokens: int, padding: str = "holes") -> Batch:
-    draw = torch.Generator().manual_seed(rows * tokens)
-    ids = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=draw)
-    lengths = torch.randint(1, tokens + 1, (rows, 1), generator=draw)
-    at = torch.arange(tokens)
-    masks = {
-        "none": torch.ones_like(ids),
-        "right": (at < lengths).long(),
-        "left": (at >= tokens - lengths).long(),
-        "holes": (torch.rand((rows, tokens), generator=draw) > 0.1).long(),
-        "all": torch.zeros_like(ids),
-    }
-    mask = masks[padding]
-    return {"input_ids": torch.where(mask > 0, ids, model.config.pad_token_id), "attention_mask": mask}
-
-
-def integers(model: Any, inputs: Batch) -> list[torch.Tensor]:
-    with integer_outputs():
-        output, hidden = model(**inputs), model.base_model(**inputs).last_hidden_state
-    return [output.logits, hidden]
 
 
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
@@ -125,22 +43,20 @@ def hidden_states(model: Any, inputs: Batch) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", list(SHAPES))
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_integers_under_every_schedule(
-    load: Load, architecture: str, shape: str, isa: str, calls: list[tuple[str, int]]
-) -> None:
+def test_integers_under_every_schedule(load: Load, architecture: str, shape: str, isa: str, calls: Any) -> None:
     model = load(architecture)
-    inputs = batch(model, *SHAPES[shape])
+    inputs = load.batch(model, *SHAPES[shape])
     with kernels.using("reference"):
-        wanted = integers(model, inputs)
+        wanted = load.integers(model, inputs)
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         calls.clear()
-        assert same(integers(model, inputs), wanted), threads
-        assert calls.count(("qtool_integer_encoder", threads)) == 2
+        assert same(load.integers(model, inputs), wanted), threads
+        assert calls == ["qtool_integer_encoder"] * 2 and calls.threads == [threads] * 2
     with one_by_one():
         calls.clear()
-        assert same(integers(model, inputs), wanted)
-        assert {name for name, _ in calls} >= {"qtool_integer_linear", "qtool_integer_norm", "qtool_integer_attention"}
+        assert same(load.integers(model, inputs), wanted)
+        assert {*calls} >= {"qtool_integer_linear", "qtool_integer_norm", "qtool_integer_attention"}
 
 
 def test_the_shapes_are_on_both_sides() -> None:
@@ -153,7 +69,7 @@ def test_the_shapes_are_on_both_sides() -> None:
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_float_rows_do_not_depend_on_threads(load: Load, architecture: str, shape: str, isa: str) -> None:
     model = load(architecture, "zeroquant")
-    inputs = batch(model, *SHAPES[shape])
+    inputs = load.batch(model, *SHAPES[shape])
     torch.set_num_threads(1)
     embedded = model.base_model.embeddings(inputs["input_ids"])
     if hasattr(model.base_model, "embeddings_project"):
@@ -179,12 +95,12 @@ def test_float_rows_do_not_depend_on_threads(load: Load, architecture: str, shap
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_integers_under_every_padding(load: Load, architecture: str, padding: str, isa: str) -> None:
     model = load(architecture)
-    inputs = batch(model, 6, 11, padding)
-    joined = integers(model, inputs)
+    inputs = load.batch(model, 6, 11, padding)
+    joined = load.integers(model, inputs)
     with one_by_one():
-        assert same(joined, integers(model, inputs))
+        assert same(joined, load.integers(model, inputs))
     with kernels.using("reference"):
-        assert same(joined, integers(model, inputs))
+        assert same(joined, load.integers(model, inputs))
     assert not joined[1][inputs["attention_mask"] == 0].any()
 
 
@@ -198,24 +114,24 @@ def test_integers_under_every_padding(load: Load, architecture: str, padding: st
     ],
 )
 def test_options_on_every_instruction_set(
-    load: Load, entries: tuple[str, ...], options: dict[str, Any], isa: str, calls: list[tuple[str, int]]
+    load: Load, entries: tuple[str, ...], options: dict[str, Any], isa: str, calls: Any
 ) -> None:
     model = load(BERT, "ibert", *entries, **options)
-    inputs = batch(model, 9, 17)
-    joined = integers(model, inputs)
-    assert "qtool_integer_encoder" in dict(calls)
+    inputs = load.batch(model, 9, 17)
+    joined = load.integers(model, inputs)
+    assert "qtool_integer_encoder" in calls
     with kernels.using("reference"):
-        assert same(joined, integers(model, inputs))
+        assert same(joined, load.integers(model, inputs))
 
 
-def test_hidden_states_end_with_what_the_joined_blocks_give(load: Load, calls: list[tuple[str, int]]) -> None:
+def test_hidden_states_end_with_what_the_joined_blocks_give(load: Load, calls: Any) -> None:
     model = load()
-    inputs = batch(model, 5, 9)
+    inputs = load.batch(model, 5, 9)
     last = hidden_states(model, inputs)
     calls.clear()
     states = model(**inputs, output_hidden_states=True).hidden_states
     assert torch.equal(states[-1], last) and len(states) == 3
-    assert "qtool_integer_encoder" not in dict(calls)
+    assert "qtool_integer_encoder" not in calls
 
 
 @pytest.mark.parametrize("where", ["real", "padding"])
@@ -223,18 +139,18 @@ def test_hidden_states_end_with_what_the_joined_blocks_give(load: Load, calls: l
 def test_ids_that_no_table_has(load: Load, table: str, where: str) -> None:
     """What stands at padding is nobody's business."""
     model = load()
-    inputs = batch(model, 3, 6, "none")
+    inputs = load.batch(model, 3, 6, "none")
     inputs["attention_mask"][1, 4:] = 0
-    wanted = integers(model, inputs)
+    wanted = load.integers(model, inputs)
     for wrong in (-1, 1000, 1 << 40):
         ids = {"token_type_ids": torch.zeros(3, 6), "position_ids": torch.arange(6).expand(3, 6)} | inputs
         given = {**inputs, table: ids[table].long().clone()}
         given[table][1, 2 if where == "real" else 5] = wrong
         if where == "real":
             with pytest.raises(IndexError, match="not one of the rows"):
-                integers(model, given)
+                load.integers(model, given)
         else:
-            assert same(integers(model, given), wanted)
+            assert same(load.integers(model, given), wanted)
 
 
 # Floats
@@ -247,7 +163,7 @@ def test_floats_are_close_to_the_modules(load: Load, options: dict[str, Any], pa
     that moves a value over a tie, its code is off by one of 127 steps and the row by about 1e-2, which is rare.
     """
     model = load(BERT, "zeroquant", **options)
-    inputs = batch(model, 9, 17, padding)
+    inputs = load.batch(model, 9, 17, padding)
     joined = hidden_states(model, inputs)
     with one_by_one():
         wanted = hidden_states(model, inputs)
@@ -268,14 +184,14 @@ MIXES = {
 
 
 @pytest.mark.parametrize("mix", list(MIXES))
-def test_any_mix_of_weights_is_joined(load: Load, mix: str, isa: str, calls: list[tuple[str, int]]) -> None:
+def test_any_mix_of_weights_is_joined(load: Load, mix: str, isa: str, calls: Any) -> None:
     """Close to the modules as in the test above; the same for any number of threads, on both forms of sharing."""
     model = load(BERT, "zeroquant", *MIXES[mix])
     for shape in ("one token", "together", "alone"):
-        inputs = batch(model, *SHAPES[shape])
+        inputs = load.batch(model, *SHAPES[shape])
         calls.clear()
         joined = hidden_states(model, inputs)
-        assert "qtool_float_encoder" in dict(calls) and "qtool_float_linear" not in dict(calls)
+        assert "qtool_float_encoder" in calls and "qtool_float_linear" not in calls
         embedded = model.base_model.embeddings(inputs["input_ids"])
         mask = inputs["attention_mask"].bool()[:, None, None, :].expand(-1, 1, embedded.shape[1], -1)
         found = []
@@ -291,7 +207,7 @@ def test_any_mix_of_weights_is_joined(load: Load, mix: str, isa: str, calls: lis
 
 
 @pytest.mark.parametrize("change", ["another tensor", "activations", "weights", "subclass"])
-def test_a_linear_of_another_kind_is_not_joined(load: Load, change: str, calls: list[tuple[str, int]]) -> None:
+def test_a_linear_of_another_kind_is_not_joined(load: Load, change: str, calls: Any) -> None:
     """The kernels read what they know: whatever else a linear computes with must keep its own forward."""
     model = load(BERT, "zeroquant")
     dense = model.bert.encoder.layer[1].intermediate.dense
@@ -303,8 +219,8 @@ def test_a_linear_of_another_kind_is_not_joined(load: Load, change: str, calls: 
         dense.weights = QuantSpec.parse("int8:channel:asym")
     else:
         dense.__class__ = type("Other", (type(dense),), {})
-    hidden_states(model, batch(model, 3, 5))
-    assert "qtool_float_encoder" not in dict(calls)
+    hidden_states(model, load.batch(model, 3, 5))
+    assert "qtool_float_encoder" not in calls
 
 
 @pytest.mark.parametrize(
@@ -316,12 +232,12 @@ def test_a_linear_of_another_kind_is_not_joined(load: Load, change: str, calls: 
     ids=["groups of two", "another gelu"],
 )
 def test_what_does_not_fit_runs_by_modules(
-    load: Load, entries: tuple[str, ...], options: dict[str, Any], calls: list[tuple[str, int]]
+    load: Load, entries: tuple[str, ...], options: dict[str, Any], calls: Any
 ) -> None:
     model = load(BERT, "zeroquant", *entries, **options)
-    inputs = batch(model, 4, 8)
+    inputs = load.batch(model, 4, 8)
     found = [hidden_states(model, inputs) for _ in range(2)]
-    assert "qtool_float_encoder" not in dict(calls) and "qtool_float_linear" in dict(calls)
+    assert "qtool_float_encoder" not in calls and "qtool_float_linear" in calls
     with one_by_one():
         assert torch.equal(found[0], hidden_states(model, inputs))
     assert torch.equal(*found)
@@ -330,7 +246,7 @@ def test_what_does_not_fit_runs_by_modules(
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_damaged_token_damages_its_text_only(load: Load, value: float, isa: str) -> None:
     model = load(BERT, "zeroquant")
-    x = model.base_model.embeddings(batch(model, 3, 7, "none")["input_ids"])
+    x = model.base_model.embeddings(load.batch(model, 3, 7, "none")["input_ids"])
     clean = model.base_model.encoder(x).last_hidden_state
     for token in range(7):
         damaged = x.clone()
@@ -341,7 +257,7 @@ def test_a_damaged_token_damages_its_text_only(load: Load, value: float, isa: st
 
 def test_relu_keeps_a_nan(load: Load, isa: str) -> None:
     model = load(BERT, "zeroquant", hidden_act="relu")
-    inputs = batch(model, 3, 7, "none")
+    inputs = load.batch(model, 3, 7, "none")
     model.bert.encoder.layer[1].intermediate.dense.bias[0] = float("nan")
     with one_by_one():
         assert not hidden_states(model, inputs).isfinite().any()
@@ -351,7 +267,7 @@ def test_relu_keeps_a_nan(load: Load, isa: str) -> None:
 def test_no_gradient_is_made_up(load: Load) -> None:
     """Joined blocks either have the gradient of the modules or say that they have none."""
     model = load(BERT, "zeroquant")
-    embedded = model.base_model.embeddings(batch(model, 3, 7, "none")["input_ids"])
+    embedded = model.base_model.embeddings(load.batch(model, 3, 7, "none")["input_ids"])
 
     def gradient() -> torch.Tensor | None:
         x = embedded.clone().requires_grad_()
@@ -418,7 +334,7 @@ def a_state_dict_loaded(model: Any) -> None:
 
 def test_another_epsilon_is_noticed(load: Load) -> None:
     model = load(BERT, "zeroquant")
-    inputs = batch(model, 3, 9)
+    inputs = load.batch(model, 3, 9)
     before = hidden_states(model, inputs)
     model.bert.encoder.layer[0].output.LayerNorm.eps = 1.0
     assert not torch.equal(hidden_states(model, inputs), before)
@@ -427,7 +343,7 @@ def test_another_epsilon_is_noticed(load: Load) -> None:
 @pytest.mark.parametrize("kind", CHANGES)
 @pytest.mark.parametrize("method", ["ibert", "zeroquant"])
 def test_changes_between_two_calls_are_noticed(load: Load, method: str, kind: str) -> None:
-    model, inputs = load(BERT, method), batch(load(BERT, method), 3, 9)
+    model, inputs = load(BERT, method), load.batch(load(BERT, method), 3, 9)
     before = hidden_states(model, inputs)
     CHANGES[kind](model)
     found, afresh = hidden_states(model, inputs), load(BERT, method)
@@ -440,7 +356,7 @@ def test_changes_between_two_calls_are_noticed(load: Load, method: str, kind: st
 def test_numbers_that_moved_are_found(load: Load, method: str) -> None:
     """Sharing a model with another process moves its storage; the tensors stay the same objects."""
     model = load(BERT, method)
-    inputs = batch(model, 3, 9)
+    inputs = load.batch(model, 3, 9)
     before = hidden_states(model, inputs)
     where = {tensor.data_ptr() for tensor in model.state_dict().values()}
     model.share_memory()
@@ -451,7 +367,7 @@ def test_numbers_that_moved_are_found(load: Load, method: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16])
 def test_ids_of_any_integer_type(load: Load, dtype: torch.dtype) -> None:
     model = load(BERT, "ibert")
-    inputs = batch(model, 3, 9)
+    inputs = load.batch(model, 3, 9)
     narrow = {name: value.to(dtype) for name, value in inputs.items()}
     assert torch.equal(hidden_states(model, narrow), hidden_states(model, inputs))
 
@@ -487,7 +403,7 @@ def a_static_key(model: Any) -> None:
 @pytest.mark.parametrize("change", [another_activation, another_norm, another_scale_of_scores, a_static_key])
 def test_blocks_that_compute_something_else_are_not_joined(load: Load, change: Any, early: bool) -> None:
     model = load(BERT, "zeroquant")
-    inputs = batch(model, 3, 9)
+    inputs = load.batch(model, 3, 9)
     if not early:
         hidden_states(model, inputs)
     change(model)
@@ -499,7 +415,7 @@ def test_blocks_that_compute_something_else_are_not_joined(load: Load, change: A
 @pytest.mark.parametrize("method", ["ibert", "zeroquant"])
 def test_a_class_with_another_forward_is_called(load: Load, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = load(BERT, method), []
-    inputs = batch(model, 3, 9)
+    inputs = load.batch(model, 3, 9)
     hidden_states(model, inputs)
     kind = type(model.bert.encoder.layer[1].intermediate.dense)
     original = kind.forward
@@ -511,7 +427,7 @@ def test_a_class_with_another_forward_is_called(load: Load, method: str, monkeyp
 @pytest.mark.parametrize("method", ["ibert", "zeroquant"])
 def test_a_model_that_ran_is_freed_with_its_last_name(load: Load, method: str) -> None:
     model = load(BERT, method)
-    inputs = batch(model, 3, 9)
+    inputs = load.batch(model, 3, 9)
     hidden_states(model, inputs)
     known = weakref.ref(model.bert.encoder.layer[0])
     gc.collect()
@@ -526,17 +442,17 @@ def test_a_model_that_ran_is_freed_with_its_last_name(load: Load, method: str) -
 def test_backward_hooks_are_called(load: Load) -> None:
     model, seen = load(BERT, "zeroquant"), []
     norm = model.bert.encoder.layer[1].output.LayerNorm
-    hidden_states(model, batch(model, 3, 9))
+    hidden_states(model, load.batch(model, 3, 9))
     norm.register_full_backward_hook(lambda module, *gradients: seen.append(module))
     with torch.enable_grad():
-        model.bert(**batch(model, 3, 9)).last_hidden_state.sum().backward()
+        model.bert(**load.batch(model, 3, 9)).last_hidden_state.sum().backward()
     assert seen == [norm]
 
 
 @pytest.mark.parametrize("method", ["ibert", "zeroquant"])
 @pytest.mark.parametrize("way", ["hook", "pre-hook", "forward", "global hook"])
 def test_everybody_who_watches_a_module_sees_it(load: Load, method: str, way: str) -> None:
-    model, inputs, seen = load(BERT, method), batch(load(BERT, method), 3, 9), []
+    model, inputs, seen = load(BERT, method), load.batch(load(BERT, method), 3, 9), []
     hidden_states(model, inputs)
     dense = model.bert.encoder.layer[1].intermediate.dense
     if way == "hook":
@@ -562,7 +478,7 @@ def test_everybody_who_watches_a_module_sees_it(load: Load, method: str, way: st
 def test_copies_go_their_own_way(load: Load, method: str) -> None:
     """A copy or pickle made after a forward does not read the original's tensors, nor the other way round."""
     model = load(BERT, method)
-    inputs = batch(model, 3, 9)
+    inputs = load.batch(model, 3, 9)
     wanted = hidden_states(model, inputs)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(hidden_states(other, inputs), wanted)

@@ -1,88 +1,24 @@
 """Whole encoders in one native call against their modules one by one and against the reference backend."""
 
 import copy
-import functools
-import json
 import pickle
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-import qtool
 from qtool import kernels
 from qtool.errors import InputError
 from qtool.fused import FusedEncoder
 from qtool.kernels import integer, native
-from qtool.nn.integer.module import integer_outputs
 from qtool.nn.plan import one_by_one
 
-pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "")
 MODELS = ["BertForSequenceClassification", "RobertaForMaskedLM", "DistilBertForSequenceClassification"]
 MODELS += ["ElectraForTokenClassification"]
 MANY = 300  # tokens, of which two threads take blocks of their own (csrc/schedule.h)
 Load = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def load(shelf: Any) -> Load:
-    """A fresh copy of a tiny quantized model by its class, method and entries of the recipe."""
-
-    @functools.cache
-    def folder(architecture: str, method: str, entries: tuple[str, ...]) -> Path:
-        labels = ("a", "b", "c") if "Classification" in architecture else ()
-        name = f"native-{architecture}"
-        source = shelf.make(name, architecture, labels=labels, change=shelf.noise(0.1))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(shelf.folder)
-            patch.setattr("qtool.pipeline._check_in_fresh_process", lambda *run: None)  # it takes seconds
-            output = shelf.folder / f"{name}-{method}-{len(list(shelf.folder.iterdir()))}"
-            options = ["calibration.source=random", "calibration.num_samples=4", *entries]
-            result: Path = qtool.quantize(str(source), method=method, output=output, set=options).path
-            return result
-
-    def make(architecture: str, method: str = "ibert", *entries: str) -> Any:
-        path = folder(architecture, method, entries)
-        name = json.loads((path / "config.json").read_text())["architectures"][0]
-        return getattr(transformers, name).from_pretrained(path).eval()
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def natively() -> Iterator[None]:
-    with kernels.using("native"), torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the library's functions as they are called."""
-    seen: list[str] = []
-    call = native.call
-    monkeypatch.setattr(native, "call", lambda name, *given: (seen.append(name), call(name, *given))[1])
-    return seen
-
-
-def batch(model: Any, rows: int, tokens: int, kind: str = "ragged") -> dict[str, torch.Tensor]:
-    draw = torch.Generator().manual_seed(rows * tokens)
-    ids = torch.randint(5, model.config.vocab_size, (rows, tokens), generator=draw)
-    mask = torch.ones_like(ids)
-    if kind != "whole":
-        mask = (torch.rand((rows, tokens), generator=draw) > 0.3).long()  # holes
-        mask[0, tokens // 2 :], mask[-1, : tokens // 3] = 0, 0
-    if kind == "empty":
-        mask[rows // 2] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def integers(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    with integer_outputs():
-        output, hidden = model(**inputs), model.base_model(**inputs).last_hidden_state
-    return [output.logits, hidden]
 
 
 def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
@@ -98,17 +34,17 @@ def test_integers_are_those_of_the_modules_and_of_the_reference(
         pytest.skip(f"this CPU has no {isa}")
     monkeypatch.setattr(native, "isa", lambda: isa)
     model = load(architecture)
-    for rows, tokens, kind in ((1, 1, "whole"), (3, 9, "ragged"), (4, 12, "empty"), (MANY // 10, 13, "ragged")):
-        inputs = batch(model, rows, tokens, kind)
+    for rows, tokens, kind in ((1, 1, "none"), (3, 9, "ragged"), (4, 12, "one empty"), (MANY // 10, 13, "ragged")):
+        inputs = load.batch(model, rows, tokens, kind)
         calls.clear()
-        joined = integers(model, inputs)
+        joined = load.integers(model, inputs)
         assert "qtool_integer_encoder" in calls and "qtool_integer_attention" not in calls
         calls.clear()
         with one_by_one():
-            assert same(joined, integers(model, inputs))
+            assert same(joined, load.integers(model, inputs))
         assert "qtool_integer_encoder" not in calls and "qtool_integer_attention" in calls
         with kernels.using("reference"):
-            assert same(joined, integers(model, inputs))
+            assert same(joined, load.integers(model, inputs))
         assert not joined[1][inputs["attention_mask"] == 0].any()
 
 
@@ -123,27 +59,27 @@ def test_integers_are_those_of_the_modules_and_of_the_reference(
 )
 def test_recipes(load: Load, entries: tuple[str, ...], calls: list[str]) -> None:
     model = load(MODELS[0], "ibert", *entries)
-    inputs = batch(model, 5, 11)
-    joined = integers(model, inputs)
+    inputs = load.batch(model, 5, 11)
+    joined = load.integers(model, inputs)
     assert "qtool_integer_encoder" in calls
     with kernels.using("reference"):
-        assert same(joined, integers(model, inputs))
+        assert same(joined, load.integers(model, inputs))
 
 
 def test_threads_and_company_do_not_matter(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(integer, "_ALONE", -1)  # small models are shared out too
     model, before = load(MODELS[0]), torch.get_num_threads()
-    inputs = batch(model, MANY // 10, 13)
+    inputs = load.batch(model, MANY // 10, 13)
     try:
         torch.set_num_threads(1)
-        alone = integers(model, inputs)
+        alone = load.integers(model, inputs)
         for threads in (2, 3, 5):
             torch.set_num_threads(threads)
-            assert same(alone, integers(model, inputs))
+            assert same(alone, load.integers(model, inputs))
     finally:
         torch.set_num_threads(before)
     row = {name: value[3:4] for name, value in inputs.items()}
-    assert torch.equal(integers(model, row)[0], alone[0][3:4])
+    assert torch.equal(load.integers(model, row)[0], alone[0][3:4])
 
 
 def test_a_table_for_fewer_bits_than_come_is_refused(load: Load) -> None:
@@ -151,7 +87,7 @@ def test_a_table_for_fewer_bits_than_come_is_refused(load: Load) -> None:
     block = next(module for module in model.modules() if type(module).__name__ == "IntBlock")
     block.part("up").out_bits = block.part("act").in_bits + 1
     with pytest.raises(InputError, match="damaged"):
-        model(**batch(model, 2, 5))
+        model(**load.batch(model, 2, 5))
 
 
 def test_ids_that_are_no_rows(load: Load) -> None:
@@ -163,33 +99,33 @@ def test_ids_that_are_no_rows(load: Load) -> None:
 
 def test_hooks_see_what_happens_inside(load: Load, calls: list[str]) -> None:
     model = load(MODELS[0])
-    inputs, seen = batch(model, 3, 9), []
-    joined = integers(model, inputs)
+    inputs, seen = load.batch(model, 3, 9), []
+    joined = load.integers(model, inputs)
     hook = model.bert.encoder.layer[1].register_forward_hook(lambda module, given, output: seen.append(output))
     calls.clear()
-    assert same(joined, integers(model, inputs))
+    assert same(joined, load.integers(model, inputs))
     assert len(seen) == 2 and "qtool_integer_encoder" not in calls
     hook.remove()
-    assert same(joined, integers(model, inputs))
+    assert same(joined, load.integers(model, inputs))
     assert "qtool_integer_encoder" in calls
 
 
 def test_changed_buffers_are_noticed(load: Load) -> None:
     model = load(MODELS[0])
-    inputs = batch(model, 3, 9)
-    before = integers(model, inputs)
+    inputs = load.batch(model, 3, 9)
+    before = load.integers(model, inputs)
     dense = model.bert.encoder.layer[0].output.dense
     dense.bias += 1 << 24
-    changed = integers(model, inputs)
+    changed = load.integers(model, inputs)
     assert not same(before, changed)
     dense.bias = dense.bias - (1 << 24)
-    assert same(before, integers(model, inputs))
+    assert same(before, load.integers(model, inputs))
 
 
 @pytest.mark.parametrize("method", ["ibert", "zeroquant"])
 def test_copies_and_pickles(load: Load, method: str) -> None:
     model = load(MODELS[0], method)
-    inputs = batch(model, 3, 9)
+    inputs = load.batch(model, 3, 9)
     wanted = model(**inputs).logits
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         found = other(**inputs).logits
@@ -203,8 +139,8 @@ def test_float_blocks_together(load: Load, architecture: str, attention: str, ca
     """Floats round in another order, and what is close to a tie gets another code: 0.1 is `golden.GROSS`."""
     model = load(architecture, "zeroquant")
     model.set_attn_implementation(attention)
-    for kind in ("whole", "ragged", "empty"):
-        inputs = batch(model, 4, 12, kind)
+    for kind in ("none", "ragged", "one empty"):
+        inputs = load.batch(model, 4, 12, kind)
         calls.clear()
         joined = model.base_model(**inputs).last_hidden_state
         assert "qtool_float_encoder" in calls and "qtool_float_linear" not in calls
@@ -217,7 +153,7 @@ def test_float_blocks_together(load: Load, architecture: str, attention: str, ca
 
 def test_a_float_row_does_not_depend_on_its_company(load: Load) -> None:
     model = load(MODELS[0], "zeroquant")
-    inputs = batch(model, MANY // 10, 13)
+    inputs = load.batch(model, MANY // 10, 13)
     whole = model.base_model.encoder(model.base_model.embeddings(inputs["input_ids"])).last_hidden_state
     alone = model.base_model.encoder(model.base_model.embeddings(inputs["input_ids"][7:8])).last_hidden_state
     assert torch.equal(whole[7:8], alone)
@@ -226,7 +162,7 @@ def test_a_float_row_does_not_depend_on_its_company(load: Load) -> None:
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "training", "hook", "mask by query"])
 def test_float_blocks_one_by_one_where_somebody_looks(load: Load, asked: str, calls: list[str]) -> None:
     model = load(MODELS[0], "zeroquant")
-    inputs: dict[str, Any] = batch(model, 3, 9)
+    inputs: dict[str, Any] = load.batch(model, 3, 9)
     if asked == "output_attentions":
         model.set_attn_implementation("eager")
     if asked == "mask by query":

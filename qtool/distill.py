@@ -28,6 +28,7 @@ CHECK_STEPS = 25
 _SCALE_SHARE = 0.1  # scales move by this share of what codes move, relative to themselves
 _VECTOR_SHARE = 0.01  # biases and norms, whose natural unit is 1, move by this share
 _SILENT = 1e-6  # of the mean energy of tokens: one with less is taken for that, or its error would be infinite
+_NOTHING = 1e-12  # energy of a token where all are silent
 _INSIDE = 0.49  # how far from its code a weight may start, in steps
 
 
@@ -199,7 +200,7 @@ def _loss(schedule: Schedule, found: torch.Tensor, target: torch.Tensor, real: t
     found, target = found[real].float(), target[real].float()
     if schedule.loss == "mse":
         energy = target.square().mean(-1, keepdim=True)
-        least = (_SILENT * energy.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        least = (_SILENT * energy.mean()).clamp_min(_NOTHING)
         return ((found - target).square() / energy.maximum(least)).mean()
     return F.kl_div(found.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
 

@@ -94,7 +94,7 @@ def test_errors_are_lines_and_the_worker_goes_on(request_: Request, tmp_path: Pa
 def test_peak_memory_grows_by_what_is_touched() -> None:
     before = peak_rss()
     block = np.ones(before // 8 + 4_000_000)  # more than the process ever had
-    assert peak_rss() - before > 0.5 * block.nbytes
+    assert peak_rss() >= block.nbytes > before
 
 
 @pytest.fixture

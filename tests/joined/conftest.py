@@ -102,7 +102,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 class Calls(list[str]):
-    """Names of the library's functions as they are called; `threads` has the number that each was given."""
+    """Names of the library's functions as they are called, and with how many threads."""
 
     def __init__(self) -> None:
         self.threads: list[int] = []
@@ -110,6 +110,9 @@ class Calls(list[str]):
     def clear(self) -> None:
         super().clear()
         self.threads.clear()
+
+    def threads_of(self, name: str) -> list[int]:
+        return [threads for called, threads in zip(self, self.threads, strict=True) if called == name]
 
 
 @pytest.fixture

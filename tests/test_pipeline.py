@@ -554,7 +554,11 @@ def test_signals_and_kills_are_resumable(tiny: Any, tmp_path: Path, whole: dict[
         (run / "golden.safetensors").unlink(missing_ok=True)
         running.wait_for(path, delay)
         ended = running.stop(number)
-        assert ended == said[number] or (path in (None, out) and ended == (0, [])), (number, path)
+        assert ended in (said[number], (0, [])), (number, path)
+        if ended == (0, []) and path != out:  # it was faster than the signal, as it may be on a busy machine
+            assert files(out) == whole
+            shutil.rmtree(out)
+            continue
         assert run.is_dir() or out.is_dir() or path is None
         assert not out.is_dir() or files(out) == whole, "something half-written is at the output's place"
     running = Running(tiny.model, out, *arguments, "--resume")

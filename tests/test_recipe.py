@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 from hypothesis import given
@@ -40,7 +41,8 @@ def built(values: Mapping[str, Any]) -> Recipe:
 
 def typed(*arguments: str) -> Recipe:
     """The recipe of `qtool quantize MODEL` with these arguments."""
-    with cli.quantize.quantize.make_context("quantize", ["MODEL", *arguments]) as context:
+    parent = click.Context(cli.cli, **cli.CONTEXT)  # click keeps the help option of a command's first context
+    with cli.quantize.quantize.make_context("quantize", ["MODEL", *arguments], parent) as context:
         return cli.options.recipe_of(context, "MODEL")
 
 

@@ -17,6 +17,8 @@ from qtool.anatomy import Unit
 from qtool.rounding import Moments
 from qtool.stream import Call, Stream, give_back
 
+_SILENT = 0.1  # of the median norm of tokens: one with less counts as if it had that
+
 
 @dataclass(frozen=True)
 class Example:
@@ -40,9 +42,6 @@ def _cloned(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_cloned(one) for one in value)
     return {key: _cloned(one) for key, one in value.items()} if isinstance(value, dict) else value
-
-
-_SILENT = 0.1  # of the median norm of a token
 
 
 class _Seen(Exception):

@@ -338,19 +338,21 @@ def lesson(zoo: Zoo) -> Callable[..., AbstractContextManager[Any]]:
     """The first block of a random model, as methods that learn see it; its lowered inputs are float's, disturbed."""
 
     @contextmanager
-    def make(architecture: str = "BertForSequenceClassification", *, batches: int = 25) -> Iterator[Any]:
+    def make(
+        architecture: str = "BertForSequenceClassification", *, batches: int = 25, **options: Any
+    ) -> Iterator[Any]:
         import torch
 
         from qtool.api import calibration_batches, open_job, resolve_recipe
         from qtool.follow import Follower
         from qtool.stream import Stream
 
-        decoder = "Bert" not in architecture
-        options = {"initializer_range": 0.1} if decoder else {}
-        grouped: dict[str, Any] = {"num_key_value_heads": 1} if "Llama" in architecture else {}
-        model = (zoo.causal if decoder else zoo.make)(
-            "float", architecture, change=zoo.noise(0.05), **options, **grouped
-        )
+        decoder = "CausalLM" in architecture or "LMHead" in architecture
+        if decoder:
+            options.setdefault("initializer_range", 0.1)
+        if "Llama" in architecture:
+            options.setdefault("num_key_value_heads", 1)
+        model = (zoo.causal if decoder else zoo.make)("float", architecture, change=zoo.noise(0.05), **options)
         texts = 4 * batches * (3 if decoder else 1)  # decoders read them in windows, without padding
         zoo.write("text.jsonl", zoo.sentences(texts), [0] * texts)
         flags = {"data": str(zoo.folder / "text.jsonl"), "batch_size": 4, "num_samples": 4 * batches, "max_length": 16}

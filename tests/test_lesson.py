@@ -1,16 +1,12 @@
 """What a method is shown of a block: how much rows count, against whole Jacobians, and moments, against sums."""
 
-import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from qtool.api import calibration_batches, open_job, resolve_recipe
-from qtool.follow import Follower
 from qtool.lesson import Lesson
-from qtool.stream import Stream
 
 MODELS = ["BertForSequenceClassification", "GPT2LMHeadModel", "LlamaForCausalLM"]
 
@@ -144,18 +140,10 @@ def test_a_module_that_is_called_twice_counts_by_the_first_call(lesson: Any) -> 
         assert all(torch.equal(found[one][0], wanted[one][0]) for one in paths)
 
 
-def test_a_block_that_pads_its_input(zoo: Any) -> None:
+def test_a_block_that_pads_its_input(lesson: Any) -> None:
     """Longformer pads texts to its window; nobody knows where in what it gives padding is, and all rows count."""
-    options = {"attention_window": 8, "max_position_embeddings": 64, "pad_token_id": 0}
-    model = zoo.make("float", "LongformerForMaskedLM", **options)
-    zoo.write("text.jsonl", zoo.sentences(8), [0] * 8)
-    flags = {"data": str(zoo.folder / "text.jsonl"), "batch_size": 4, "num_samples": 8, "max_length": 11}
-    job = open_job(str(model), resolve_recipe(config="zeroquant-w8a8", model=str(model), flags=flags))
-    exact, lowered = (Stream(copy.deepcopy(job.model), job.anatomy, job.checkpoint.tensor) for _ in range(2))
-    follower = Follower(exact, lowered, calibration_batches(job).batches)
-    with lowered.loaded(job.anatomy.embeddings):
-        follower.advance(job.anatomy.embeddings)
-    with follower.lesson(job.anatomy.blocks[0]) as known:
+    with lesson("LongformerForMaskedLM", batches=2, attention_window=8, max_position_embeddings=64) as known:
+        assert any(example.real.shape[1] % 8 for example in known.examples)
         found = known.sensitivities(linears(known))
     reached = [rows for path in found for rows in found[path] if len(rows)]  # nothing attends globally
     assert len(reached) >= 2 * 6 and all(rows.isfinite().all() and len(rows) % 8 == 0 for rows in reached)

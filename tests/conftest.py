@@ -51,13 +51,15 @@ hypothesis.settings.load_profile("qtool")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--exhaustive", action="store_true", help="run every test, those that take minutes too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--slow"):
+    if config.getoption("--exhaustive"):
         return
-    left_out = [item for item in items if item.get_closest_marker("slow")]
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    unwanted = ("exhaustive",) if config.getoption("--slow") else ("slow", "exhaustive")
+    left_out = [item for item in items if any(map(item.get_closest_marker, unwanted))]
+    items[:] = [item for item in items if not any(map(item.get_closest_marker, unwanted))]
     config.hook.pytest_deselected(items=left_out)
 
 

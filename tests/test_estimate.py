@@ -31,7 +31,9 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.exhaustive) if case == "much data" else case for case in CASES]
+)
 def test_memory_within_a_factor_of_two(case: str, test_models: Callable[[str], Path], tmp_path: Path) -> None:
     """Far from the factor, so that another machine passes too. Seconds depend on who else is busy: only their order."""
     model, options = CASES[case]

@@ -568,7 +568,7 @@ def test_signals_and_kills_are_resumable(tiny: Any, tmp_path: Path, whole: dict[
     assert (tmp_path / "qtool-out" / "latest").read_text() == f"{out}\n"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_kills_of_a_real_model(

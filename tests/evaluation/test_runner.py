@@ -388,7 +388,7 @@ def test_real_models_agree(test_models: Find, shared_data: Find) -> None:
     assert (found.drop, found.agreement) == (0.0, 100.0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_real_probe(test_models: Find, shared_data: Find) -> None:
     model = test_models("minilm-base")
     found = evaluate(model, SST2, data=shared_data("sst2"), baseline=model, threads=2)

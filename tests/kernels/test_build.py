@@ -91,7 +91,11 @@ def test_vectors_are_used_where_they_may_be(objects: dict[str, Path]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objects", ["Release", "Debug", "MinSizeRel"], indirect=True)
+@pytest.mark.parametrize(
+    "objects",
+    ["Release", *(pytest.param(kind, marks=pytest.mark.exhaustive) for kind in ("Debug", "MinSizeRel"))],
+    indirect=True,
+)
 def test_instruction_sets_share_no_code(objects: dict[str, Path]) -> None:
     """Of a function that several objects define the linker keeps one, which another CPU may not be able to run."""
     needs("nm")

@@ -69,7 +69,7 @@ def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return folder / "main"
 
 
-@pytest.mark.parametrize("program", list(SANITIZERS), indirect=True)
+@pytest.mark.parametrize("program", ["address", pytest.param("thread", marks=pytest.mark.exhaustive)], indirect=True)
 def test_every_kernel_on_every_instruction_set(program: Path) -> None:
     done = run(program)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
@@ -99,6 +99,7 @@ def test_a_mistake_would_be_seen(program: Path, mistake: str, message: str) -> N
     assert seen(program, mistake, message)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("program", ["thread"], indirect=True)
 def test_a_race_would_be_seen(program: Path) -> None:
     assert seen(program, "race", "data race")

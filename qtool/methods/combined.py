@@ -44,9 +44,9 @@ class Combined(Method):
         names = [method.name for method in self.methods]
         modules = _united({name: plan.modules for name, plan in zip(names, plans, strict=True)}, "both replace {}")
         config = _united({name: plan.config for name, plan in zip(names, plans, strict=True)}, "both set {}")
-        kept = {path: reason for plan in plans for path, reason in plan.kept_float.items() if path not in modules}
+        kept = {path: reason for plan in reversed(plans) for path, reason in plan.kept_float.items()}
         self.arithmetic = "; ".join(dict.fromkeys(method.arithmetic for method in self.methods))
-        return Plan(modules, kept, config)
+        return Plan(modules, {path: reason for path, reason in kept.items() if path not in modules}, config)
 
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
         """Raises InputError where two want to observe one site in different ways."""

@@ -31,6 +31,7 @@ MEASURED_BATCHES = 2
 
 _LOGITS = 4  # copies of the golden batch's outputs: expected, found twice, compared
 _COPIES = 3  # of codes that the reference backend makes for its product
+_PAIR = 64  # bytes of a pair of tokens while its probability is counted
 _KEPT = 20
 """Values as wide as a block's widest layer that a token keeps for gradients. Measured: 20 in a Llama, 11 in a BERT."""
 
@@ -63,9 +64,9 @@ def needs(job: "Job", shapes: Sequence[tuple[int, int]], *, calibrates: bool, sp
         found += _passing("calibrate", job, flow, shapes, models=1)
     if job.recipe.calibration.source == "self" and job.reads_data:
         found.append(_writing(job, shapes))
-    if job.lowering.follows or job.lowering.learns:
+    if job.method.follows or job.method.learns:
         chosen = shapes[:: followed(job, len(shapes))]
-        flows = 3 if job.lowering.learns else 2  # a teacher's outputs too
+        flows = 3 if job.method.learns else 2  # a teacher's outputs too
         flow = 0 if spill else flows * sum(_states(job, shape) for shape in chosen)
         found += _passing("quantize", job, flow, chosen, models=2)
     return found
@@ -76,7 +77,7 @@ def followed(job: "Job", count: int) -> int:
 
     All where a method learns or errors are corrected; where they are only measured, an even sample is enough.
     """
-    every = job.lowering.learns or any(job.lowering.stages(unit) for unit in job.anatomy.units)
+    every = job.method.learns or any(job.method.stages(unit) for unit in job.anatomy.units)
     return 1 if every else -(-count // MEASURED_BATCHES)
 
 
@@ -136,7 +137,7 @@ def _lowering(job: "Job") -> Iterator[Need]:
     """Pass 2: the codes of a unit, what its method keeps, and the largest matrix in hand."""
     stored = lowered_bytes(job)
     for unit in job.anatomy.units:
-        kept = stored[unit.name] + job.lowering.memory(unit, job.plan)
+        kept = stored[unit.name] + job.method.memory(unit, job.plan)
         yield Need("quantize", unit.name, FIXED + kept + max(_matrices(job, unit), default=0))
 
 
@@ -155,7 +156,7 @@ def _matrices(job: "Job", unit: Unit) -> Iterator[int]:
     for outer in job.plan.modules.items():
         for path, module in parts_of(*outer):
             if unit.owns(path) and "weights" in module and "table" not in module:
-                yield job.lowering.in_hand(job.model.get_submodule(path), module)
+                yield job.method.in_hand(job.model.get_submodule(path), module)
 
 
 def lowered_bytes(job: "Job") -> dict[str, int]:
@@ -189,8 +190,13 @@ def _passing(step: str, job: "Job", flow: int, shapes: Sequence[tuple[int, int]]
         sizes[job.anatomy.head.name] += sizes[job.anatomy.embeddings.name]
     for unit in job.anatomy.units:
         if unit.name in sizes:
-            moment = max(models * _moment(job, unit, shape) + _gradients(job, unit, shape, models) for shape in shapes)
-            kept = (models - 1) * (stored[unit.name] + job.lowering.memory(unit, job.plan))
+            moment = max(
+                models * _moment(job, unit, shape)
+                + _gradients(job, unit, shape, models)
+                + (_probabilities(job, unit, shape) if models == 1 else 0)
+                for shape in shapes
+            )
+            kept = (models - 1) * (stored[unit.name] + job.method.memory(unit, job.plan))
             yield Need(step, unit.name, FIXED + sizes[unit.name] + kept + flow + moment)
 
 
@@ -202,9 +208,18 @@ def _moment(job: "Job", unit: Unit, shape: tuple[int, int]) -> int:
     return 4 * 2 * shape[0] * shape[1] * (_hidden(job) + wide)
 
 
+def _probabilities(job: "Job", unit: Unit, shape: tuple[int, int]) -> int:
+    """Of attention that is observed: two more tensors of a batch, and what the pairs of one text become."""
+    if not any(site.endswith(":probabilities") for site in job.observed().get(unit.name, ())):
+        return 0
+    sequences, tokens = shape
+    heads = getattr(job.model.config, "num_attention_heads", 1)
+    return heads * tokens * tokens * (2 * 4 * sequences + _PAIR)
+
+
 def _gradients(job: "Job", unit: Unit, shape: tuple[int, int], models: int) -> int:
     """What a batch leaves in a block for its gradients, in pass 2, beside what a pass takes."""
-    if models == 1 or unit.kind != "block" or not job.lowering.differentiates:
+    if models == 1 or unit.kind != "block" or not job.method.differentiates:
         return 0
     return 4 * shape[0] * shape[1] * _KEPT * _widest(job)
 

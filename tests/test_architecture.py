@@ -14,12 +14,24 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "plugins", "__init__"}),
     frozenset({"numerics", "rows"}),
     frozenset({"kernels"}),
-    frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream", "lesson", "distill"}),
+    frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream", "lesson", "distill", "pruning"}),
     frozenset(
         {"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "decoder", "fused", "audit"}
     ),
     frozenset(
-        {"pipeline", "memory", "spill", "follow", "purity", "evaluation", "estimate", "inspection", "doctor", "bench"}
+        {
+            "pipeline",
+            "memory",
+            "spill",
+            "follow",
+            "purity",
+            "evaluation",
+            "estimate",
+            "inspection",
+            "doctor",
+            "bench",
+            "analysis",
+        }
     ),
     frozenset({"api"}),
     frozenset({"cli", "console", "demo", "__main__"}),

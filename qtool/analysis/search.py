@@ -135,7 +135,9 @@ class _Search:
         """What is known now; `queue` holds states that were not expanded."""
         size, value, heads = self._best
         bound = None if queue is None else max([size, *(-entry[0] for entry in queue)])
-        return Found(heads, value, self.base, self.base - self.budget, len(self._values), ended, bound, tuple(self.trace))
+        return Found(
+            heads, value, self.base, self.base - self.budget, len(self._values), ended, bound, tuple(self.trace)
+        )
 
 
 def losses(metric: Metric, heads: Iterable[Head]) -> dict[Head, float]:

@@ -10,9 +10,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from qtool.analysis.search import Head, Heads
+from qtool.analysis.search import NOTHING, Head, Heads
+from qtool.anatomy import known_blocks
 from qtool.errors import InputError
 from qtool.evaluation import metrics
 from qtool.evaluation.batches import cut
@@ -31,25 +33,29 @@ KINDS: dict[str, str] = {
 """What a search may keep up; the last two need no labels."""
 BUDGETS: dict[str, float] = {"score": 0.5, "agreement": 2.0, "kl": 0.02}
 """What a search may cost unless something else is asked for, in the unit of the metric."""
-KEPT_LOGITS = 1 << 26
-"""Logits of the whole model that are kept for KL, 256 MB; of more, each batch is computed again."""
-
-Report = Callable[[int, int], None]
+KEPT_VALUES = 1 << 27
+"""Hidden states and logits of the whole model that are kept, 512 MB; others are computed again each time."""
 
 
-def removable(model: Any, protected: Iterable[Head] = ()) -> list[Head]:
-    """Every head of a model but the protected ones, in order. Raises InputError for one that does not exist."""
+def removable(model: Any, protected: Iterable[tuple[int, int | None]] = ()) -> list[Head]:
+    """Every head of a model but the protected ones (None: all of a layer), in order.
+
+    Raises InputError for one that does not exist.
+    """
     every = [(layer, head) for layer, site in enumerate(attentions(model)) for head in range(site.count)]
-    kept = set(protected)
-    if unknown := sorted(kept - set(every)):
-        raise InputError(f"there is no head {unknown[0][0]}.{unknown[0][1]} that could be kept")
+    kept: set[Head] = set()
+    for layer, number in protected:
+        own = {head for head in every if head[0] == layer and number in (None, head[1])}
+        if not own:
+            raise InputError(f"there is no head {layer}{'' if number is None else f'.{number}'} that could be kept")
+        kept |= own
     return [head for head in every if head not in kept]
 
 
 @contextmanager
 def without(model: Any, heads: Heads) -> Iterator[None]:
     """While active, `heads` of a float model say nothing."""
-    sites = attentions(model)
+    sites = attentions(model) if heads else []
     with ExitStack() as stack:
         for layer in sorted({layer for layer, _ in heads}):
             channels = sites[layer].channels(sorted(head for own, head in heads if own == layer))
@@ -66,7 +72,8 @@ def _muted(model: Any, site: Attention, channels: torch.Tensor) -> Any:
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on an exam: its score in points (a perplexity as it is), answers, and what agreement compares."""
+    """A model on an exam: its score in points (a perplexity as it is), answers, what agreement compares, and its mean
+    KL divergence from the whole model, None where that was not measured."""
 
     score: float
     answers: list[Any]
@@ -77,18 +84,21 @@ class Measured:
 class Judge:
     """Measures what is left of a model without a set of heads. Deterministic: batches are cut once.
 
-    `side` is the whole model with its rows, prepared by `exam`. Whole and pruned model are told apart by masks alone.
+    `side` is the whole model with its rows, prepared by `exam`. What the whole model computes in each block is kept, as
+    long as there is room, and taken for the blocks before the first that loses a head: the same numbers, sooner.
     """
 
-    def __init__(self, exam: Exam, side: Side, kind: Kind, report: Report = lambda done, total: None) -> None:
+    def __init__(self, exam: Exam, side: Side, kind: Kind) -> None:
         """Raises InputError for a metric that the task does not have, or a model whose score is NaN."""
-        self.exam, self.side, self.kind, self._report = exam, side, kind, report
+        self.exam, self.side, self.kind = exam, side, kind
         self._batches = cut(side.rows, exam.batch_size())
+        self._blocks = [side.model.get_submodule(unit.modules[0]) for unit in known_blocks(side.model)]
+        self._states: dict[int, list[Any]] = {}
         self._logits: dict[int, list[torch.Tensor]] = {}
-        self._kept = 0
+        self._room = KEPT_VALUES
         if kind == "kl" and not exam.distributes:
             raise InputError(f"task '{exam.task.name}' has no probabilities to compare; use --metric score")
-        self.whole = self.measure(frozenset())
+        self.whole = self._measured(NOTHING)
         if math.isnan(self.whole.score):
             raise InputError(f"{side.subject.name} gives NaN on {exam.task.name}; its checkpoint is damaged")
         if kind == "agreement" and self.whole.choices is None:
@@ -96,65 +106,81 @@ class Judge:
 
     def __call__(self, heads: Heads) -> float:
         """The metric, higher is better; NaN where the pruned model gives it."""
-        found = self.measure(heads) if heads else self.whole
+        found = self.measure(heads)
         if self.kind == "kl":
-            return -(found.kl if found.kl is not None else math.nan)
+            assert found.kl is not None
+            return -found.kl
         if self.kind == "agreement":
             assert found.choices is not None and self.whole.choices is not None
             return metrics.agreement(found.choices, self.whole.choices)
         return points(self.exam, found.score, self.whole.score)
 
-    @torch.inference_mode()
     def measure(self, heads: Heads) -> Measured:
-        """Every batch through the model without `heads`."""
-        side = replace(self.side, collected=[None] * len(self.side.rows), divergences=[])
-        if self.kind == "kl" and heads:
-            side.divergences = [torch.empty(0).double().numpy()] * len(side.rows)
-        with without(side.model, heads):
-            for number, indices in enumerate(self._batches):
-                self._batch(side, number, indices, compare=self.kind == "kl" and bool(heads))
-                self._report(number + 1, len(self._batches))
+        """The model without `heads` on all examples."""
+        return self._measured(heads) if heads else self.whole
+
+    @torch.inference_mode()
+    def _measured(self, heads: Heads) -> Measured:
+        empty: Any = np.empty(0)
+        divergences = [empty] * len(self.side.rows) if self.kind == "kl" else []
+        side = replace(self.side, collected=[None] * len(self.side.rows), divergences=divergences)
+        for number, indices in enumerate(self._batches):
+            self._batch(side, number, indices, heads)
         answers = self.exam.answers(side)
         score = metrics.points(self.exam.task.metric, answers, self.exam.references)
-        found = self.exam.divergences(side) if side.divergences else [0.0]
-        return Measured(score, answers, self.exam.choices(side), math.fsum(found) / len(found))
+        found = self.exam.divergences(side) if divergences else []
+        return Measured(score, answers, self.exam.choices(side), math.fsum(found) / len(found) if found else None)
 
-    def _batch(self, side: Side, number: int, indices: Sequence[int], *, compare: bool) -> None:
+    def _batch(self, side: Side, number: int, indices: Sequence[int], heads: Heads) -> None:
+        """Collect a batch, and how far its distributions are from the whole model's."""
         batch, about = side.batch(indices), [side.about[index] for index in indices]
-        output = side.forward(batch)
+        with ExitStack() as stack:
+            stack.enter_context(without(side.model, heads))
+            if not heads:
+                stack.enter_context(self._recording(number))
+            elif number in self._states:
+                stack.enter_context(self._replaying(number, min(layer for layer, _ in heads)))
+            output = side.forward(batch)
         for index, value in zip(indices, self.exam.collect(side, output, batch, about), strict=True):
             side.collected[index] = value
         if self.kind != "kl":
             return
         own = self.exam.logits(side, output, batch, about)
-        if not compare:
-            self._keep(number, own)
-            return
-        theirs = self._logits.get(number)
-        if theirs is None:
-            theirs = self._whole_logits(side, batch, about)
+        if not heads:
+            self._keep(own, lambda: self._logits.update({number: [row.clone() for row in own]}))
+        theirs = self._logits.get(number) or self.exam.logits(side, side.forward(batch), batch, about)
         for index, value in zip(indices, row_divergences(theirs, own), strict=True):
             side.divergences[index] = value
 
-    def _keep(self, number: int, logits: list[torch.Tensor]) -> None:
-        size = sum(row.numel() for row in logits)
-        if self._kept + size <= KEPT_LOGITS:
-            self._kept += size
-            self._logits[number] = [row.clone() for row in logits]
+    @contextmanager
+    def _recording(self, number: int) -> Iterator[None]:
+        """Keep what leaves each block for a batch."""
+        left: list[Any] = []
+        with ExitStack() as stack:
+            for block in self._blocks[:-1]:
+                stack.callback(block.register_forward_hook(lambda _, __, out: left.append(out)).remove)
+            yield
+        tensors = [out[0] if isinstance(out, tuple | list) else out for out in left]
+        self._keep(tensors, lambda: self._states.update({number: left}))
 
-    def _whole_logits(self, side: Side, batch: Any, about: list[Any]) -> list[torch.Tensor]:
-        """Again, with all heads: the masks step aside."""
-        hooks = [
-            (module, dict(module._forward_pre_hooks))
-            for module in (side.model.get_submodule(site.output.path) for site in attentions(side.model))
-        ]
-        for module, _ in hooks:
-            module._forward_pre_hooks.clear()
+    @contextmanager
+    def _replaying(self, number: int, first: int) -> Iterator[None]:
+        """While active, blocks before `first` give what they gave the whole model."""
+        known = self._states[number]
         try:
-            return self.exam.logits(side, side.forward(batch), batch, about)
+            for index, block in enumerate(self._blocks[:first]):
+                block.forward = lambda *args, out=known[index], **kwargs: out
+            yield
         finally:
-            for module, own in hooks:
-                module._forward_pre_hooks.update(own)
+            for block in self._blocks[:first]:
+                vars(block).pop("forward", None)
+
+    def _keep(self, tensors: Sequence[torch.Tensor], keep: Callable[[], None]) -> None:
+        """Where there is room."""
+        size = sum(tensor.numel() for tensor in tensors)
+        if size <= self._room:
+            self._room -= size
+            keep()
 
 
 def points(exam: Exam, score: float, whole: float) -> float:

@@ -1,8 +1,8 @@
 """Sets of attention heads that a model can do without: A* search, and two walks along a ranking.
 
-Pure functions of `metric(set of heads removed)`, higher is better: no model is known here. A set is admissible where its
-metric is at least `metric(nothing) − budget`, up to rounding of the ninth decimal place; every set that is returned was
-measured, so it is. Equal calls give equal results, whatever the order in which sets are iterated.
+Pure functions of `metric(set of heads removed)`, higher is better: no model is known here. A set is admissible where
+its metric is at least `metric(nothing) − budget`, up to rounding of the ninth decimal place; every set that is returned
+was measured, so it is. Equal calls give equal results, whatever the order in which sets are iterated.
 
 A* after Parnami, Singh and Joshi (2021), arXiv 2110.15225, "Pruning Attention Heads of Transformer Models Using A*
 Search". The cost functions are this project's own (docs/headprune.md): with deltas d_i = max(0, metric({}) −
@@ -18,7 +18,7 @@ add up. Heads interact, so the largest admissible set may be missed; that the fl
 import heapq
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qtool.errors import InputError

@@ -28,7 +28,7 @@ import torch
 from qtool import __version__, artifact, audit, card, golden
 from qtool.anatomy import Anatomy, Unit
 from qtool.anatomy import anatomy as anatomy_of
-from qtool.artifact import FORMAT_VERSION, QUANT_METHOD
+from qtool.artifact import FORMAT_VERSION, PRUNED, QUANT_METHOD
 from qtool.calibrate.observers import OBSERVERS, Observer
 from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
@@ -39,8 +39,9 @@ from qtool.hf import adapt
 from qtool.kernels import backend, reference
 from qtool.memory import followed
 from qtool.methods import build, entry
-from qtool.methods.base import Method, Plan
+from qtool.methods.base import KeepFloat, Method, Plan
 from qtool.nn import QModule
+from qtool.pruning import Gone, cuts, heads_json, shrink
 from qtool.recipe import Recipe
 from qtool.rundir import RunDirectory
 from qtool.spill import SpilledStates, State
@@ -83,16 +84,32 @@ class Job:
     methods: Sequence[Method] = field(init=False)
     plan: Plan = field(init=False)
     checkpoint: Checkpoint = field(init=False)
+    gone: Gone = field(init=False, default_factory=dict)
+    """Attention heads that are cut out: model, anatomy and checkpoint are those of what is left."""
 
     def __post_init__(self) -> None:
         self.model, self.checkpoint = open_float(self.source)
         self.anatomy = anatomy_of(self.model)
         self.methods = build(self.recipe.for_parts(self.anatomy.names()))
+        self._cut_heads()
         plan = self.lowering.plan(self.anatomy, self.model)
-        if not plan.modules:
+        if not plan.modules and not self.gone:
             raise InputError("the recipe leaves every module in float; there is nothing to quantize")
         tied = getattr(self.model.config, "tie_word_embeddings", True)
         self.plan = replace(plan, config={**({} if tied else {"tie_word_embeddings": False}), **plan.config})
+
+    def _cut_heads(self) -> None:
+        """What the recipe's methods remove. Raises InputError where two of them would."""
+        removing = {method.name: gone for method in self.methods if (gone := method.removes(self.model))}
+        if len(removing) > 1:
+            raise InputError(f"{' and '.join(removing)} both remove heads; name one of them")
+        for self.gone in removing.values():
+            self.checkpoint.cut(cuts(self.model, self.gone))
+            shrink(self.model, self.gone)
+            self.anatomy = anatomy_of(self.model)
+        for method in self.methods:
+            if settled := method.settled():
+                self.recipe = self.recipe.with_options(method.name, settled)
 
     @property
     def lowering(self) -> Method:
@@ -105,6 +122,8 @@ class Job:
         for key, value in self.plan.config.items():
             setattr(config, key, value)
         model = skeleton(config)
+        if self.gone:
+            shrink(model, self.gone)
         adapt(model, self.plan.modules, dtype=torch.float32)
         return model
 
@@ -145,7 +164,8 @@ class Job:
     def statistics_fingerprint(self, batches: Batches) -> dict[str, Any]:
         """What a statistics file depends on: not the part of the recipe that only rounding reads."""
         observers = sorted({(path, name) for unit in self.observed().values() for path, name in unit.items()})
-        return {"model": self.checkpoint.digest(), "data": batches.digest, "observers": _digest(observers)}
+        found = {"model": self.checkpoint.digest(), "data": batches.digest, "observers": _digest(observers)}
+        return {**found, "heads": _digest(heads_json(self.gone))} if self.gone else found
 
 
 def _digest(value: Any) -> str:
@@ -165,7 +185,7 @@ def versions() -> dict[str, str]:
 
 def _plugin_versions(methods: Sequence[Method]) -> dict[str, str]:
     """Of the packages that bring methods along."""
-    origins = {method.name: entry(method.name).origin for method in methods}
+    origins = {method.name: entry(method.name).origin for method in methods if not isinstance(method, KeepFloat)}
     return {name: origin for name, origin in origins.items() if origin != "qtool"}
 
 
@@ -438,9 +458,10 @@ def _write_config(job: Job, staging: Path, manifest: artifact.Manifest) -> None:
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
         "producer": f"qtool {__version__}",
-        "methods": [method.name for method in job.methods],
+        "methods": [method.name for method in job.methods if not isinstance(method, KeepFloat)],
         "modules": job.plan.modules,
         "tensors": manifest,
+        **({PRUNED: heads_json(job.gone)} if job.gone else {}),
     }
     artifact.write_json(
         staging / "config.json", {**config, **job.plan.config, "dtype": "float32", "quantization_config": quantization}

@@ -30,6 +30,11 @@ _WIDTHS = ("all_head_size", "split_size")
 """Attributes of attention modules: heads of queries, and the channels of all of them."""
 
 
+def heads_json(gone: Gone) -> dict[str, list[int]]:
+    """As config.json records it."""
+    return {str(layer): list(heads) for layer, heads in gone.items()}
+
+
 @dataclass(frozen=True)
 class Attention:
     """The attention of a block: `count` heads that give `width` channels of context each, from `size` of a key.

@@ -43,6 +43,12 @@ METHODS: dict[str, Entry] = {
         "zeroquant-w8a8",
         "real: int8 × int8 → int32 products",
     ),
+    "headprune": Entry(
+        "qtool.methods.headprune:HeadPrune",
+        "attention heads removed from the weights, alone or before another method",
+        None,
+        "real: smaller matrices",
+    ),
 }
 """The built-in methods by the name that recipes and `--method` use."""
 
@@ -107,10 +113,13 @@ def method_class(name: str) -> "type[Method]":
 
 
 def build(recipe: "Recipe") -> "Sequence[Method]":
-    """The recipe's methods in the order of their phases. Raises InputError for a combination that makes no sense."""
+    """The recipe's methods in the order of their phases, one of which lowers, if only to nothing.
+
+    Raises InputError for a combination that makes no sense.
+    """
     from pydantic import ValidationError
 
-    from qtool.methods.base import PHASES
+    from qtool.methods.base import PHASES, KeepFloat, Options
     from qtool.recipe import first_problem
 
     methods = []
@@ -121,6 +130,8 @@ def build(recipe: "Recipe") -> "Sequence[Method]":
         except ValidationError as error:
             raise InputError(f"methods.{wanted.name}.{first_problem(error, cls.options_class)}") from error
     lowering = [method.name for method in methods if method.phase == "lower"]
-    if len(lowering) != 1:
-        raise InputError(f"exactly one method must lower the model, not {' and '.join(lowering) or 'none'}")
+    if len(lowering) > 1:
+        raise InputError(f"at most one method can lower the model, not {' and '.join(lowering)}")
+    if not lowering:
+        methods.append(KeepFloat(recipe, Options()))
     return sorted(methods, key=lambda method: PHASES.index(method.phase))

@@ -15,6 +15,7 @@ from qtool.lesson import Lesson
 from qtool.nn import QModule
 from qtool.numerics import QTensor
 from qtool.numerics.grid import Grid
+from qtool.pruning import Gone
 from qtool.recipe import Recipe
 from qtool.stream import Reader
 
@@ -22,7 +23,7 @@ _IN_HAND = 16  # bytes of a weight
 _AT_ONCE = 1 << 20  # weights that are compared in float64 at a time
 
 PHASES = ("shape", "lower", "attach")
-"""Methods run in this order; exactly one of a recipe's methods lowers."""
+"""Methods run in this order; at most one of a recipe's methods lowers."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ class Method(ABC):
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe, self.options = recipe, options
         self._report: dict[str, dict[str, float]] = {}
+
+    def removes(self, model: Any) -> Gone:
+        """Attention heads, by layer of the whole model's skeleton, that are cut out before anything else (`shape`)."""
+        return {}
+
+    def settled(self) -> Mapping[str, Any]:
+        """Options as an artifact records them: what they say, where they only point to it. Nothing: as they are."""
+        return {}
 
     @abstractmethod
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
@@ -136,6 +145,24 @@ class Method(ABC):
     def report(self) -> dict[str, dict[str, float]]:
         """Figures by module path, of the units that were lowered in this process."""
         return self._report
+
+
+class KeepFloat(Method):
+    """Lowers nothing: stands where a recipe has no method that does."""
+
+    name = "float"
+    phase = "lower"
+    arithmetic = "float32"
+
+    def plan(self, anatomy: Anatomy, model: Any) -> Plan:
+        """Everything stays as it is."""
+        return Plan({}, {part.path: "no method of the recipe quantizes" for _, part in anatomy.parts()})
+
+    def lower(
+        self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None
+    ) -> dict[str, QModule]:
+        """Nothing."""
+        return {}
 
 
 def weight_sqnr_db(weight: torch.Tensor, tensor: QTensor) -> float:

@@ -26,6 +26,8 @@ def plan_attention(anatomy: Anatomy, model: Any) -> dict[str, dict[str, Any]]:
     for unit in anatomy.blocks:
         own = [site for site in sites if unit.owns(site.path)]
         value = _value(unit)
+        if value is None and not anatomy.generic and not own:  # it lost all of its heads
+            continue
         if len(own) != 1 or value is None or _width(model, value) != own[0].groups * own[0].size:
             raise InputError(
                 f"{anatomy.architecture}: {unit.name} has no attention whose values are known to be the output of one "

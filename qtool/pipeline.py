@@ -39,9 +39,10 @@ from qtool.hf import adapt
 from qtool.kernels import backend, reference
 from qtool.memory import followed
 from qtool.methods import build, entry
-from qtool.methods.base import KeepFloat, Method, Plan
+from qtool.methods.base import Method, Plan
+from qtool.methods.combined import Combined
 from qtool.nn import QModule
-from qtool.pruning import Gone, cuts, heads_json, shrink
+from qtool.pruning import heads_json, shrink
 from qtool.recipe import Recipe
 from qtool.rundir import RunDirectory
 from qtool.spill import SpilledStates, State
@@ -82,39 +83,28 @@ class Job:
     model: Any = field(init=False)
     anatomy: Anatomy = field(init=False)
     methods: Sequence[Method] = field(init=False)
+    method: Method = field(init=False)
+    """All methods as one."""
     plan: Plan = field(init=False)
     checkpoint: Checkpoint = field(init=False)
-    gone: Gone = field(init=False, default_factory=dict)
-    """Attention heads that are cut out: model, anatomy and checkpoint are those of what is left."""
 
     def __post_init__(self) -> None:
         self.model, self.checkpoint = open_float(self.source)
+        self.methods = build(self.recipe.for_parts(anatomy_of(self.model).names()))
+        self.method = self.methods[0] if len(self.methods) == 1 else Combined(self.methods)
+        self.method.reshape(self.model, self.checkpoint)
         self.anatomy = anatomy_of(self.model)
-        self.methods = build(self.recipe.for_parts(self.anatomy.names()))
-        self._cut_heads()
-        plan = self.lowering.plan(self.anatomy, self.model)
-        if not plan.modules and not self.gone:
+        plan = self.method.plan(self.anatomy, self.model)
+        if not plan.modules and not plan.heads:
             raise InputError("the recipe leaves every module in float; there is nothing to quantize")
         tied = getattr(self.model.config, "tie_word_embeddings", True)
         self.plan = replace(plan, config={**({} if tied else {"tie_word_embeddings": False}), **plan.config})
-
-    def _cut_heads(self) -> None:
-        """What the recipe's methods remove. Raises InputError where two of them would."""
-        removing = {method.name: gone for method in self.methods if (gone := method.removes(self.model))}
-        if len(removing) > 1:
-            raise InputError(f"{' and '.join(removing)} both remove heads; name one of them")
-        for self.gone in removing.values():
-            self.checkpoint.cut(cuts(self.model, self.gone))
-            shrink(self.model, self.gone)
-            self.anatomy = anatomy_of(self.model)
+        if not plan.modules:
+            kept = {part.path: "no method of the recipe quantizes" for _, part in self.anatomy.parts()}
+            self.plan = replace(self.plan, kept_float=kept)
         for method in self.methods:
             if settled := method.settled():
                 self.recipe = self.recipe.with_options(method.name, settled)
-
-    @property
-    def lowering(self) -> Method:
-        """The one method that turns float units into integer ones."""
-        return next(method for method in self.methods if method.phase == "lower")
 
     def lowered_skeleton(self) -> Any:
         """The model with empty quantized modules (meta device)."""
@@ -122,8 +112,8 @@ class Job:
         for key, value in self.plan.config.items():
             setattr(config, key, value)
         model = skeleton(config)
-        if self.gone:
-            shrink(model, self.gone)
+        if self.plan.heads:
+            shrink(model, self.plan.heads)
         adapt(model, self.plan.modules, dtype=torch.float32)
         return model
 
@@ -140,13 +130,13 @@ class Job:
 
     def observed(self) -> dict[str, dict[str, str]]:
         """Unit name → module path → observer."""
-        wanted = {unit.name: self.lowering.observers(unit, self.plan) for unit in self.anatomy.units}
+        wanted = {unit.name: self.method.observers(unit, self.plan) for unit in self.anatomy.units}
         return {name: observers for name, observers in wanted.items() if observers}
 
     @property
     def reads_data(self) -> bool:
         """Whether any step looks at calibration data; without one, they need not be made."""
-        return bool(self.observed()) or self.lowering.follows or self.lowering.learns
+        return bool(self.observed()) or self.method.follows or self.method.learns
 
     def fingerprint(self, batches: Batches, statistics: Path | None = None) -> dict[str, Any]:
         """Everything that the bytes of the artifact depend on; `statistics` is a file that replaces pass 1."""
@@ -165,7 +155,7 @@ class Job:
         """What a statistics file depends on: not the part of the recipe that only rounding reads."""
         observers = sorted({(path, name) for unit in self.observed().values() for path, name in unit.items()})
         found = {"model": self.checkpoint.digest(), "data": batches.digest, "observers": _digest(observers)}
-        return {**found, "heads": _digest(heads_json(self.gone))} if self.gone else found
+        return {**found, "heads": _digest(heads_json(self.plan.heads))} if self.plan.heads else found
 
 
 def _digest(value: Any) -> str:
@@ -185,7 +175,7 @@ def versions() -> dict[str, str]:
 
 def _plugin_versions(methods: Sequence[Method]) -> dict[str, str]:
     """Of the packages that bring methods along."""
-    origins = {method.name: entry(method.name).origin for method in methods if not isinstance(method, KeepFloat)}
+    origins = {method.name: entry(method.name).origin for method in methods}
     return {name: origin for name, origin in origins.items() if origin != "qtool"}
 
 
@@ -311,12 +301,12 @@ def _lower_all(
     keep: Keep,
 ) -> Generator[Event, None, dict[str, torch.Tensor]]:
     """Pass 2. Returns the golden outputs, computed from the shards as they lie on disk."""
-    job.lowering.resolve(job.plan, statistics)
-    source = job.lowering.source(job.plan, statistics, job.checkpoint)
+    job.method.resolve(job.plan, statistics)
+    source = job.method.source(job.plan, statistics, job.checkpoint)
     model = job.lowered_skeleton()
     names = job.stored_names(model)
     stream = Stream(model, job.anatomy, _shard_reader(job, run))
-    follows = job.lowering.follows or job.lowering.learns
+    follows = job.method.follows or job.method.learns
     follower = _follower(job, source, stream, batches, keep) if follows else None
     hidden, calls, outputs = torch.empty(0), tuple[Call, ...](), {}
     total = len(job.anatomy.units)
@@ -327,7 +317,7 @@ def _lower_all(
         if not shard.exists():
             torch.manual_seed(unit_seed(job.recipe.seed, unit.name))
             _write_unit(job, unit, source, [name for name in names if unit.owns(name)], shard, statistics, follower)
-            if remark := job.lowering.remark(unit):
+            if remark := job.method.remark(unit):
                 yield Note(remark)
         if follower is not None and not follower.passed(unit):
             with stream.loaded(unit):
@@ -359,7 +349,7 @@ def _write_unit(
     follower: Follower | None,
 ) -> None:
     """Lower one unit, audit it, and write its tensors: those of the integer modules, and what is left in float."""
-    method = job.lowering
+    method = job.method
     with ExitStack() as stack:
         lesson = (
             stack.enter_context(follower.lesson(unit)) if follower and method.learns and unit.kind == "block" else None
@@ -383,7 +373,7 @@ def _write_unit(
 
 def _refine(job: Job, unit: Unit, lowered: Mapping[str, QModule], follower: Follower) -> dict[str, dict[str, float]]:
     """Correct what the method wants corrected, with the unit's modules in their places, and measure what is left."""
-    stream, method = follower.lowered, job.lowering
+    stream, method = follower.lowered, job.method
     tensors = {
         f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()
     }
@@ -458,10 +448,10 @@ def _write_config(job: Job, staging: Path, manifest: artifact.Manifest) -> None:
         "quant_method": QUANT_METHOD,
         "version": FORMAT_VERSION,
         "producer": f"qtool {__version__}",
-        "methods": [method.name for method in job.methods if not isinstance(method, KeepFloat)],
+        "methods": [method.name for method in job.methods],
         "modules": job.plan.modules,
         "tensors": manifest,
-        **({PRUNED: heads_json(job.gone)} if job.gone else {}),
+        **({PRUNED: heads_json(job.plan.heads)} if job.plan.heads else {}),
     }
     artifact.write_json(
         staging / "config.json", {**config, **job.plan.config, "dtype": "float32", "quantization_config": quantization}
@@ -486,7 +476,7 @@ def _report(
         },
         "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
         "calibration": batches.description if job.reads_data else None,
-        "execution": {"kind": "real", "backend": backend().name, "arithmetic": job.lowering.arithmetic},
+        "execution": {"kind": "real", "backend": backend().name, "arithmetic": job.method.arithmetic},
         "architecture": job.anatomy.architecture,
         "head": job.anatomy.head_kind,
         "modules": job.plan.modules,

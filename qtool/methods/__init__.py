@@ -113,13 +113,13 @@ def method_class(name: str) -> "type[Method]":
 
 
 def build(recipe: "Recipe") -> "Sequence[Method]":
-    """The recipe's methods in the order of their phases, one of which lowers, if only to nothing.
+    """The recipe's methods in the order of their phases. Raises InputError for a combination that makes no sense.
 
-    Raises InputError for a combination that makes no sense.
+    At most one may lower, and none may be there twice.
     """
     from pydantic import ValidationError
 
-    from qtool.methods.base import PHASES, KeepFloat, Options
+    from qtool.methods.base import PHASES
     from qtool.recipe import first_problem
 
     methods = []
@@ -131,7 +131,8 @@ def build(recipe: "Recipe") -> "Sequence[Method]":
             raise InputError(f"methods.{wanted.name}.{first_problem(error, cls.options_class)}") from error
     lowering = [method.name for method in methods if method.phase == "lower"]
     if len(lowering) > 1:
-        raise InputError(f"at most one method can lower the model, not {' and '.join(lowering)}")
-    if not lowering:
-        methods.append(KeepFloat(recipe, Options()))
+        raise InputError(f"only one method can lower the model, not {' and '.join(lowering)}")
+    names = [method.name for method in methods]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"method {twice} is there twice; give it all of its options in one place")
     return sorted(methods, key=lambda method: PHASES.index(method.phase))

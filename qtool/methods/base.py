@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qtool.anatomy import Anatomy, Unit
 from qtool.calibrate.statistics import Statistics
+from qtool.checkpoint import Checkpoint
 from qtool.lesson import Lesson
 from qtool.nn import QModule
 from qtool.numerics import QTensor
@@ -34,6 +35,8 @@ class Plan:
     kept_float: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     """Entries of config.json that the method changes."""
+    heads: Gone = field(default_factory=dict)
+    """Attention heads that the float model has and the artifact has not."""
 
 
 class Options(BaseModel):
@@ -64,12 +67,15 @@ class Method(ABC):
         self.recipe, self.options = recipe, options
         self._report: dict[str, dict[str, float]] = {}
 
-    def removes(self, model: Any) -> Gone:
-        """Attention heads, by layer of the whole model's skeleton, that are cut out before anything else (`shape`)."""
-        return {}
+    def reshape(self, model: Any, checkpoint: Checkpoint) -> None:  # noqa: B027 (most leave shapes alone)
+        """Change the float skeleton, and what `checkpoint` reads for it, in place, before anything else looks at them.
+
+        For methods of phase `shape`: all that follows, calibration too, sees a model of that shape.
+        """
 
     def settled(self) -> Mapping[str, Any]:
-        """Options as an artifact records them: what they say, where they only point to it. Nothing: as they are."""
+        """Options as an artifact records them, where they only point to what they mean (to a file). Nothing: as they
+        are."""
         return {}
 
     @abstractmethod
@@ -145,24 +151,6 @@ class Method(ABC):
     def report(self) -> dict[str, dict[str, float]]:
         """Figures by module path, of the units that were lowered in this process."""
         return self._report
-
-
-class KeepFloat(Method):
-    """Lowers nothing: stands where a recipe has no method that does."""
-
-    name = "float"
-    phase = "lower"
-    arithmetic = "float32"
-
-    def plan(self, anatomy: Anatomy, model: Any) -> Plan:
-        """Everything stays as it is."""
-        return Plan({}, {part.path: "no method of the recipe quantizes" for _, part in anatomy.parts()})
-
-    def lower(
-        self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None
-    ) -> dict[str, QModule]:
-        """Nothing."""
-        return {}
 
 
 def weight_sqnr_db(weight: torch.Tensor, tensor: QTensor) -> float:

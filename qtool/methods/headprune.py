@@ -13,11 +13,12 @@ from pydantic import Field, model_validator
 
 from qtool.anatomy import Anatomy, Unit
 from qtool.calibrate.statistics import Statistics
+from qtool.checkpoint import Checkpoint
 from qtool.errors import InputError
 from qtool.lesson import Lesson
 from qtool.methods.base import Method, Options, Plan
 from qtool.nn import QModule
-from qtool.pruning import Gone, attentions, checked, heads_json
+from qtool.pruning import attentions, checked, cuts, heads_json, shrink
 from qtool.stream import Reader
 
 Numbers = Annotated[int, Field(strict=True, ge=0)]
@@ -32,7 +33,7 @@ class HeadPruneOptions(Options):
     @model_validator(mode="after")
     def _one(self) -> "HeadPruneOptions":
         if (self.heads is None) == (self.file is None):
-            raise ValueError("name the heads to remove, either in heads or by a file of `qtool analyze heads`")
+            raise ValueError("heads: name the heads to remove, or a file of `qtool analyze heads` under file")
         return self
 
 
@@ -41,20 +42,22 @@ class HeadPrune(Method):
 
     name = "headprune"
     phase = "shape"
+    arithmetic = "float32"
     options_class = HeadPruneOptions
     options: HeadPruneOptions
 
-    def removes(self, model: Any) -> Gone:
-        """The heads by layer. Raises InputError for ones that the model does not have, or a file that names none."""
+    def reshape(self, model: Any, checkpoint: Checkpoint) -> None:
+        """Cut the heads out. Raises InputError for ones that the model does not have, or a file that names none."""
         wanted = self.options.heads
         if wanted is None:
             assert self.options.file is not None  # one of the two
             wanted = read_heads(self.options.file)
         try:
             self._gone = checked(wanted, attentions(model))
-            return self._gone
         except InputError as error:
             raise InputError(f"methods.headprune.{error}") from error
+        checkpoint.cut(cuts(model, self._gone))
+        shrink(model, self._gone)
 
     def settled(self) -> Mapping[str, Any]:
         """The heads themselves: a file may change, and is nobody's business elsewhere."""
@@ -62,7 +65,7 @@ class HeadPrune(Method):
 
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
         """Nothing is quantized here."""
-        return Plan({})
+        return Plan({}, heads=self._gone)
 
     def lower(
         self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None

@@ -24,6 +24,7 @@ IDS[4:8, 3:] = 0
 BATCH = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
 HEADS = {0: [1], 1: [0, 1, 2, 3], 2: [0, 3]}
 OPTIONS: dict[str, dict[str, Any]] = {"LlamaForCausalLM": {"num_key_value_heads": 2}}
+RANDOM = ("--set", "calibration.source=random", "--num-samples", "32")
 GROUPED = {0: [1], 1: [0, 1]}
 
 
@@ -160,7 +161,7 @@ def test_before_int8_attention(
 ) -> None:
     architecture = "BertForSequenceClassification"
     source = model(architecture)
-    chosen = ("--method", "zeroquant", "-c", "zeroquant-w8a8-full", "--num-samples", "8")
+    chosen = ("--method", "zeroquant", "-c", "zeroquant-w8a8-full", *RANDOM)
     network = loaded(pruned(qtool_command, source, heads, *chosen), architecture)
     exact = masked(source, architecture, heads)
     assert (outputs(network) - exact).norm() < 0.1 * exact.norm()
@@ -171,7 +172,7 @@ def test_before_ibert_the_integers_are_the_same_everywhere(
 ) -> None:
     architecture, heads = "BertForSequenceClassification", {0: [1], 2: [0, 1, 3]}
     source = model(architecture)
-    out = pruned(qtool_command, source, heads, "--method", "ibert", "--num-samples", "8")
+    out = pruned(qtool_command, source, heads, "--method", "ibert", *RANDOM)
     network = loaded(out, architecture)
     joined = outputs(network)
     if kernels.backend().name == "native":

@@ -109,7 +109,7 @@ class Judge:
         found = self.measure(heads)
         if self.kind == "kl":
             assert found.kl is not None
-            return -found.kl
+            return 0.0 - found.kl  # not -0.0
         if self.kind == "agreement":
             assert found.choices is not None and self.whole.choices is not None
             return metrics.agreement(found.choices, self.whole.choices)

@@ -32,13 +32,14 @@ class HeadsRequest:
 
     `max_drop` is in the unit of the metric (None: `analysis.heads.BUDGETS`), `limit` how many examples are searched on
     from the start of `split` (None: the split that calibrates), `protected` heads that stay (None: all of a layer).
+    `max_evaluations` of None are as many as it takes to rank all heads and to remove them one by one.
     """
 
     metric: str = "score"
     search: str = "astar"
     max_drop: float | None = None
     limit: int = 1000
-    max_evaluations: int | None = 400
+    max_evaluations: int | None = None
     max_seconds: float | None = None
     target: int | None = None
     branching: int = 8
@@ -93,7 +94,7 @@ def analyze_heads(
     _check_knows(judge, wanted.metric)
     kept = Kept(folder / MEASURED, _fingerprint(sides[0], exams[0], wanted), judge)
     with closing(kept):
-        found, importance = _searched(judge, _reporting(kept, report, wanted.max_evaluations), budget, wanted)
+        found, importance = _searched(judge, kept, report, budget, wanted)
     asked = {"model": str(model), "metric": wanted.metric, "search": wanted.search, "max_drop": budget}
     body = outcome(asked, judge, found, kept.found, importance, exams[1], sides[1])
     write_json(folder / RESULT, body, sort=False)
@@ -230,28 +231,17 @@ def _fingerprint(side: "Side", exam: "Exam", wanted: HeadsRequest) -> dict[str, 
     }
 
 
-def _reporting(kept: "Kept", report: "Progress", most: int | None) -> "Metric":
-    """The kept metric, which says how many sets have been measured."""
-    asked: set[Any] = set()
-
-    def metric(heads: Any) -> float:
-        value = kept(heads)
-        asked.add(heads)
-        report("measure sets of heads", len(asked), max(most or 0, len(asked)))
-        return value
-
-    return metric
-
-
 def _searched(
-    judge: "Judge", metric: "Metric", budget: float, wanted: HeadsRequest
+    judge: "Judge", kept: "Kept", report: "Progress", budget: float, wanted: HeadsRequest
 ) -> "tuple[Found, dict[Head, float]]":
     """What the search found, and the importance of heads where it goes by that."""
     from qtool.analysis import search
     from qtool.analysis.heads import gradient_ranking, removable
 
     heads = removable(judge.side.model, wanted.protected)
-    limits = search.Limits(wanted.max_evaluations, wanted.max_seconds, wanted.target, wanted.branching)
+    most = wanted.max_evaluations or 1 + len(heads) * (1 + wanted.branching)
+    limits = search.Limits(most, wanted.max_seconds, wanted.target, wanted.branching)
+    metric = _reporting(kept, report, most)
     if wanted.search == "gradient":
         every = gradient_ranking(judge.exam, judge.side)
         importance = {head: every[head] for head in heads}
@@ -259,3 +249,16 @@ def _searched(
         return search.walk(metric, order, budget, limits), importance
     find = search.astar if wanted.search == "astar" else search.greedy
     return find(metric, heads, budget, limits), {}
+
+
+def _reporting(kept: "Kept", report: "Progress", most: int) -> "Metric":
+    """The kept metric, which says how many sets have been measured."""
+    asked: set[Any] = set()
+
+    def metric(heads: Any) -> float:
+        value = kept(heads)
+        asked.add(heads)
+        report("measure sets of heads", len(asked), most)
+        return value
+
+    return metric

@@ -37,7 +37,7 @@ def analyze() -> None:
 )  # fmt: skip
 @click.option("--branching", type=click.IntRange(1), default=8, show_default=True, help="A*: heads tried from a set.")
 @click.option(
-    "--max-evaluations", type=click.IntRange(1), default=400, show_default=True, help="Sets that are measured at most."
+    "--max-evaluations", type=click.IntRange(1), help="Sets that are measured at most [enough to remove every head]."
 )
 @click.option("--max-seconds", type=click.FloatRange(0), help="Stop after this time, whatever was found.")
 @click.option("--target", type=click.IntRange(1), help="Stop when this many heads can go.")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -29,7 +29,7 @@ from qtool import __version__, artifact, audit, card, golden
 from qtool.anatomy import Anatomy, Unit
 from qtool.anatomy import anatomy as anatomy_of
 from qtool.artifact import FORMAT_VERSION, PRUNED, QUANT_METHOD
-from qtool.calibrate.observers import OBSERVERS, Observer
+from qtool.calibrate.observers import OBSERVERS
 from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
 from qtool.checkpoint import Checkpoint, load_config, open_float, opened, sha256, skeleton, tied_names
@@ -47,6 +47,7 @@ from qtool.recipe import Recipe
 from qtool.rundir import RunDirectory
 from qtool.spill import SpilledStates, State
 from qtool.stream import Call, Reader, Stream, give_back, stored
+from qtool.watch import open_attention, watching
 
 Keep = Callable[[], MutableSequence[State]]
 
@@ -199,52 +200,30 @@ def calibrate(job: Job, batches: Batches, keep: Keep = list) -> Generator[Event,
     flow = keep()
     observed = job.observed()
     units = job.anatomy.units if job.anatomy.head.name in observed else job.anatomy.units[:-1]
-    for index, unit in enumerate(units):
-        started = time.perf_counter()
-        yield Progress("calibrate", unit.name, index, len(units))
-        observers = {site: OBSERVERS[name]() for site, name in observed.get(unit.name, {}).items()}
-        with stream.loaded(unit):
-            if unit.kind == "embeddings":
-                for batch in batches.batches:
-                    flow.append(stream.embed(batch))
-                    give_back()
-            else:
-                for number, (hidden, calls) in enumerate(flow):
-                    batch = batches.batches[number]
-                    with _watching(stream.model, observers, batch["attention_mask"].bool()):
-                        if unit.kind == "head":
-                            stream.head(batch, hidden)
-                        else:
-                            flow[number] = stream.block(unit, hidden, calls[index - 1]), calls
-                    give_back()
-        for site, observer in observers.items():
-            states[site, observed[unit.name][site]] = observer.state()
-        yield _ended("calibrate", unit, index, len(units), started)
+    sites = [site for unit in observed.values() for site in unit]
+    with open_attention(stream.model, sites) as probes:
+        for index, unit in enumerate(units):
+            started = time.perf_counter()
+            yield Progress("calibrate", unit.name, index, len(units))
+            observers = {site: OBSERVERS[name]() for site, name in observed.get(unit.name, {}).items()}
+            with stream.loaded(unit):
+                if unit.kind == "embeddings":
+                    for batch in batches.batches:
+                        flow.append(stream.embed(batch))
+                        give_back()
+                else:
+                    for number, (hidden, calls) in enumerate(flow):
+                        batch = batches.batches[number]
+                        with watching(stream.model, observers, batch["attention_mask"].bool(), probes):
+                            if unit.kind == "head":
+                                stream.head(batch, hidden)
+                            else:
+                                flow[number] = stream.block(unit, hidden, calls[index - 1]), calls
+                        give_back()
+            for site, observer in observers.items():
+                states[site, observed[unit.name][site]] = observer.state()
+            yield _ended("calibrate", unit, index, len(units), started)
     return Statistics(states, job.statistics_fingerprint(batches))
-
-
-@contextmanager
-def _watching(model: Any, observers: Mapping[str, Observer], real: torch.Tensor) -> Iterator[None]:
-    """While active, each observer sees the rows of its site, without padding (`real` is `[batch, tokens]`).
-
-    A site is a module's path, for its input, or `path:output`; other words behind the colon only tell observers apart.
-    """
-
-    def show(observer: Observer, tensor: torch.Tensor) -> None:
-        rows = tensor.flatten(0, -2)
-        # An expert sees only the tokens that were sent to it: then nobody knows which are padding.
-        observer.update(rows[real.flatten()] if len(rows) == real.numel() else rows)
-
-    with ExitStack() as stack:
-        for site, observer in observers.items():
-            path, _, what = site.partition(":")
-            module = model.get_submodule(path)
-            if what == "output":
-                handle = module.register_forward_hook(lambda _, __, out, seen=observer: show(seen, out))
-            else:
-                handle = module.register_forward_pre_hook(lambda _, args, seen=observer: show(seen, args[0]))
-            stack.callback(handle.remove)
-        yield
 
 
 def _ended(stage: str, unit: Unit, index: int, total: int, started: float) -> Progress:

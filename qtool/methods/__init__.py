@@ -49,6 +49,12 @@ METHODS: dict[str, Entry] = {
         None,
         "real: smaller matrices",
     ),
+    "logattn": Entry(
+        "qtool.methods.logattn:LogAttn",
+        "attention probabilities pruned and kept as codes of 2 to 8 bits; alone or with zeroquant",
+        "logattn",
+        "codes of probabilities; products in float, not faster",
+    ),
 }
 """The built-in methods by the name that recipes and `--method` use."""
 

@@ -44,12 +44,10 @@ class Combined(Method):
         modules = _united({name: plan.modules for name, plan in plans.items()}, "both replace {}")
         config = _united({name: plan.config for name, plan in plans.items()}, "both set {}")
         heads = _united({name: plan.heads for name, plan in plans.items()}, "both cut heads of layer {}")
-        kept = {
-            path: reason for plan in plans.values() for path, reason in plan.kept_float.items() if path not in modules
-        }
+        kept = {path: reason for plan in reversed(plans.values()) for path, reason in plan.kept_float.items()}
         computing = [method for method in self.methods if method.phase != "shape"] or self.methods
         self.arithmetic = "; ".join(dict.fromkeys(method.arithmetic for method in computing))
-        return Plan(modules, kept, config, heads)
+        return Plan(modules, {path: reason for path, reason in kept.items() if path not in modules}, config, heads)
 
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
         """Raises InputError where two want to observe one site in different ways."""

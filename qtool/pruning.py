@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qtool.anatomy import FAMILIES, Part, known_blocks, matrix_kind
+from qtool.anatomy import FAMILIES, Part, Unit, known_blocks, matrix_kind
 from qtool.checkpoint import Cut
 from qtool.errors import InputError
 from qtool.nn.plan import SameName
@@ -177,6 +177,11 @@ def _note_heads(model: Any, site: Attention, kept: int) -> None:
 
 class Headless(SameName):
     """Marks an attention that lost all of its heads: nothing of the hidden states but their shape goes through it."""
+
+
+def is_headless(model: Any, unit: Unit) -> bool:
+    """Whether the attention of a block lost all of its heads."""
+    return any(isinstance(module, Headless) for path in unit.modules for module in model.get_submodule(path).modules())
 
 
 @functools.cache

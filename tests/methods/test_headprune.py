@@ -167,6 +167,17 @@ def test_before_int8_attention(
     assert (outputs(network) - exact).norm() < 0.1 * exact.norm()
 
 
+@pytest.mark.parametrize("heads", [HEADS, {0: [1], 2: [0, 3]}])
+def test_before_codes_of_attention(
+    heads: dict[int, list[int]], model: Callable[[str], Path], desk: Path, qtool_command: Command
+) -> None:
+    architecture = "BertForSequenceClassification"
+    source = model(architecture)
+    network = loaded(pruned(qtool_command, source, heads, "--method", "logattn", *RANDOM), architecture)
+    exact = masked(source, architecture, heads)
+    assert 0 < (outputs(network) - exact).norm() < 0.2 * exact.norm()
+
+
 def test_before_ibert_the_integers_are_the_same_everywhere(
     model: Callable[[str], Path], desk: Path, qtool_command: Command
 ) -> None:

@@ -12,10 +12,11 @@ metric({i})), a state s of removed heads has
     h(s) = the most remaining heads, cheapest first, whose deltas add up to at most metric(s) − floor,
 
 and the state with the largest g + h is expanded by its cheapest remaining heads. h is optimistic where losses at least
-add up. Heads interact, so the largest admissible set may be missed; that the floor holds is measured.
+add up. Heads interact, so the largest admissible set may be missed; that the floor holds is measured. Where they cost
+more together than alone, so optimistic an h would have all small sets expanded before a large one: so the search begins
+with the walk of `greedy`, and h takes deltas to be larger by what the best set so far showed.
 """
 
-import heapq
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -31,7 +32,6 @@ Metric = Callable[[Heads], float]
 NOTHING: Heads = frozenset()
 
 _PLACES = 9
-_Entry = tuple[int, int, float, tuple[Head, ...]]
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,17 @@ class _Search:
         if self._limits.target is not None and self._best[0] >= self._limits.target:
             raise _Stop("the target")
 
-    def found(self, ended: str, queue: Iterable[_Entry] | None = None) -> Found:
-        """What is known now; `queue` holds states that were not expanded."""
+    @property
+    def best(self) -> Heads:
+        """The largest admissible set so far."""
+        return frozenset(self._best[2])
+
+    def found(self, ended: str, bound: int | None = None) -> Found:
+        """What is known now; `bound` is what states that were not expanded promise."""
         size, value, heads = self._best
-        bound = None if queue is None else max([size, *(-entry[0] for entry in queue)])
-        return Found(
-            heads, value, self.base, self.base - self.budget, len(self._values), ended, bound, tuple(self.trace)
-        )
+        floor, count = self.base - self.budget, len(self._values)
+        bound = None if bound is None else max(bound, size)
+        return Found(heads, value, self.base, floor, count, ended, bound, tuple(self.trace))
 
 
 def losses(metric: Metric, heads: Iterable[Head]) -> dict[Head, float]:
@@ -154,26 +158,22 @@ def astar(metric: Metric, heads: Collection[Head], budget: float, limits: Limits
     limits = limits or Limits()
     if limits.branching < 1:
         raise InputError(f"a state is expanded by at least one head, not {limits.branching}")
-    search, queue = _Search(metric, budget, limits), list[_Entry]()
+    search = _Search(metric, budget, limits)
+    queue: _Queue | None = None
     try:
-        ranked = _ranked(search, heads)
-        order = _Order(search, ranked)
+        queue = _Queue(search, _ranked(search, heads))
         search.check_target()
-        queue.append(order(NOTHING))
-        visited = {NOTHING}
-        while queue:
-            state = frozenset(queue[0][-1])  # stays at the front, or behind better children, until it is expanded
-            for head in [head for head in ranked if head not in state][: limits.branching]:
-                child = state | {head}
-                if child not in visited and search.admits(child):
-                    heapq.heappush(queue, order(child))
-                    search.check_target()
-                visited.add(child)
-            queue.remove(order(state))
-            heapq.heapify(queue)
+        state = NOTHING
+        for head in queue.ranked:  # so that what is found is never less than the walk's
+            state = child if queue.offer(child := state | {head}) else state
+        while queue.states:
+            state = queue.best()
+            for head in [head for head in queue.ranked if head not in state][: limits.branching]:
+                queue.offer(state | {head})
+            queue.states.remove(state)
     except _Stop as stop:
-        return search.found(f"{stop} was reached", queue or None)
-    return search.found("all states were expanded", queue)
+        return search.found(f"{stop} was reached", queue.bound() if queue else None)
+    return search.found("all states were expanded", queue.bound())
 
 
 def _ranked(search: _Search, heads: Iterable[Head]) -> list[Head]:
@@ -182,18 +182,43 @@ def _ranked(search: _Search, heads: Iterable[Head]) -> list[Head]:
     return sorted(values, key=lambda head: (math.isnan(values[head]), -values[head], head))
 
 
-class _Order:
-    """What a state is worth to A*."""
+class _Queue:
+    """Admissible states that were not expanded, the most promising first: the largest g + h, then g, then the metric,
+    then the first in order."""
 
     def __init__(self, search: _Search, ranked: Sequence[Head]) -> None:
         losses = {head: search.loss(frozenset((head,))) for head in ranked}
         # A head without which the metric is no number cannot be removed.
         self._deltas = {head: math.inf if math.isnan(loss) else max(0.0, loss) for head, loss in losses.items()}
-        self._search = search
+        self.ranked, self.states, self._search, self._visited = ranked, [NOTHING], search, {NOTHING}
 
-    def __call__(self, state: Heads) -> _Entry:
-        """Smaller is better: the largest g + h, then g, then the metric, then the first in order."""
-        room = self._search.budget - self._search.loss(state)
+    def offer(self, state: Heads) -> bool:
+        """Measure a state and keep it for expansion if it is admissible and new; whether it is admissible."""
+        admits = self._search.admits(state)
+        if admits and state not in self._visited:
+            self.states.append(state)
+            self._search.check_target()
+        self._visited.add(state)
+        return admits
+
+    def best(self) -> Heads:
+        """The most promising state."""
+        factor = self._factor()
+        return min(self.states, key=lambda state: self._rank(state, factor))
+
+    def bound(self) -> int:
+        """How many heads the most promising state would reach if losses added up."""
+        return max((-self._rank(state, 1.0)[0] for state in self.states), default=0)
+
+    def _factor(self) -> float:
+        """How much more the heads of the best state cost together than alone, 1 where it is not more: by so much
+        smaller are steps that are yet to come taken to be. Where losses add up it changes nothing."""
+        best = self._search.best
+        alone = sum(self._deltas[head] for head in best)
+        return max(1.0, self._search.loss(best) / alone) if alone > 0 else 1.0
+
+    def _rank(self, state: Heads, factor: float) -> tuple[int, int, float, tuple[Head, ...]]:
+        room = (self._search.budget - self._search.loss(state)) / factor
         promised = _promised(room, [delta for head, delta in self._deltas.items() if head not in state])
         return -(len(state) + promised), -len(state), -self._search.value(state), tuple(sorted(state))
 

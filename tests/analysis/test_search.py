@@ -79,6 +79,25 @@ def test_what_is_found_keeps_the_floor_also_where_heads_interact(
     assert shuffled == found
 
 
+PAIRS = st.dictionaries(st.frozensets(st.sampled_from(HEADS), min_size=2, max_size=2), SIXTEENTHS, max_size=9)
+
+
+@given(COSTS, PAIRS, BUDGETS, st.integers(1, 8))
+def test_astar_is_never_less_than_the_walk(
+    costs: dict[Head, float], pairs: dict[Heads, float], budget: float, branching: int
+) -> None:
+    """Not even with no more evaluations than the walk needs."""
+
+    def metric(gone: Heads) -> float:
+        return additive(costs)(gone) - sum(cost for pair, cost in pairs.items() if pair <= gone)
+
+    walked = greedy(metric, HEADS, budget)
+    found = astar(metric, HEADS, budget, Limits(walked.evaluations, branching=branching))
+    assert len(found.heads) >= len(walked.heads)
+    more = astar(metric, HEADS, budget, Limits(walked.evaluations + 40, branching=branching))
+    assert len(more.heads) >= len(found.heads)
+
+
 def test_two_copies_of_a_head_are_not_both_removed() -> None:
     """Each alone costs nothing; the pair costs all. The walk stays at the first of them, and so must A*."""
     copies = frozenset({(0, 0), (1, 0)})

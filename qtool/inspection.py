@@ -35,6 +35,9 @@ def inspect(model: str | Path, *, verify: bool = False, prove_integer: bool = Fa
         "execution": report.get("execution", {}).get("kind", "unknown"),
         "pruned_heads": artifact.pruned_heads(config),
         "modules": rows,
+        "attention": [
+            {"module": path, **item} for path, item in figures.items() if _number(item.get("mean_keys")) is not None
+        ],
         "distilled": [found for item in figures.items() if (found := _distilled(*item))],
         "size_bytes": size,
         "percent_of_float": 100 * size / source if source else float("nan"),

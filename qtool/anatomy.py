@@ -358,11 +358,24 @@ def anatomy(model: Any) -> Anatomy:
     base = "" if model.base_model is model else f"{model.base_model_prefix}."
     family = known or _generic(model, base)
     word_table = f"{base}{family.tables['word']}"
-    blocks = [_block(model, family, f"{base}{family.blocks}.{i}", i) for i in range(_depth(model, base, family))]
+    blocks = _blocks(model, base, family)
     tables = tuple(Part(name, f"{base}{path}") for name, path in family.tables.items())
     before, after = _outside(model, base, f"{base}{family.blocks}")
     units = (Unit("embeddings", "embeddings", before, tables), *blocks, Unit("head", "head", after, ()))
     return Anatomy(architecture, kind, units, word_table, _tied_head(model, word_table), known is None)
+
+
+def known_blocks(model: Any) -> list[Unit]:
+    """The blocks of a model whatever its head is for. Raises InputError for a type that is not in `FAMILIES`."""
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        known = ", ".join(FAMILIES)
+        raise InputError(f"model type '{model.config.model_type}' is not in qtool's table, which has {known}")
+    return _blocks(model, "" if model.base_model is model else f"{model.base_model_prefix}.", family)
+
+
+def _blocks(model: Any, base: str, family: Family) -> list[Unit]:
+    return [_block(model, family, f"{base}{family.blocks}.{i}", i) for i in range(_depth(model, base, family))]
 
 
 def _refuse(config: Any, architecture: str, kind: str, family: Family | None) -> None:
@@ -398,6 +411,8 @@ def _block(model: Any, family: Family, path: str, index: int) -> Unit:
     parts, seen = [], Counter[str]()
     for name, inside in names.items():
         module = block.get_submodule(inside)
+        if not module.weight.numel():  # of an attention that lost all of its heads
+            continue
         part = Part(name, f"{path}.{inside}", transposed=matrix_kind(module) == "conv1d")
         if sharing[inside] > 1:
             heads = model.config.num_attention_heads if family.interleaved else 1
@@ -415,6 +430,7 @@ def _feeds(config: Any, family: Family, block: str, parts: Sequence[Part]) -> tu
     return tuple(
         Feed(known.get(source, f"{block}.{source}"), tuple(known[name] for name in readers), head_size)
         for source, readers in family.feeds.items()
+        if known.keys() >= {*readers, *({source} & family.block_parts.keys())}
     )
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import torch
 
 QUANT_METHOD = "qtool"
+PRUNED = "pruned_heads"
+"""Key of `quantization_config` for attention heads that were cut out: layer → heads."""
 FORMAT_VERSION = 1
 REPORT = "qtool.json"
 CARD = "README.md"
@@ -327,7 +329,19 @@ def checked_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     for name, entry in tensors.items():
         if not _is_manifest_entry(entry):
             raise InputError(f"quantization_config has no dtype, shape and digest of {name!r}: config.json is damaged")
+    pruned_heads(config)
     return dict(config)
+
+
+def pruned_heads(config: Mapping[str, Any]) -> dict[int, list[int]]:
+    """The attention heads that are missing, by layer. Raises InputError where the entry is damaged."""
+    found = config.get(PRUNED) or {}
+    if not isinstance(found, Mapping) or not all(
+        str(layer).isdecimal() and isinstance(heads, list) and all(_is_size(head) for head in heads)
+        for layer, heads in found.items()
+    ):
+        raise InputError(f"quantization_config does not say which heads are missing under {PRUNED}: it is damaged")
+    return {int(layer): list(heads) for layer, heads in found.items()}
 
 
 def _is_description(module: Any) -> bool:

@@ -81,6 +81,20 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """What stays of a stored tensor: `kept` indices along dimension `dim`."""
+
+    dim: int
+    kept: tuple[int, ...]
+
+    def of(self, tensor: Any) -> Any:
+        """A copy of what stays."""
+        import torch
+
+        return tensor.index_select(self.dim, torch.tensor(self.kept, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """What a safetensors header says of a tensor."""
 
@@ -191,6 +205,7 @@ class Checkpoint:
         self.infos = tensor_infos(self.files)
         self._stored_as, self._joins = _renamed(model, self.infos)
         self._digest: str | None = None
+        self._cuts: Mapping[str, Cut] = {}
         self._names = self._resolve(model, tied_names(model) if tied is None else tied)
 
     def unties(self, model: Any) -> bool:
@@ -253,7 +268,11 @@ class Checkpoint:
         parts = value.flatten().split(_PART) if value.is_floating_point() else ()
         if not all(bool(part.float().isfinite().all()) for part in parts):  # a float64 may be too large for float32
             raise InputError(f"{self.folder}: tensor {source} holds NaN or infinity; this checkpoint is damaged")
-        return value
+        return self._cuts[name].of(value) if name in self._cuts else value
+
+    def cut(self, cuts: Mapping[str, Cut]) -> None:
+        """From now on, give of the tensors in `cuts` (parameter names) only what stays, as a copy."""
+        self._cuts = cuts
 
     def info(self, name: str) -> TensorInfo:
         """What the file says of the tensor for parameter `name` of the model."""

@@ -337,5 +337,8 @@ def render_inspection(screen: Screen, found: Mapping[str, Any]) -> None:
         f"{found['architecture']} by {', '.join(found['methods'])}: {megabytes(found['size_bytes'])} of weights, "
         f"{found['percent_of_float']:.1f} % of the float model; execution {found['execution']}"
     )
+    if gone := sum(map(len, found["pruned_heads"].values())):
+        layers = ", ".join(f"{layer}: {' '.join(map(str, own))}" for layer, own in found["pruned_heads"].items())
+        screen.line(f"{gone} attention heads removed (layer: heads): {layers}")
     for what, outcome in found.get("checks", {}).items():
         screen.line(f"{what}: {outcome}")

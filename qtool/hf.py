@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qtool import kernels, nn
 from qtool.anatomy import FAMILIES, head_kind
-from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, manifest_of_tensors
+from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, manifest_of_tensors, pruned_heads
 from qtool.decoder import join
 from qtool.encoder import integrate
 from qtool.errors import InputError, UnavailableError
@@ -26,6 +26,7 @@ from qtool.nn import QAttention
 from qtool.nn.attention import CHILD
 from qtool.nn.codes import CODES_CHILD, CodedAttention
 from qtool.nn.plan import check
+from qtool.pruning import shrink
 
 REPEATABLE = "qtool_sdpa_float64"
 """Name of the attention that decoders of qtool use; see `repeatable_attention`."""
@@ -67,7 +68,7 @@ class QtoolConfig(QuantizationConfigMixin):
         **others: Any,
     ) -> None:
         """Raises InputError for an artifact of another format, or without what this one must have."""
-        checked = checked_quantization({"version": version, "modules": modules, "tensors": tensors})
+        checked = checked_quantization({**others, "version": version, "modules": modules, "tensors": tensors})
         self.quant_method = quant_method  # type: ignore[assignment]
         self.version: int = checked["version"]
         self.modules: Mapping[str, Mapping[str, Any]] = dict(checked["modules"])
@@ -115,6 +116,8 @@ class QtoolQuantizer(HfQuantizer):
     ) -> None:
         if checkpoint_files:
             check_manifest([Path(file) for file in checkpoint_files], self.quantization_config.tensors)
+        if gone := pruned_heads(vars(self.quantization_config)):
+            shrink(model, gone)
         modules = paths_in(model, self.quantization_config.modules)
         _refuse_shared_tables(model, modules)
         _refuse_other_head(model, modules)
@@ -145,12 +148,14 @@ class QtoolQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Integer codes have no gradient."""
-        return False
+        """Integer codes have no gradient; what is only smaller has."""
+        return not self.quantization_config.modules
 
 
 def adapt(model: Any, modules: Mapping[str, Mapping[str, Any]], *, dtype: torch.dtype) -> None:
     """Replace what `modules` describes by empty quantized modules, and give the model the forward they need."""
+    if not modules:
+        return
     nn.install(model, modules, dtype=dtype)
     repeatable_attention(model)
     coded_attention(model)

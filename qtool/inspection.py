@@ -33,6 +33,7 @@ def inspect(model: str | Path, *, verify: bool = False, prove_integer: bool = Fa
         "architecture": report.get("architecture", "unknown"),
         "methods": [str(method) for method in methods] if isinstance(methods, list) else [],
         "execution": report.get("execution", {}).get("kind", "unknown"),
+        "pruned_heads": artifact.pruned_heads(config),
         "modules": rows,
         "attention": [
             {"module": path, **item} for path, item in figures.items() if _number(item.get("mean_keys")) is not None
@@ -46,7 +47,7 @@ def inspect(model: str | Path, *, verify: bool = False, prove_integer: bool = Fa
         "damage": [],
     }
     if verify:
-        integer = all(module["type"].startswith("int_") for _, module in described)
+        integer = bool(described) and all(module["type"].startswith("int_") for _, module in described)
         found["checks"], found["damage"] = _verify(folder, report, integer=integer)
     if prove_integer and not found["damage"]:
         from qtool.purity import prove

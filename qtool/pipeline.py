@@ -28,7 +28,7 @@ import torch
 from qtool import __version__, artifact, audit, card, golden
 from qtool.anatomy import Anatomy, Unit
 from qtool.anatomy import anatomy as anatomy_of
-from qtool.artifact import FORMAT_VERSION, QUANT_METHOD
+from qtool.artifact import FORMAT_VERSION, PRUNED, QUANT_METHOD
 from qtool.calibrate.observers import OBSERVERS
 from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
@@ -42,6 +42,7 @@ from qtool.methods import build, entry
 from qtool.methods.base import Method, Plan
 from qtool.methods.combined import Combined
 from qtool.nn import QModule
+from qtool.pruning import heads_json, shrink
 from qtool.recipe import Recipe
 from qtool.rundir import RunDirectory
 from qtool.spill import SpilledStates, State
@@ -95,10 +96,16 @@ class Job:
         self.method.reshape(self.model, self.checkpoint)
         self.anatomy = anatomy_of(self.model)
         plan = self.method.plan(self.anatomy, self.model)
-        if not plan.modules:
+        if not plan.modules and not plan.heads:
             raise InputError("the recipe leaves every module in float; there is nothing to quantize")
         tied = getattr(self.model.config, "tie_word_embeddings", True)
         self.plan = replace(plan, config={**({} if tied else {"tie_word_embeddings": False}), **plan.config})
+        if not plan.modules:
+            kept = {part.path: "no method of the recipe quantizes" for _, part in self.anatomy.parts()}
+            self.plan = replace(self.plan, kept_float=kept)
+        for method in self.methods:
+            if settled := method.settled():
+                self.recipe = self.recipe.with_options(method.name, settled)
 
     def lowered_skeleton(self) -> Any:
         """The model with empty quantized modules (meta device)."""
@@ -106,6 +113,8 @@ class Job:
         for key, value in self.plan.config.items():
             setattr(config, key, value)
         model = skeleton(config)
+        if self.plan.heads:
+            shrink(model, self.plan.heads)
         adapt(model, self.plan.modules, dtype=torch.float32)
         return model
 
@@ -146,7 +155,8 @@ class Job:
     def statistics_fingerprint(self, batches: Batches) -> dict[str, Any]:
         """What a statistics file depends on: not the part of the recipe that only rounding reads."""
         observers = sorted({(path, name) for unit in self.observed().values() for path, name in unit.items()})
-        return {"model": self.checkpoint.digest(), "data": batches.digest, "observers": _digest(observers)}
+        found = {"model": self.checkpoint.digest(), "data": batches.digest, "observers": _digest(observers)}
+        return {**found, "heads": _digest(heads_json(self.plan.heads))} if self.plan.heads else found
 
 
 def _digest(value: Any) -> str:
@@ -420,6 +430,7 @@ def _write_config(job: Job, staging: Path, manifest: artifact.Manifest) -> None:
         "methods": [method.name for method in job.methods],
         "modules": job.plan.modules,
         "tensors": manifest,
+        **({PRUNED: heads_json(job.plan.heads)} if job.plan.heads else {}),
     }
     artifact.write_json(
         staging / "config.json", {**config, **job.plan.config, "dtype": "float32", "quantization_config": quantization}

@@ -14,7 +14,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "plugins", "__init__"}),
     frozenset({"numerics", "rows"}),
     frozenset({"kernels"}),
-    frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream", "lesson", "distill"}),
+    frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream", "lesson", "distill", "pruning"}),
     frozenset(
         {"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "decoder", "fused", "audit"}
     ),
@@ -31,6 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "inspection",
             "doctor",
             "bench",
+            "analysis",
         }
     ),
     frozenset({"api"}),

@@ -48,6 +48,7 @@ CHECKS: dict[str, Callable[[Any, Any, Any], bool]] = {
     "minItems": lambda value, count, whole: not isinstance(value, list) or len(value) >= count,
     "maxItems": lambda value, count, whole: not isinstance(value, list) or len(value) <= count,
     "pattern": lambda value, text, whole: not isinstance(value, str) or re.search(text, value) is not None,
+    "exclusiveMinimum": lambda value, limit, whole: not TYPES["number"](value) or value > limit,
     "minimum": lambda value, limit, whole: not TYPES["number"](value) or value >= limit,
     "maximum": lambda value, limit, whole: not TYPES["number"](value) or value <= limit,
     "exclusiveMaximum": lambda value, limit, whole: not TYPES["number"](value) or value < limit,

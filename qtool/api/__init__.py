@@ -6,6 +6,7 @@ renders their events.
 
 from qtool.api.bench import bench, random_models
 from qtool.api.data import calibration_batches, calibration_events, calibration_texts, golden_inputs, planned_batches
+from qtool.api.heads import HeadsRequest, analyze_heads
 from qtool.api.jobs import (
     DEFAULT_FOLDER,
     LATEST,
@@ -36,7 +37,9 @@ __all__ = [
     "DEFAULT_FOLDER",
     "FLAG_KEYS",
     "LATEST",
+    "HeadsRequest",
     "Quantized",
+    "analyze_heads",
     "baseline_for",
     "bench",
     "calibrate_events",

@@ -123,8 +123,8 @@ def _subjects(model: str | Path, baseline: str | Path | None, task: Task, revisi
     return [candidate] if baseline is None else [subject(baseline, task), candidate]
 
 
-def _check_baseline(exam: Exam, side: Side, value: float, allow_weak: bool) -> None:
-    """Stop where a comparison would mean nothing."""
+def check_baseline(exam: Exam, side: Side, value: float, allow_weak: bool) -> None:
+    """Raises InputError where a comparison with the model of `side`, which scores `value`, would mean nothing."""
     name, task = side.subject.name, exam.task
     if math.isnan(value):
         raise InputError(f"the baseline {name} gives NaN on {task.name}; its checkpoint is damaged")
@@ -144,7 +144,7 @@ def _evaluation(exam: Exam, sides: Sequence[Side], settings: dict[str, Any], all
     answers = [exam.answers(side) for side in sides]
     scores = [_score(exam, side, own) for side, own in zip(sides, answers, strict=True)]
     if paired:
-        _check_baseline(exam, sides[0], scores[0].value, allow_weak)
+        check_baseline(exam, sides[0], scores[0].value, allow_weak)
     probe = exam.probe if isinstance(exam, Classification) else None
     return Evaluation(
         task=task.name,
@@ -156,7 +156,7 @@ def _evaluation(exam: Exam, sides: Sequence[Side], settings: dict[str, Any], all
         baseline=scores[0] if paired else None,
         # Rounding takes away what the difference of two quotients adds in the last bits.
         drop=round(metrics.drop(task.metric, scores[-1].value, scores[0].value), 9) if paired else None,
-        interval=_interval(exam, answers) if paired else None,
+        interval=interval(exam, answers) if paired else None,
         agreement=_agreement(exam, sides) if paired else None,
         kl=_kl(exam, sides[-1]),
         speed_ratio=scores[0].seconds / scores[-1].seconds if paired else None,
@@ -174,8 +174,8 @@ def _score(exam: Exam, side: Side, answers: Sequence[Any]) -> Score:
     return Score(subject.name, values[exam.task.metric], side.seconds, subject.size_bytes, subject.quantized, others)
 
 
-def _interval(exam: Exam, answers: Sequence[Sequence[Any]]) -> metrics.Interval:
-    """The paired interval of the drop; NaN where a prediction is missing."""
+def interval(exam: Exam, answers: Sequence[Sequence[Any]]) -> metrics.Interval:
+    """The paired interval of the drop from the first to the second `answers`; NaN where a prediction is missing."""
     theirs, own = answers
     metric, references = exam.task.metric, exam.references
     if any(math.isnan(metrics.points(metric, side, references)) for side in answers):

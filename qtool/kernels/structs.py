@@ -126,7 +126,7 @@ class QEncoder(ctypes.Structure):
     GELU, RELU = 0, 1
     _fields_ = (
         ("blocks", ctypes.POINTER(QBlock)),
-        *[(name, _I32) for name in ("count", "hidden", "heads", "activation")],
+        *[(name, _I32) for name in ("count", "hidden", "size", "activation")],
     )
 
 

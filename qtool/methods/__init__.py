@@ -43,6 +43,12 @@ METHODS: dict[str, Entry] = {
         "zeroquant-w8a8",
         "real: int8 × int8 → int32 products",
     ),
+    "headprune": Entry(
+        "qtool.methods.headprune:HeadPrune",
+        "attention heads removed from the weights, alone or before another method",
+        None,
+        "real: smaller matrices",
+    ),
     "logattn": Entry(
         "qtool.methods.logattn:LogAttn",
         "attention probabilities pruned and kept as codes of 2 to 8 bits; alone or with zeroquant",

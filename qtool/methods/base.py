@@ -16,6 +16,7 @@ from qtool.lesson import Lesson
 from qtool.nn import QModule
 from qtool.numerics import QTensor
 from qtool.numerics.grid import Grid
+from qtool.pruning import Gone
 from qtool.recipe import Recipe
 from qtool.stream import Reader
 
@@ -34,6 +35,8 @@ class Plan:
     kept_float: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     """Entries of config.json that the method changes."""
+    heads: Gone = field(default_factory=dict)
+    """Attention heads that the float model has and the artifact has not."""
 
 
 class Options(BaseModel):
@@ -69,6 +72,11 @@ class Method(ABC):
 
         For methods of phase `shape`: all that follows, calibration too, sees a model of that shape.
         """
+
+    def settled(self) -> Mapping[str, Any]:
+        """Options as an artifact records them, where they only point to what they mean (to a file). Nothing: as they
+        are."""
+        return {}
 
     @abstractmethod
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:

@@ -40,13 +40,14 @@ class Combined(Method):
 
         Raises InputError where two replace the same module.
         """
-        plans = [method.plan(anatomy, model) for method in self.methods]
-        names = [method.name for method in self.methods]
-        modules = _united({name: plan.modules for name, plan in zip(names, plans, strict=True)}, "both replace {}")
-        config = _united({name: plan.config for name, plan in zip(names, plans, strict=True)}, "both set {}")
-        kept = {path: reason for plan in reversed(plans) for path, reason in plan.kept_float.items()}
-        self.arithmetic = "; ".join(dict.fromkeys(method.arithmetic for method in self.methods))
-        return Plan(modules, {path: reason for path, reason in kept.items() if path not in modules}, config)
+        plans = {method.name: method.plan(anatomy, model) for method in self.methods}
+        modules = _united({name: plan.modules for name, plan in plans.items()}, "both replace {}")
+        config = _united({name: plan.config for name, plan in plans.items()}, "both set {}")
+        heads = _united({name: plan.heads for name, plan in plans.items()}, "both cut heads of layer {}")
+        kept = {path: reason for plan in reversed(plans.values()) for path, reason in plan.kept_float.items()}
+        computing = [method for method in self.methods if method.phase != "shape"] or self.methods
+        self.arithmetic = "; ".join(dict.fromkeys(method.arithmetic for method in computing))
+        return Plan(modules, {path: reason for path, reason in kept.items() if path not in modules}, config, heads)
 
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
         """Raises InputError where two want to observe one site in different ways."""
@@ -131,10 +132,10 @@ class Combined(Method):
         return found
 
 
-def _united(shares: Mapping[str, Mapping[str, Any]], clash: str) -> dict[str, Any]:
+def _united(shares: Mapping[str, Mapping[Any, Any]], clash: str) -> dict[Any, Any]:
     """Mappings by method as one. Raises InputError where two have different values for a key."""
-    united: dict[str, Any] = {}
-    owner: dict[str, str] = {}
+    united: dict[Any, Any] = {}
+    owner: dict[Any, str] = {}
     for name, share in shares.items():
         for key in _different(united, share):
             raise InputError(f"{owner[key]} and {name} {clash.format(key)}; choose one of them")
@@ -143,5 +144,5 @@ def _united(shares: Mapping[str, Mapping[str, Any]], clash: str) -> dict[str, An
     return united
 
 
-def _different(known: Mapping[str, Any], share: Mapping[str, Any]) -> Iterable[str]:
+def _different(known: Mapping[Any, Any], share: Mapping[Any, Any]) -> Iterable[Any]:
     return (key for key, value in share.items() if key in known and known[key] != value)

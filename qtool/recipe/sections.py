@@ -275,6 +275,11 @@ class Recipe(Section):
         changes = {"calibration": calibration, "model": model, "evaluate": evaluate, "output": None, "max_memory": None}
         return self.model_copy(update=changes)
 
+    def with_options(self, method: str, options: Mapping[str, Any]) -> "Recipe":
+        """The recipe with these options of a method, and no others."""
+        changed = (MethodChoice(name=method, **options) if one.name == method else one for one in self.methods)
+        return self.model_copy(update={"methods": tuple(changed)})
+
     def for_parts(self, parts: Mapping[str, Sequence[str]]) -> "Recipe":
         """The recipe with rules that name parts (`part:ffn.*`) written out for the modules that these are in a model.
 

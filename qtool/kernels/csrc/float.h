@@ -37,6 +37,8 @@ struct Norm {
 
 enum FloatActivation : std::int32_t { kGelu = 0, kFloatRelu = 1 };
 
+// What `query` gives may be narrower than the residual stream: as many heads as it has room for. Without any (0 outputs),
+// attention is the bias of `output` alone, and neither has weights.
 struct QBlock {
   QLinear query, key, value, output;
   Norm attention_norm;
@@ -44,9 +46,10 @@ struct QBlock {
   Norm ffn_norm;
 };
 
+// Heads have `size` channels each.
 struct QEncoder {
   const QBlock* blocks;
-  std::int32_t count, hidden, heads, activation;
+  std::int32_t count, hidden, size, activation;
 };
 
 struct RmsNorm {

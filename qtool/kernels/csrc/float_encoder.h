@@ -15,7 +15,7 @@ class FloatEncoder {
  public:
   FloatEncoder(const QEncoder& encoder, float* hidden, const std::int32_t* starts, int sequences, int threads, void* memory)
       : encoder_(encoder), hidden_(hidden),
-        schedule_(starts, sequences, encoder.heads, encoder.count, threads, std::max(Isa::kRows, Isa::kFloatRows)) {
+        schedule_(starts, sequences, encoder.hidden / encoder.size, encoder.count, threads, std::max(Isa::kRows, Isa::kFloatRows)) {
     Cutter cutter(memory);
     const std::int64_t cells = std::int64_t{starts[sequences]} * encoder.hidden;
     query_ = cutter.take<float>(cells);
@@ -51,12 +51,12 @@ class FloatEncoder {
   // A thread's memory: intermediate results of the rows of a block, unpacked weights, and a head.
   struct Worker {
     Worker(const QEncoder& e, std::int64_t rows, std::int64_t unpacked_bytes, int longest, Cutter& cutter)
-        : codes(cutter.take<std::uint8_t>(rows * Product::stride(e.blocks[0].query))),
+        : codes(cutter.take<std::uint8_t>(rows * Product::stride(e.blocks[0].up))),
           inner_codes(cutter.take<std::uint8_t>(rows * Product::stride(e.blocks[0].down))),
           inner(cutter.take<float>(rows * e.blocks[0].up.outputs)),
           scales(cutter.take<float>(rows)),
           unpacked(cutter.take<std::int8_t>(unpacked_bytes)),
-          head(e.hidden / e.heads, longest, cutter) {}
+          head(e.size, longest, cutter) {}
 
     std::uint8_t *codes, *inner_codes;
     float *inner, *scales;
@@ -75,19 +75,25 @@ class FloatEncoder {
   static std::int64_t unpacked_bytes(const QBlock& block, int rows) {
     std::int64_t most = 0;
     for (const QLinear* linear : {&block.query, &block.key, &block.value, &block.output, &block.up, &block.down}) {
+      if (linear->inputs * linear->outputs == 0) continue;
       most = std::max(most, Product::unpacked_bytes(*linear, rows));
     }
     return most;
   }
   Target<float> target(float* matrix, int begin) const { return {row(matrix, begin), encoder_.hidden}; }
   float* row(float* matrix, int r) const { return matrix + std::int64_t{r} * encoder_.hidden; }
+  // Of what attention reads and gives: rows are as wide as all heads of the block.
+  static Target<float> target(float* matrix, int begin, const QBlock& block) {
+    return {matrix + std::int64_t{begin} * block.query.outputs, block.query.outputs};
+  }
 
   void start_block(const Rows& rows, const QBlock& block) {
+    if (block.query.outputs == 0) return;
     quantize(rows, block.query, row(hidden_, rows.begin), rows.scratch.codes);
     const auto keep = [](auto isa, float* cell, auto y) { decltype(isa)::store_float(cell, y); };
-    product(rows, block.query, rows.scratch.codes, target(query_, rows.begin), keep);
-    product(rows, block.key, rows.scratch.codes, target(key_, rows.begin), keep);
-    product(rows, block.value, rows.scratch.codes, target(value_, rows.begin), keep);
+    product(rows, block.query, rows.scratch.codes, target(query_, rows.begin, block), keep);
+    product(rows, block.key, rows.scratch.codes, target(key_, rows.begin, block), keep);
+    product(rows, block.value, rows.scratch.codes, target(value_, rows.begin, block), keep);
   }
 
   void finish_block(const Rows& rows, const QBlock& block) {
@@ -97,8 +103,12 @@ class FloatEncoder {
       using V = decltype(isa);
       V::store_float(cell, V::add_float(y, V::load_float(cell)));
     };
-    quantize(rows, block.output, row(context_, rows.begin), scratch.codes);
-    product(rows, block.output, scratch.codes, target(hidden_, rows.begin), residual);
+    if (block.query.outputs == 0) {
+      add_bias(rows, block.output);
+    } else {
+      quantize(rows, block.output, target(context_, rows.begin, block).first, scratch.codes);
+      product(rows, block.output, scratch.codes, target(hidden_, rows.begin), residual);
+    }
     rows.crew.wait();
     normalize(rows, block.attention_norm);
     quantize(rows, block.up, hidden, scratch.codes);
@@ -112,6 +122,15 @@ class FloatEncoder {
     product(rows, block.down, scratch.inner_codes, target(hidden_, rows.begin), residual);
     rows.crew.wait();
     normalize(rows, block.ffn_norm);
+  }
+
+  // To the rows that the thread normalizes next.
+  void add_bias(const Rows& rows, const QLinear& linear) {
+    if (linear.bias == nullptr) return;
+    for (int r = rows.crew.begin(rows.count); r < rows.crew.end(rows.count); ++r) {
+      float* const x = row(hidden_, rows.begin + r);
+      for (int i = 0; i < encoder_.hidden; ++i) x[i] += linear.bias[i];
+    }
   }
 
   void normalize(const Rows& rows, const Norm& norm) {
@@ -135,16 +154,17 @@ class FloatEncoder {
 
   void attend(const Crew& crew, int layer) {
     FloatHead<Isa>& head = workers_[crew.index].head;
-    const int size = encoder_.hidden / encoder_.heads;
-    schedule_.by_heads(crew, layer, [&](int number, int begin, int keys, int from, int to) {
-      const std::int64_t cell = std::int64_t{begin} * encoder_.hidden + number * size;
-      head.pack(key_ + cell, value_ + cell, encoder_.hidden, keys);
+    const QBlock& block = encoder_.blocks[layer];
+    const int size = encoder_.size, width = block.query.outputs;
+    schedule_.by_heads(crew, layer, width / size, [&](int number, int begin, int keys, int from, int to) {
+      const std::int64_t cell = std::int64_t{begin} * width + number * size;
+      head.pack(key_ + cell, value_ + cell, width, keys);
       for (int r = from; r < to; r += Isa::kFloatRows) {
-        const std::int64_t at = cell + std::int64_t{r} * encoder_.hidden;
+        const std::int64_t at = cell + std::int64_t{r} * width;
         const int more = std::min(Isa::kFloatRows, to - r - Isa::kFloatRows);
-        if (more > 0) target(query_, begin + r + Isa::kFloatRows).fetch(0, more, number * size, size);
-        target(context_, begin + r).fetch(0, std::min(Isa::kFloatRows, to - r), number * size, size);
-        head.attend(query_ + at, encoder_.hidden, std::min(Isa::kFloatRows, to - r), context_ + at);
+        if (more > 0) target(query_, begin + r + Isa::kFloatRows, block).fetch(0, more, number * size, size);
+        target(context_, begin + r, block).fetch(0, std::min(Isa::kFloatRows, to - r), number * size, size);
+        head.attend(query_ + at, width, std::min(Isa::kFloatRows, to - r), context_ + at);
       }
     });
   }

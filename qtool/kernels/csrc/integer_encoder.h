@@ -14,7 +14,7 @@ class Encoder {
  public:
   Encoder(const IntEncoder& encoder, const IntBatch& batch, std::int32_t* out, int threads, void* memory)
       : encoder_(encoder), batch_(batch), out_(out),
-        schedule_(batch.starts, batch.sequences, encoder.blocks[0].attention.heads, encoder.count, threads, Isa::kRows) {
+        schedule_(batch.starts, batch.sequences, most_heads(encoder), encoder.count, threads, Isa::kRows) {
     const int rows = batch.tokens;
     Cutter cutter(memory);
     const std::int64_t cells = std::int64_t{rows} * encoder.hidden;
@@ -59,6 +59,11 @@ class Encoder {
     Head<Isa> head;
   };
 
+  static int most_heads(const IntEncoder& e) {
+    int most = 0;
+    for (int i = 0; i < e.count; ++i) most = std::max(most, e.blocks[i].attention.heads);
+    return most;
+  }
   static int narrow_stride(const IntEncoder& e) { return ceil_div(std::max(e.hidden, e.norm.size), kQuad) * kQuad; }
   static int inner_stride(const IntEncoder& e) { return ceil_div(e.blocks[0].down.inputs, kQuad) * kQuad; }
   static int widest(const IntEncoder& e) { return std::max({e.hidden, e.norm.size, e.blocks[0].down.inputs}); }
@@ -69,6 +74,12 @@ class Encoder {
   template <class T>
   Target<T> target(T* matrix, int begin) const {
     return {row(matrix, begin), encoder_.hidden};
+  }
+
+  // Of what attention reads and gives: rows are as wide as all heads of the block.
+  template <class T>
+  static Target<T> target(T* matrix, int begin, const IntBlock& block) {
+    return {matrix + std::int64_t{begin} * block.query.outputs, block.query.outputs};
   }
 
   // Everything from the attention before `layer` (or from the ids) to its own.
@@ -83,9 +94,9 @@ class Encoder {
     if (next == nullptr) return;
     crew.wait();
     const auto keep = [](auto isa, auto* cell, auto y) { decltype(isa)::put(cell, y); };
-    product(crew, next->query, scratch, count, target(query_, begin), keep);
-    product(crew, next->key, scratch, count, target(key_, begin), keep);
-    product(crew, next->value, scratch, count, target(value_, begin), keep);
+    product(crew, next->query, scratch, count, target(query_, begin, *next), keep);
+    product(crew, next->key, scratch, count, target(key_, begin, *next), keep);
+    product(crew, next->value, scratch, count, target(value_, begin, *next), keep);
   }
 
   // Output projection, feed-forward layers and both norms.
@@ -95,7 +106,8 @@ class Encoder {
       using V = decltype(isa);
       V::put(cell, V::add(V::load(cell), y));
     };
-    quantize(crew, block.output, context_, scratch, wide, begin, count);
+    const Target<std::int16_t> context = target(context_, begin, block);
+    for (int r = crew.begin(count); r < crew.end(count); ++r) quantize_row(block.output, context.at(r, 0), scratch, r, wide);
     crew.wait();
     product(crew, block.output, scratch, count, target(hidden_, begin), residual);
     crew.wait();
@@ -197,17 +209,19 @@ class Encoder {
 
   void attend(const Crew& crew, int layer) {
     Head<Isa>& head = workers_[crew.index].head;
-    const IntAttention& attention = encoder_.blocks[layer].attention;
+    const IntBlock& block = encoder_.blocks[layer];
+    const IntAttention& attention = block.attention;
+    const int width = block.query.outputs;
     head.serve(attention);
-    schedule_.by_heads(crew, layer, [&](int number, int begin, int keys, int from, int to) {
-      const std::int64_t cell = std::int64_t{begin} * encoder_.hidden + number * attention.size;
-      head.pack(key_ + cell, value_ + cell, encoder_.hidden, keys, [](int i) { return i; });
+    schedule_.by_heads(crew, layer, attention.heads, [&](int number, int begin, int keys, int from, int to) {
+      const std::int64_t cell = std::int64_t{begin} * width + number * attention.size;
+      head.pack(key_ + cell, value_ + cell, width, keys, [](int i) { return i; });
       for (int r = from; r < to; r += Isa::kRows) {
-        const std::int64_t at = cell + std::int64_t{r} * encoder_.hidden;
+        const std::int64_t at = cell + std::int64_t{r} * width;
         const int more = std::min(Isa::kRows, to - r - Isa::kRows);
-        if (more > 0) target(query_, begin + r + Isa::kRows).fetch(0, more, number * attention.size, attention.size);
-        target(context_, begin + r).fetch(0, std::min(Isa::kRows, to - r), number * attention.size, attention.size);
-        head.attend(number, query_ + at, encoder_.hidden, std::min(Isa::kRows, to - r), context_ + at);
+        if (more > 0) target(query_, begin + r + Isa::kRows, block).fetch(0, more, number * attention.size, attention.size);
+        target(context_, begin + r, block).fetch(0, std::min(Isa::kRows, to - r), number * attention.size, attention.size);
+        head.attend(number, query_ + at, width, std::min(Isa::kRows, to - r), context_ + at);
       }
     });
   }

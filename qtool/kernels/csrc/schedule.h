@@ -40,9 +40,9 @@ class Cutter {
 
 class Schedule {
  public:
-  // `starts` has `sequences` + 1 entries; row blocks are multiples of `multiple`.
+  // `starts` has `sequences` + 1 entries; a layer has `heads` or fewer; row blocks are multiples of `multiple`.
   Schedule(const std::int32_t* starts, int sequences, int heads, int layers, int threads, int multiple)
-      : starts_(starts), sequences_(sequences), heads_(heads), rows_(starts[sequences]), counters_(new Counter[2 * layers + 2]) {
+      : starts_(starts), sequences_(sequences), rows_(starts[sequences]), counters_(new Counter[2 * layers + 2]) {
     together_ = rows_ < kAloneRows * threads;
     const int pieces = threads * ceil_div(rows_, threads * kBlockRows);
     block_ = together_ ? rows_ : ceil_div(ceil_div(rows_, pieces), multiple) * multiple;
@@ -71,13 +71,14 @@ class Schedule {
     crew.wait();
   }
 
-  // Calls `work(head, begin, keys, from, to)` for queries [from, to) of a sequence that starts at row `begin`.
+  // Calls `work(head, begin, keys, from, to)` for queries [from, to) of a sequence that starts at row `begin`; layers may
+  // have different numbers of `heads`.
   template <class Work>
-  void by_heads(const Crew& crew, int layer, const Work& work) {
+  void by_heads(const Crew& crew, int layer, int heads, const Work& work) {
     std::atomic<int>& next = counters_[2 * layer + 1].value;
-    const int chunks = ceil_div(longest_, chunk_), tasks = sequences_ * heads_ * chunks;
+    const int chunks = ceil_div(longest_, chunk_), tasks = sequences_ * heads * chunks;
     for (int task; (task = next.fetch_add(1)) < tasks;) {
-      const int chunk = task % chunks, head = task / chunks % heads_, sequence = task / chunks / heads_;
+      const int chunk = task % chunks, head = task / chunks % heads, sequence = task / chunks / heads;
       const int begin = starts_[sequence], keys = starts_[sequence + 1] - begin;
       const int from = chunk * chunk_, to = std::min(from + chunk_, keys);
       if (from < to) work(head, begin, keys, from, to);
@@ -91,7 +92,7 @@ class Schedule {
   };
 
   const std::int32_t* starts_;
-  int sequences_, heads_, rows_;
+  int sequences_, rows_;
   bool together_ = false;
   int block_ = 0, longest_ = 0, chunk_ = 0;
   std::unique_ptr<Counter[]> counters_;

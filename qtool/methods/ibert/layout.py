@@ -94,7 +94,7 @@ class Layout:
             raise InputError("methods.ibert.tuning: it tunes the smoothing, which is null")
         self.anatomy, self.model, self.recipe, self.options, self.family = anatomy, model, recipe, options, family
         self.base = "" if model.base_model is model else f"{model.base_model_prefix}."
-        self.hidden, self.heads = config.hidden_size, config.num_attention_heads
+        self.hidden, self.size = config.hidden_size, config.hidden_size // config.num_attention_heads
         linears = [layer.path for layer in self.head_layers() if layer.kind in LINEARS]
         recipe.check_rules([part.path for _, part in anatomy.parts()] + linears)
 
@@ -140,6 +140,8 @@ class Layout:
     def block_paths(self, unit: Unit) -> dict[str, str]:
         """Full paths by role of `IntBlock`."""
         names = {part.name: part.path for part in unit.parts}
+        if "attention.query" not in names:
+            raise InputError(f"ibert has no integer form of {unit.name}, which lost all of its heads; keep one of them")
         block, norms = unit.modules[0], self.family.norms
         return {
             "query": names["attention.query"],
@@ -228,7 +230,7 @@ class Layout:
             "query": self._linear(paths["query"], out_bits=QUERY_BITS),
             "key": self._linear(paths["key"], out_bits=8, rescales=False),
             "value": self._linear(paths["value"], out_bits=8, rescales=False),
-            "attention": self._attention(),
+            "attention": self._attention(paths["query"]),
             "output": self._linear(paths["output"], in_bits=CONTEXT_BITS, rescales=not self.dynamic(paths["output"])),
             "attention_norm": self._norm(self.hidden, wide + 1),
             "up": self._linear(paths["up"], out_bits=inner),
@@ -244,10 +246,10 @@ class Layout:
             "parts": {role: {"path": _inside(paths[role], block), **part} for role, part in parts.items()},
         }
 
-    def _attention(self) -> Description:
-        tokens = max_tokens(self.model.config)
+    def _attention(self, query: str) -> Description:
+        tokens, width = max_tokens(self.model.config), self.model.get_submodule(query).weight.shape[0]
         return {
-            "type": "int_attention", "heads": self.heads, "hidden": self.hidden, "tokens": tokens,
+            "type": "int_attention", "heads": width // self.size, "hidden": width, "tokens": tokens,
             "query_bits": QUERY_BITS, "probability_bits": self.options.probability_bits,
             "grid": self.options.scores_grid, "out_bits": CONTEXT_BITS,
         }  # fmt: skip

@@ -287,12 +287,12 @@ class Lowering:
     def _shared(self, limits: torch.Tensor) -> torch.Tensor:
         """Limits of channels made those of what shares a scale; a dead channel gets a millionth of the largest."""
         limits = limits.clamp_min(_DEAD * float(limits.max()) or 1.0)
-        how, heads = self.options.attention_scales, self.layout.heads
+        how, size = self.options.attention_scales, self.layout.size
         if how == "channel":
             return limits
         if how == "tensor":
             return limits.amax().expand_as(limits)
-        return limits.view(heads, -1).amax(1, keepdim=True).expand(-1, len(limits) // heads).flatten()
+        return limits.view(-1, size).amax(1, keepdim=True).expand(-1, size).flatten()
 
     def _act_input(self, path: str, act: str, bits: int) -> Grid:
         """The grid on which the activation behind the linear at `path` reads its input."""

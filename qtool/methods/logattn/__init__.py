@@ -21,6 +21,7 @@ from qtool.methods.logattn.codebooks import Wish, common_loss, make
 from qtool.nn import CodedAttention, QModule
 from qtool.nn.codes import CODES_CHILD
 from qtool.numerics.codebook import MAX_BITS, THRESHOLD
+from qtool.pruning import is_headless
 from qtool.recipe import Recipe
 from qtool.stream import Reader
 
@@ -99,7 +100,7 @@ class LogAttn(Method):
         sites = attention_sites(model)
         for unit in anatomy.blocks:
             own = [site for site in sites if unit.owns(site.path)]
-            if not own:
+            if not own and not is_headless(model, unit):
                 raise InputError(f"{anatomy.architecture}: {unit.name} has no attention that logattn could reach")
             for site in own:
                 described[f"{site.path}.{CODES_CHILD}"] = {

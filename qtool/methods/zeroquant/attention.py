@@ -11,6 +11,7 @@ from qtool.errors import InputError
 from qtool.hf import attention_sites
 from qtool.methods.base import Plan
 from qtool.nn.attention import CHILD, attention_description
+from qtool.pruning import is_headless
 
 _QMAX = 127
 _OBSERVER = "channels"
@@ -26,6 +27,8 @@ def plan_attention(anatomy: Anatomy, model: Any) -> dict[str, dict[str, Any]]:
     for unit in anatomy.blocks:
         own = [site for site in sites if unit.owns(site.path)]
         value = _value(unit)
+        if is_headless(model, unit):
+            continue
         if len(own) != 1 or value is None or _width(model, value) != own[0].groups * own[0].size:
             raise InputError(
                 f"{anatomy.architecture}: {unit.name} has no attention whose values are known to be the output of one "

@@ -1,0 +1,1 @@
+"""Studies of a float model: what its attention tolerates, shown as JSON and as one page."""

@@ -1,0 +1,117 @@
+"""One float model, and variants of it that compute otherwise, on the same batches.
+
+A variant is a context: what is altered inside it (an attention function, modules without some heads) is what runs. The
+model and its rows are loaded once, and the float model goes through the batches once: its logits are kept for the
+variants that follow, as far as `KEPT_BYTES` goes; beyond, it runs again beside each.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qtool.errors import InputError
+from qtool.evaluation.batches import cut
+from qtool.evaluation.divergence import row_divergences
+from qtool.evaluation.exams import Request, exam_class
+from qtool.evaluation.exams.base import Batch, Progress
+from qtool.evaluation.models import subject
+from qtool.evaluation.result import Evaluation
+from qtool.evaluation.runner import check_request, evaluation_of, settings_of
+from qtool.evaluation.sides import Side, load_sides
+from qtool.evaluation.tasks import Task
+
+KEPT_BYTES = 1 << 30
+"""Logits of the float model that are kept at most."""
+
+Altered = Callable[[Batch], AbstractContextManager[Any]]
+"""Alters the model while the batch that it is given runs."""
+
+
+def _unaltered(batch: Batch) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+class Variants:
+    """A float model that has gone through every batch of a task; `evaluate` compares variants of it with that.
+
+    `model` is the loaded model, `baseline` its own evaluation (without a comparison).
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        task: Task,
+        request: Request,
+        *,
+        revision: str | None = None,
+        threads: int | None = None,
+        allow_weak: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Loads, tokenizes, and runs the float model. Raises what `runner.evaluate` raises, and InputError for a
+        quantized model."""
+        check_request(task, request, threads)
+        item = subject(model, task, revision)
+        if item.quantized:
+            raise InputError(f"{item.name} is quantized; its float model can be studied, it cannot")
+        self._exam, self._allow_weak = exam_class(task)(task, request), allow_weak
+        self._exam.check_subjects([item, item])
+        self._report = progress or (lambda stage, done, total: None)
+        with torch.inference_mode():
+            (side,) = load_sides([item], self._exam, "float32")
+            self._side = side
+            self._exam.prepare([side], self._report)
+            self.model, self.settings = side.model, settings_of(self._exam, [side], "float32")
+            self._plan = cut(side.rows, self._exam.batch_size())
+            self._kept = self._run_float()
+        self.baseline = evaluation_of(self._exam, [side], self.settings, allow_weak=allow_weak)
+
+    def _run_float(self) -> list[list[torch.Tensor] | None]:
+        """Collects every batch of the float model. Returns its logits, a list a batch; None where they are too many."""
+        side, kept, room = self._side, [], KEPT_BYTES
+        side.collected = [None] * len(side.rows)
+        side.forward(side.batch(self._plan[-1]))  # warm-up, on the longest rows
+        for done, indices in enumerate(self._plan, start=1):
+            logits = self._collect(side, indices, _unaltered)
+            room -= sum(row.numel() * row.element_size() for row in logits or ())
+            # Copies: a row may be a view of logits of which most are not scored.
+            kept.append([row.clone() for row in logits] if logits is not None and room >= 0 else None)
+            self._report("float", done, len(self._plan))
+        return kept
+
+    def _collect(self, side: Side, indices: list[int], altered: Altered) -> list[torch.Tensor] | None:
+        """Runs a batch and keeps what the exam reads. Returns its logits, where they can be compared."""
+        batch, about = side.batch(indices), [side.about[index] for index in indices]
+        with altered(batch):
+            output = side.timed(batch)
+        for index, value in zip(indices, self._exam.collect(side, output, batch, about), strict=True):
+            side.collected[index] = value
+        return self._exam.logits(side, output, batch, about) if self._exam.distributes else None
+
+    def evaluate(self, altered: Altered, stage: str = "evaluate") -> Evaluation:
+        """The model inside `altered(batch)`, batch by batch, against the float model. Raises what `altered` raises."""
+        own = replace(self._side, collected=[None] * len(self._side.rows), divergences=[], seconds=0.0)
+        if self._exam.distributes:
+            own.divergences = [np.empty(0)] * len(own.rows)
+        with torch.inference_mode():
+            for done, (indices, kept) in enumerate(zip(self._plan, self._kept, strict=True), start=1):
+                logits = self._collect(own, indices, altered)
+                if logits is not None:
+                    self._compare(own, indices, kept, logits)
+                self._report(stage, done, len(self._plan))
+        return evaluation_of(self._exam, [self._side, own], self.settings, allow_weak=self._allow_weak)
+
+    def _compare(
+        self, own: Side, indices: list[int], kept: list[torch.Tensor] | None, logits: list[torch.Tensor]
+    ) -> None:
+        if kept is None:
+            side, about = self._side, [self._side.about[index] for index in indices]
+            batch = side.batch(indices)
+            kept = self._exam.logits(side, side.forward(batch), batch, about)
+        for index, value in zip(indices, row_divergences(kept, logits), strict=True):
+            own.divergences[index] = value

@@ -30,6 +30,8 @@ REPEATABLE = "qtool_sdpa_float64"
 """Name of the attention that decoders of qtool use; see `repeatable_attention`."""
 INT8 = "qtool_int8"
 """Name of the attention whose products are on int8 codes; see `int8_attention`."""
+PLAIN = "qtool_plain"
+"""Name of the attention that hands out its probabilities; see `plain_attention`."""
 _PROBE = "qtool_probe"
 
 _WITHOUT_MEANING = frozenset(
@@ -299,6 +301,37 @@ def _attend(
     return context, codes / codes.sum(-1, keepdim=True).clamp_min(1) if wanted else None
 
 
+def plain_attention(change: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]) -> str:
+    """Register an attention that is computed step by step, in float32, and return its name.
+
+    `change` is given the module, its probabilities `[batch, heads, queries, keys]` and which keys a query sees (bool,
+    broadcast to them; the others' probabilities are 0, also where a query sees none), and returns the probabilities
+    that meet the values. A later call replaces an earlier one.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    def attend(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        _refuse_unknown(module, options)
+        groups = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, 1) if groups > 1 else states for states in (key, value))
+        scaling = options.get("scaling")
+        scores = (query.float() @ key.float().mT).mul_(query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if softcap := options.get("softcap"):
+            scores = (scores / softcap).tanh_().mul_(softcap)
+        seen = torch.ones((1, 1, 1, 1), dtype=torch.bool) if mask is None else mask
+        scores.masked_fill_(~seen, -torch.inf)
+        probabilities = scores.softmax(-1).masked_fill_(~seen, 0)  # a query that sees nobody would have NaN
+        kept = change(module, probabilities, seen)
+        return (kept.to(value.dtype) @ value).transpose(1, 2), kept
+
+    AttentionInterface.register(PLAIN, attend)
+    AttentionMaskInterface.register(PLAIN, _whole_mask)
+    return PLAIN
+
+
 def _unknown(options: Mapping[str, Any]) -> list[str]:
     """Options that may change the result in ways that are not known."""
     known = {"scaling", "dropout", *_WITHOUT_MEANING}
@@ -309,7 +342,7 @@ def _refuse_unknown(module: Any, options: Mapping[str, Any]) -> None:
     """What is not understood could change the result. Raises InputError naming it."""
     unknown = _unknown({name: value for name, value in options.items() if name != "softcap"})
     if unknown:
-        raise InputError(f"{type(module).__name__} passes {', '.join(unknown)}, which INT8 attention does not know")
+        raise InputError(f"{type(module).__name__} passes {', '.join(unknown)}, which qtool's attention does not know")
 
 
 def _whole_mask(*args: Any, **options: Any) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from xml.etree.ElementTree import Element
 
 from qtool.analysis.svg import Scale, draw, figure, hint, padded, path, short
@@ -154,7 +155,7 @@ def _apart(places: Sequence[float]) -> list[float]:
     """Moved until neighbours are `_LABEL` from each other, in the same order, inside the figure."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     found = list(places)
-    for before, index in zip(order, order[1:], strict=False):
+    for before, index in pairwise(order):
         found[index] = max(found[index], found[before] + _LABEL)
     lowest = _HEIGHT - _BOTTOM + 4
     for index in reversed(order):

@@ -1,7 +1,7 @@
 """Colours of figures and page, for light and dark paper, as CSS classes.
 
-Values are shown in 21 steps of a ramp, interpolated in OKLab (Ottosson 2020), where equal steps look equal. A ramp starts
-near the paper in both themes, so that "nothing" looks like nothing.
+Values are shown in 21 steps of a ramp, interpolated in OKLab (Ottosson 2020), where equal steps look equal. A ramp
+starts near the paper in both themes, so that "nothing" looks like nothing.
 """
 
 from collections.abc import Sequence

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from qtool.calibrate.probabilities import Distribution
 from qtool.errors import InputError
 
 State = dict[str, torch.Tensor]
@@ -163,6 +164,32 @@ class Sample(Observer):
         return {"rows": torch.cat(self._rows), "tokens": torch.tensor(self._tokens)}
 
 
+class AttentionHistogram(Observer):
+    """How the attention probabilities of each head are distributed; see `probabilities.Distribution`.
+
+    State: `counts` int64 and `mass` float64 `[heads, BINS]`, `tokens` int64.
+    """
+
+    def __init__(self) -> None:
+        self._seen: Distribution | None = None
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Take in float `[tokens, heads, keys]`, the rows of real tokens, negative where a query may not look.
+
+        Raises InputError when one is NaN or infinite.
+        """
+        if rows.numel() == 0:
+            return
+        found = Distribution.of(*_finite((rows,)))
+        self._seen = found if self._seen is None else self._seen + found
+
+    def state(self) -> State:
+        """Raises InputError when nothing was seen."""
+        if self._seen is None:
+            raise InputError(_NOTHING)
+        return {"counts": self._seen.counts, "mass": self._seen.mass, "tokens": torch.tensor(self._seen.rows)}
+
+
 def _finite(values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     if not all(bool(value.isfinite().all()) for value in values):
         raise InputError("the float model computes NaN or infinity on the calibration data")
@@ -177,5 +204,6 @@ OBSERVERS: dict[str, type[Observer]] = {
     "histogram": Histogram,
     "token-peaks": TokenPeaks,
     "sample": Sample,
+    "attention-histogram": AttentionHistogram,
 }
 """Observers by the name that recipes and methods use."""

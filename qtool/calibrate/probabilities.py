@@ -1,0 +1,94 @@
+"""What is kept of attention probabilities: how often each magnitude occurs in every head, and what mass lies there.
+
+Bins are narrow in the logarithm and found without one: an octave is cut into 16 equal parts by the leading bits of a
+float32, so that which bin a probability is in is exact, and the same everywhere. Memory does not grow with the data.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+OCTAVES = 24
+"""Bins reach from 2^-24 to 1; what is smaller has a bin of its own, the first."""
+PARTS = 16
+"""Bins of an octave."""
+BINS = 1 + OCTAVES * PARTS
+_DROPPED = 23 - 4  # bits of a mantissa that do not decide the bin
+_FIRST = (127 - OCTAVES) << 4  # exponent and leading mantissa bits of 2^-24
+
+
+def edges() -> torch.Tensor:
+    """The ends of all bins, float64 `[BINS + 1]`: 0, 2^-24, 2^-24 · 17/16, …, 1. Bin i is closed below."""
+    octaves = torch.arange(-OCTAVES, 0, dtype=torch.float64).exp2()
+    parts = 1 + torch.arange(PARTS, dtype=torch.float64) / PARTS
+    return torch.cat([torch.zeros(1), (octaves[:, None] * parts).flatten(), torch.ones(1)]).double()
+
+
+def bins(probabilities: torch.Tensor) -> torch.Tensor:
+    """int64 places 0 … BINS - 1 of float probabilities of any shape; 1 and what rounding puts beyond it in the last."""
+    leading = probabilities.float().contiguous().view(torch.int32).bitwise_right_shift(_DROPPED)
+    return leading.sub_(_FIRST - 1).clamp_(0, BINS - 1).long()
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How the probabilities of `rows` queries are distributed in each head.
+
+    `counts` int64 `[heads, BINS]` says how many pairs of a query and a key that it may see are in a bin, `mass` float64
+    `[heads, BINS]` the sum of their probabilities.
+    """
+
+    counts: torch.Tensor
+    mass: torch.Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> "Distribution":
+        """Of float probabilities `[queries, heads, keys]`, negative where a query may not look. They must be finite."""
+        heads = rows.shape[1]
+        seen = rows >= 0
+        flat = bins(rows).add_(BINS * torch.arange(heads)[:, None])[seen]
+        counts = torch.bincount(flat, minlength=heads * BINS).view(heads, BINS)
+        mass = torch.bincount(flat, weights=rows[seen].double(), minlength=heads * BINS).view(heads, BINS)
+        return cls(counts, mass, len(rows))
+
+    def __add__(self, other: "Distribution") -> "Distribution":
+        """Of both together."""
+        return Distribution(self.counts + other.counts, self.mass + other.mass, self.rows + other.rows)
+
+    @property
+    def mean_length(self) -> float:
+        """Keys that a query may see, on average."""
+        return float(self.counts.sum()) / (self.rows * len(self.counts))
+
+    def sparsity(self, threshold: float | torch.Tensor) -> torch.Tensor:
+        """The share of pairs whose probability is below `threshold` (a number or `[heads]`): float64 `[heads]`.
+
+        Inside a bin probabilities are taken to be spread evenly.
+        """
+        return _below(self.counts.double(), threshold)
+
+    def lost_mass(self, threshold: float | torch.Tensor) -> torch.Tensor:
+        """The share of a row's mass that lies below `threshold`, on average: float64 `[heads]`."""
+        return _below(self.mass, threshold)
+
+    def threshold(self, share: float, *, of: str = "counts") -> torch.Tensor:
+        """The threshold of each head below which `share` of its pairs lie, or with `of="mass"` of its mass.
+
+        float64 `[heads]`, the inverse of `sparsity` and `lost_mass`.
+        """
+        weights = (self.counts if of == "counts" else self.mass).double()
+        sums = weights.cumsum(-1) / weights.sum(-1, keepdim=True)
+        place = (sums < share).sum(-1).clamp_(max=BINS - 1)
+        low = sums.gather(-1, (place - 1).clamp_min(0)[:, None])[:, 0] * (place > 0)
+        inside = (share - low) / (sums.gather(-1, place[:, None])[:, 0] - low)
+        ends = edges()
+        return ends[place] + inside.clamp(0, 1) * (ends[place + 1] - ends[place])
+
+
+def _below(weights: torch.Tensor, threshold: float | torch.Tensor) -> torch.Tensor:
+    """The share of `weights` `[heads, BINS]` below a threshold."""
+    ends = edges()
+    limit = torch.as_tensor(threshold, dtype=torch.float64).expand(len(weights))
+    covered = ((limit[:, None] - ends[:-1]) / ends.diff()).clamp(0, 1)
+    return (weights * covered).sum(-1) / weights.sum(-1)

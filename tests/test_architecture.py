@@ -19,7 +19,19 @@ LAYERS: tuple[frozenset[str], ...] = (
         {"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "decoder", "fused", "audit"}
     ),
     frozenset(
-        {"pipeline", "memory", "spill", "follow", "purity", "evaluation", "estimate", "inspection", "doctor", "bench"}
+        {
+            "pipeline",
+            "memory",
+            "spill",
+            "follow",
+            "purity",
+            "evaluation",
+            "estimate",
+            "inspection",
+            "doctor",
+            "bench",
+            "analysis",
+        }
     ),
     frozenset({"api"}),
     frozenset({"cli", "console", "demo", "__main__"}),

@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qtool.calibrate.probabilities import OCTAVES
 from qtool.errors import InputError
-
-OCTAVES = 24
-"""The histogram has a bin for each factor of 2 from 2^-24 to 1; what is smaller (zero, too) has a count of its own."""
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
 
 def edges() -> Floats:
-    """Edges of the histogram, float64 `[OCTAVES + 1]`, from 2^-24 to 1; bins are closed below."""
+    """Edges of the histogram, float64 `[OCTAVES + 1]`: a bin for each factor of 2 from 2^-24 to 1, closed below.
+
+    They are the octaves of `calibrate.probabilities`; what is smaller, zero too, has a count of its own.
+    """
     return np.exp2(np.arange(-OCTAVES, 1, dtype=np.float64))
 
 

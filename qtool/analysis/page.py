@@ -139,7 +139,9 @@ def _section(main: Element, section: Section) -> None:
         keys = SubElement(place, "p", {"class": "legend"})
         for kind, label in section.legend:
             key = SubElement(keys, "span", {"class": "key"})
-            icon = SubElement(key, "svg", {"viewBox": "0 0 26 10", "width": "26", "height": "10", "aria-hidden": "true"})
+            icon = SubElement(
+                key, "svg", {"viewBox": "0 0 26 10", "width": "26", "height": "10", "aria-hidden": "true"}
+            )
             SubElement(icon, "path", {"d": "M1 5L25 5", "class": f"line {kind}"})
             SubElement(icon, "circle", {"cx": "13", "cy": "5", "r": "3.2", "class": f"dot {kind}"})
             icon.tail = label
@@ -173,7 +175,9 @@ def _title(svg: Element) -> str:
 def _table(place: Element, table: Table) -> None:
     details = SubElement(place, "details")
     SubElement(details, "summary").text = f"Table: {table.title}"
-    scroll = SubElement(details, "div", {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": table.title})
+    scroll = SubElement(
+        details, "div", {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": table.title}
+    )
     body = SubElement(scroll, "table")
     names = SubElement(SubElement(body, "thead"), "tr")
     for index, column in enumerate(table.columns):

@@ -48,9 +48,7 @@ class Setting:
         return dict(vars(self))
 
 
-def settings(
-    thresholds: Sequence[float], bits: Sequence[int], bits_thresholds: Sequence[float]
-) -> list[Setting]:
+def settings(thresholds: Sequence[float], bits: Sequence[int], bits_thresholds: Sequence[float]) -> list[Setting]:
     """Pruning alone at each threshold; each width and mapping, pruned at each of `bits_thresholds`, then not pruned."""
     pruning = [Setting(threshold) for threshold in thresholds]
     forms = [(mapping, threshold) for threshold in (*bits_thresholds, None) for mapping in MAPPINGS]

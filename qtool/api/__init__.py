@@ -4,6 +4,7 @@
 renders their events.
 """
 
+from qtool.api.attention import AttentionRequest, analyze_attention
 from qtool.api.bench import bench, random_models
 from qtool.api.data import calibration_batches, calibration_events, calibration_texts, golden_inputs, planned_batches
 from qtool.api.jobs import (
@@ -36,7 +37,9 @@ __all__ = [
     "DEFAULT_FOLDER",
     "FLAG_KEYS",
     "LATEST",
+    "AttentionRequest",
     "Quantized",
+    "analyze_attention",
     "baseline_for",
     "bench",
     "calibrate_events",

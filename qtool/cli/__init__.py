@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from qtool import __version__
-from qtool.cli import bench, evaluate, look, quantize
+from qtool.cli import analyze, bench, evaluate, look, quantize
 from qtool.errors import RESUMABLE, InterruptedRun, QtoolError, UsageError
 
 CONTEXT = {
@@ -30,7 +30,7 @@ def cli() -> None:
 
 for command in (
     quantize.quantize, quantize.calibrate, evaluate.evaluate, evaluate.run,
-    bench.bench, look.inspect, look.methods, look.schema, look.doctor, look.demo,
+    bench.bench, analyze.analyze, look.inspect, look.methods, look.schema, look.doctor, look.demo,
 ):  # fmt: skip
     cli.add_command(command)
 

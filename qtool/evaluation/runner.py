@@ -125,8 +125,8 @@ def _subjects(model: str | Path, baseline: str | Path | None, task: Task, revisi
     return [candidate] if baseline is None else [subject(baseline, task), candidate]
 
 
-def _check_baseline(exam: Exam, side: Side, value: float, allow_weak: bool) -> None:
-    """Stop where a comparison would mean nothing."""
+def check_baseline(exam: Exam, side: Side, value: float, allow_weak: bool) -> None:
+    """Raises InputError where a comparison with the model of `side`, which scores `value`, would mean nothing."""
     name, task = side.subject.name, exam.task
     if math.isnan(value):
         raise InputError(f"the baseline {name} gives NaN on {task.name}; its checkpoint is damaged")
@@ -147,7 +147,7 @@ def evaluation_of(exam: Exam, sides: Sequence[Side], settings: dict[str, Any], *
     answers = [exam.answers(side) for side in sides]
     scores = [_score(exam, side, own) for side, own in zip(sides, answers, strict=True)]
     if paired:
-        _check_baseline(exam, sides[0], scores[0].value, allow_weak)
+        check_baseline(exam, sides[0], scores[0].value, allow_weak)
     probe = exam.probe if isinstance(exam, Classification) else None
     return Evaluation(
         task=task.name,

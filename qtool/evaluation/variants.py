@@ -5,6 +5,8 @@ model and its rows are loaded once, and the float model goes through the batches
 variants that follow, as far as `KEPT_BYTES` goes; beyond, it runs again beside each.
 """
 
+import hashlib
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -21,7 +23,7 @@ from qtool.evaluation.exams import Request, exam_class
 from qtool.evaluation.exams.base import Batch, Progress
 from qtool.evaluation.models import subject
 from qtool.evaluation.result import Evaluation
-from qtool.evaluation.runner import check_request, evaluation_of, settings_of
+from qtool.evaluation.runner import check_baseline, check_request, evaluation_of, settings_of
 from qtool.evaluation.sides import Side, load_sides
 from qtool.evaluation.tasks import Task
 
@@ -37,9 +39,9 @@ def _unaltered(batch: Batch) -> AbstractContextManager[Any]:
 
 
 class Variants:
-    """A float model that has gone through every batch of a task; `evaluate` compares variants of it with that.
+    """A float model on a task, loaded and its rows made; `evaluate` compares variants of it with itself.
 
-    `model` is the loaded model, `baseline` its own evaluation (without a comparison).
+    `model` is the loaded model, `lengths` the tokens of each of its rows.
     """
 
     def __init__(
@@ -49,31 +51,60 @@ class Variants:
         request: Request,
         *,
         revision: str | None = None,
-        threads: int | None = None,
         allow_weak: bool = False,
         progress: Progress | None = None,
     ) -> None:
-        """Loads, tokenizes, and runs the float model. Raises what `runner.evaluate` raises, and InputError for a
-        quantized model."""
-        check_request(task, request, threads)
+        """Raises what `runner.evaluate` raises, and InputError for a quantized model."""
+        check_request(task, request)
         item = subject(model, task, revision)
         if item.quantized:
-            raise InputError(f"{item.name} is quantized; its float model can be studied, it cannot")
+            raise InputError(f"{item.name} is quantized; study the float model that it was made from")
         self._exam, self._allow_weak = exam_class(task)(task, request), allow_weak
         self._exam.check_subjects([item, item])
         self._report = progress or (lambda stage, done, total: None)
         with torch.inference_mode():
-            (side,) = load_sides([item], self._exam, "float32")
-            self._side = side
-            self._exam.prepare([side], self._report)
-            self.model, self.settings = side.model, settings_of(self._exam, [side], "float32")
-            self._plan = cut(side.rows, self._exam.batch_size())
-            self._kept = self._run_float()
-        self.baseline = evaluation_of(self._exam, [side], self.settings, allow_weak=allow_weak)
+            (self._side,) = load_sides([item], self._exam, "float32")
+            self._exam.prepare([self._side], self._report)
+        self.model, self.lengths = self._side.model, [len(row["input_ids"]) for row in self._side.rows]
+        self.settings = settings_of(self._exam, [self._side], "float32")
+        self._plan = cut(self._side.rows, self._exam.batch_size())
+        self._kept: list[list[torch.Tensor] | None] = []
+
+    def digest(self) -> str:
+        """SHA-256 of the tokens and of what is right: of everything that the data decide."""
+        rows = json.dumps([self._side.rows, self._exam.references], default=str)
+        return hashlib.sha256(rows.encode()).hexdigest()
+
+    def about(self) -> dict[str, Any]:
+        """What is measured, on what, and how, as JSON values."""
+        exam = self._exam
+        return {
+            "model": self._side.subject.name,
+            "task": exam.task.name,
+            "split": exam.said_split,
+            "data": exam.source,
+            "n": exam.n,
+            "unit": exam.unit,
+            "metric": exam.task.metric,
+            "settings": self.settings,
+        }
+
+    def baseline(self) -> Evaluation:
+        """The float model alone; it goes through the batches when it is first asked for.
+
+        Raises InputError for one that gives NaN, or (unless `allow_weak`) is no better than guessing.
+        """
+        if not self._kept:
+            with torch.inference_mode():
+                self._kept = self._run_float()
+        found = evaluation_of(self._exam, [self._side], self.settings, allow_weak=self._allow_weak)
+        check_baseline(self._exam, self._side, found.candidate.value, self._allow_weak)
+        return found
 
     def _run_float(self) -> list[list[torch.Tensor] | None]:
         """Collects every batch of the float model. Returns its logits, a list a batch; None where they are too many."""
-        side, kept, room = self._side, [], KEPT_BYTES
+        side, room = self._side, KEPT_BYTES
+        kept: list[list[torch.Tensor] | None] = []
         side.collected = [None] * len(side.rows)
         side.forward(side.batch(self._plan[-1]))  # warm-up, on the longest rows
         for done, indices in enumerate(self._plan, start=1):
@@ -95,6 +126,7 @@ class Variants:
 
     def evaluate(self, altered: Altered, stage: str = "evaluate") -> Evaluation:
         """The model inside `altered(batch)`, batch by batch, against the float model. Raises what `altered` raises."""
+        self.baseline()
         own = replace(self._side, collected=[None] * len(self._side.rows), divergences=[], seconds=0.0)
         if self._exam.distributes:
             own.divergences = [np.empty(0)] * len(own.rows)

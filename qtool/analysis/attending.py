@@ -14,8 +14,8 @@ from qtool.errors import InputError
 from qtool.hf import plain_attention
 
 Change = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Of a module's path, its probabilities float32 `[batch, heads, queries, keys]` and which pairs exist (bool, broadcast to
-them; probabilities of others are 0): the probabilities to go on with."""
+"""Of a module's path, its probabilities float32 `[batch, heads, queries, keys]` and which pairs exist (bool, broadcast
+to them): the probabilities to go on with."""
 
 
 class Attending:
@@ -52,8 +52,8 @@ class Attending:
 
     @contextmanager
     def changed(self, change: Change, present: torch.Tensor) -> Iterator[None]:
-        """Inside, the model attends with what `change` gives. `present` `[batch, tokens]` is the mask of the batch: rows
-        of padding do not exist either."""
+        """Inside, the model attends with what `change` gives. `present` `[batch, tokens]` is the mask of the batch:
+        rows of padding do not exist either."""
         queries = present.bool()[:, None, :, None]
 
         def product(module: Any, probabilities: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:

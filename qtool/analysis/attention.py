@@ -174,7 +174,7 @@ def _median(counts: Counts) -> float:
 
 
 def bin_numbers(values: NDArray[np.float32]) -> NDArray[np.int32]:
-    """The bin of each value of `[0, 1]`, 1 for the lowest; 0 is below all edges, what rounding puts beyond 1 in the top.
+    """The bin of each value of `[0, 1]`, 1 for the lowest; 0 is below all edges; what rounding puts beyond 1 is on top.
 
     By the exponent, which is exact where a logarithm would not be.
     """

@@ -1,14 +1,14 @@
 """Line charts of scores: what was measured at each setting, with confidence, beside a line for the float model."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from xml.etree.ElementTree import Element
 
 from qtool.analysis.svg import Scale, draw, figure, hint, padded, path, short
 
 _WIDTH, _HEIGHT = 460.0, 280.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 92.0, 16.0, 44.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 116.0, 26.0, 44.0
 _LABEL = 14.0
 
 
@@ -38,8 +38,8 @@ class Chart:
     """Lines over one horizontal axis.
 
     `reference` is a horizontal line with its label, such as float's score. `least` is the least height of the vertical
-    axis, so that noise does not look like news; `bounds` are ends that it never passes; `floor` cuts off what would
-    squeeze everything else (cut dots are drawn as arrows at the edge).
+    axis, so that noise does not look like news; `bounds` are ends that it never passes: dots beyond are arrows at the
+    edge. `marks` are vertical lines.
     """
 
     title: str
@@ -54,8 +54,7 @@ class Chart:
     reference: tuple[float, str] | None = None
     least: float = 0.0
     bounds: tuple[float, float] = (float("-inf"), float("inf"))
-    window: tuple[float, float] | None = None
-    marks: Sequence[tuple[float, str]] = field(default=())
+    marks: Sequence[float] = ()
 
 
 def line_chart(chart: Chart) -> Element:
@@ -78,7 +77,7 @@ def line_chart(chart: Chart) -> Element:
 def _scales(chart: Chart) -> tuple[Scale, Scale]:
     xs = [dot.x for line in chart.lines for dot in line.dots]
     across = Scale(min(xs), max(xs), _LEFT + 10, _WIDTH - _RIGHT - 10, chart.logarithmic_x)
-    low, high = chart.window or _reach(chart)
+    low, high = _reach(chart)
     low, high = max(low, chart.bounds[0]), min(high, chart.bounds[1])
     return across, Scale(low, high, _HEIGHT - _BOTTOM, _TOP, chart.logarithmic_y)
 
@@ -106,13 +105,13 @@ def _axes(root: Element, chart: Chart, across: Scale, up: Scale) -> None:
         x = across(value)
         draw(root, "line", x1=x, x2=x, y1=_HEIGHT - _BOTTOM, y2=_HEIGHT - _BOTTOM + 4, class_="axis-line")
         draw(root, "text", chart.tick(value), x=x, y=_HEIGHT - _BOTTOM + 17, class_="tick", text_anchor="middle")
-    for value, _ in chart.marks:
+    for value in chart.marks:
         draw(root, "line", x1=across(value), x2=across(value), y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="mark")
     y = _HEIGHT - _BOTTOM
     draw(root, "line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="axis-line")
     centre = (_LEFT + _WIDTH - _RIGHT) / 2
     draw(root, "text", chart.across, x=centre, y=_HEIGHT - 8, class_="axis", text_anchor="middle")
-    draw(root, "text", chart.up, x=_LEFT - 40, y=9, class_="axis")
+    draw(root, "text", chart.up, x=2, y=10, class_="axis")
 
 
 def _bands(root: Element, line: Line, across: Scale, up: Scale) -> None:

@@ -12,14 +12,14 @@ from qtool.analysis.palette import STEPS, step_of
 from qtool.analysis.svg import Scale, draw, figure, hint, path, power
 
 _HEAT_WIDTH = 352.0
-_LEFT, _TOP = 34.0, 22.0
+_LEFT, _TOP = 34.0, 32.0
 
 
 @dataclass(frozen=True)
 class Heat:
     """A heat map of `values[row][column]` (None: not measured), with rows and columns numbered from 0.
 
-    `shown` writes a value on a cell and on the scale, `told` in the hint. `low` and `high` are the ends of the scale
+    `shown` writes a value on a cell, `told` in the hint and on the scale. `low` and `high` are the ends of the scale
     [those of the values]. A `diverging` ramp has 0 in its middle.
     """
 
@@ -52,7 +52,7 @@ def heat_map(heat: Heat) -> Element:
     root = figure(heat.title, heat.description, _HEAT_WIDTH, bottom + 44)
     _numbers(root, [_LEFT + (c + 0.5) * wide for c in range(columns)], [_TOP - 7] * columns, wide, "middle", 15)
     _numbers(root, [_LEFT - 7] * rows, [_TOP + (r + 0.5) * high + 4 for r in range(rows)], high, "end", 11)
-    draw(root, "text", heat.columns, x=_LEFT + columns * wide / 2, y=7, class_="axis small", text_anchor="middle")
+    draw(root, "text", heat.columns, x=_LEFT + columns * wide / 2, y=10, class_="axis small", text_anchor="middle")
     middle = _TOP + rows * high / 2
     turned = f"rotate(-90 7 {middle:.1f})"
     draw(root, "text", heat.rows, x=7, y=middle, class_="axis small", text_anchor="middle", transform=turned)
@@ -97,22 +97,21 @@ def _legend(root: Element, heat: Heat, y: float, width: float) -> None:
         draw(root, "rect", x=_LEFT + index * step, y=y, width=step + 0.4, height=7, class_=f"{letter}{index}")
     ends = [(low, 0.0, "start"), (high, width, "end")]
     for value, offset, anchor in [*ends, *([(0.0, width / 2, "middle")] if heat.diverging else [])]:
-        draw(root, "text", heat.shown(value), x=_LEFT + offset, y=y + 20, class_="tick", text_anchor=anchor)
+        draw(root, "text", heat.told(value), x=_LEFT + offset, y=y + 20, class_="tick", text_anchor=anchor)
 
 
 @dataclass(frozen=True)
 class Distribution:
     """A histogram over bins of equal width in log2, and cumulative curves.
 
-    `shares[i]` is the share between `edges[i]` and `edges[i + 1]`, `beneath` what is below all of them; `curves` are
-    cumulative shares at the edges, one a member (a head, say), `curve` the one of all.
+    `shares[i]` is the share between `edges[i]` and `edges[i + 1]`; `curves` are cumulative shares at the edges, one a
+    member (a head, say), `curve` the one of all.
     """
 
     title: str
     description: str
     edges: Sequence[float]
     shares: Sequence[float]
-    beneath: float
     curve: Sequence[float]
     curves: Sequence[Sequence[float]]
 

@@ -6,7 +6,7 @@ by construction.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from qtool.analysis.palette import DARK, LIGHT, css, literal
@@ -40,14 +40,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Section:
-    """A headline that says what was found, what to look for, figures, a legend, and tables with the exact numbers."""
+    """A headline that says what was found, what to look for, figures, and tables with the exact numbers."""
 
     kicker: str
     headline: str
     text: str
     groups: Sequence[Group] = ()
     tables: Sequence[Table] = ()
-    legend: Sequence[tuple[str, str]] = field(default=())
 
 
 @dataclass(frozen=True)
@@ -135,16 +134,6 @@ def _section(main: Element, section: Section) -> None:
     _text(place, "p", section.kicker, "kicker")
     _text(place, "h2", section.headline)
     _text(place, "p", section.text, "lead")
-    if section.legend:
-        keys = SubElement(place, "p", {"class": "legend"})
-        for kind, label in section.legend:
-            key = SubElement(keys, "span", {"class": "key"})
-            icon = SubElement(
-                key, "svg", {"viewBox": "0 0 26 10", "width": "26", "height": "10", "aria-hidden": "true"}
-            )
-            SubElement(icon, "path", {"d": "M1 5L25 5", "class": f"line {kind}"})
-            SubElement(icon, "circle", {"cx": "13", "cy": "5", "r": "3.2", "class": f"dot {kind}"})
-            icon.tail = label
     for group in section.groups:
         _group(place, group)
     for table in section.tables:

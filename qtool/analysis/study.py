@@ -79,8 +79,8 @@ def require_equal(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     different = [name for name in sorted({*known, *wanted}) if known.get(name) != wanted.get(name)]
     if different:
         raise InputError(
-            f"the study was started with a different {', '.join(different)}; repeat the first command with --resume, or "
-            "start again with --overwrite"
+            f"the study was started with a different {', '.join(different)}; repeat the first command with --resume, "
+            "or start again with --overwrite"
         )
 
 

@@ -41,7 +41,8 @@ font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-seri
 main{max-width:1120px;margin:0 auto;padding:56px 28px 72px}
 h1,h2,.finding{font-family:"Iowan Old Style","Charter","Bitstream Charter","Sitka Text",Cambria,Georgia,serif}
 h1{font-size:clamp(30px,5vw,46px);line-height:1.1;letter-spacing:-.015em;margin:.15em 0 .5em;overflow-wrap:anywhere}
-h2{font-size:clamp(22px,3vw,29px);line-height:1.22;letter-spacing:-.01em;margin:.15em 0 .4em;max-width:26em;font-weight:600}
+h2{font-size:clamp(22px,3vw,29px);line-height:1.22;letter-spacing:-.01em;margin:.15em 0 .4em;max-width:28em;
+font-weight:600;text-wrap:balance}
 h3{font-size:14px;margin:30px 0 2px}
 p{margin:0 0 .8em}
 .kicker{font-size:12px;letter-spacing:.09em;text-transform:uppercase;color:var(--soft);font-weight:600;margin:0}
@@ -68,8 +69,6 @@ padding:14px 16px 12px}
 figcaption{font-size:14px;font-weight:600;margin:0 0 10px}
 figure svg{width:100%;height:auto}
 .cell:hover rect{stroke:var(--ink);stroke-width:1.5}
-.legend{display:flex;flex-wrap:wrap;gap:4px 20px;font-size:13px;color:var(--soft);margin:10px 0 0}
-.key{display:inline-flex;align-items:center;gap:7px}
 details{margin-top:14px;border-top:1px solid var(--line);padding-top:10px}
 summary{cursor:pointer;font-size:14px;font-weight:600;color:var(--log)}
 summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--log);outline-offset:3px;border-radius:3px}

@@ -123,8 +123,8 @@ def threshold(value: float) -> str:
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share of 1 as percent; a dash for none."""
-    return "–" if share is None else f"{number(100 * share, digits)} %"
+    """A share of 1 as percent, which no line break parts from its sign; a dash for none."""
+    return "–" if share is None else f"{number(100 * share, digits)}\N{NO-BREAK SPACE}%"
 
 
 def number(value: float | None, digits: int = 2, *, signed: bool = False) -> str:

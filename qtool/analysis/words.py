@@ -1,6 +1,6 @@
 """What a study of attention found, in words: computed from its numbers, never more than they say."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qtool.analysis.svg import number, percent, threshold
@@ -9,29 +9,31 @@ Body = Mapping[str, Any]
 Point = Mapping[str, Any]
 
 MARK = 1e-3
+"""The paper's threshold."""
 NAMES = {"squad_f1": "F1", "f1": "F1", "entity_f1": "F1", "matthews_correlation": "Matthews correlation"}
 ALLOWED = 1.0
 """Points (percent of a perplexity) that count as little."""
 
 
 class Words:
-    """Names, numbers and sentences for one study. `mark` is the threshold that is spoken of: the paper's 0.001 if it was
-    measured, else the one in the middle."""
+    """Names, numbers and sentences for one study.
+
+    `mark` is the threshold that is spoken of: the paper's 0.001 if it was measured, else the one in the middle.
+    """
 
     def __init__(self, body: Body) -> None:
         self.body, self.found = body, body["distribution"]
-        limits = self.found["thresholds"]
+        limits, points = self.found["thresholds"], body["points"]
         self.mark: float = MARK if MARK in limits else limits[len(limits) // 2]
         self.metric = NAMES.get(body["metric"], body["metric"].replace("_", " "))
+        self.metric_title = self.metric[0].upper() + self.metric[1:]
         self.relative = body["metric"] == "perplexity"
-        self.unit = "perplexity, log scale" if self.relative else f"{self.metric}, points"
         self.float: float = body["float"]["score"]
         self.length, self.keys = self.found["mean_length"], self.found["mean_keys"]
         self.name = body["model"].rstrip("/").rsplit("/", 1)[-1] or body["model"]
-        self.pruning = [point for point in body["points"] if point["bits"] is None]
-        self.cuts = sorted(
-            {p["threshold"] for p in body["points"] if p["bits"] is not None and p["threshold"] is not None}
-        )
+        coded = [point for point in points if point["bits"] is not None]
+        self.pruning = [point for point in points if point["bits"] is None]
+        self.cuts: list[float] = sorted({p["threshold"] for p in coded if p["threshold"] is not None})
         self.at_mark = next((point for point in self.pruning if point["threshold"] == self.mark), None)
 
     def codes(self, cut: float) -> list[Point]:
@@ -54,8 +56,8 @@ class Words:
         """The difference from float as people say it: −0.34 points, +1.20 %."""
         if point["drop"] is None:
             return "no number"
-        change = point["drop"] if self.relative else -point["drop"]
-        return f"{number(change, 2, signed=True)} {'%' if self.relative else 'points'}"
+        change, unit = (point["drop"], "%") if self.relative else (-point["drop"], "points")
+        return f"{number(change, 2, signed=True)}\N{NO-BREAK SPACE}{unit}"
 
     def interval(self, point: Point) -> tuple[float | None, float | None]:
         """The scores that the interval of the drop reaches; of a perplexity float's, so many percent more."""
@@ -76,51 +78,53 @@ class Words:
         return point["drop"] is not None and point["drop"] <= ALLOWED
 
     @property
-    def little(self) -> str:
+    def close(self) -> str:
         """What counts as little."""
-        return f"{ALLOWED:g} %" if self.relative else f"{ALLOWED:g} point"
+        return f"within {ALLOWED:g}\N{NO-BREAK SPACE}{'%' if self.relative else 'point'} of float"
 
     def finding(self) -> list[str]:
         """The page in one paragraph, and in a second one what else there is to say."""
-        first = [self._sparse()]
-        if self.at_mark is not None:
-            first.append(self._pruned(self.at_mark))
+        first = self._sparse() + (f" {self._pruned(self.at_mark)}" if self.at_mark is not None else "")
         second = [self._coded(cut) for cut in self.cuts]
         missing = self.body["planned"] - len(self.body["points"])
         if not self.body["complete"] and missing:
             second.append(f"Unfinished: {missing} of {self.body['planned']} points are not measured yet.")
-        return [" ".join(first), *([" ".join(second)] if second else [])]
+        return [first, " ".join(second)] if second else [first]
 
     def _sparse(self) -> str:
-        share, length = percent(self.sparsity(self.found["all"])), number(self.length, 0)
-        return f"{share} of {self.name}'s attention probabilities are at or below {threshold(self.mark)} ({self._on()}, mean length {length} tokens)."
-
-    def _on(self) -> str:
-        return f"{self.body['task']}, {number(self.body['n'], 0)} {self.body['unit']}"
+        every = self.found["all"]
+        lost = percent(every["lost"][self.found["thresholds"].index(self.mark)])
+        where = f"{self.body['task']}, {number(self.body['n'], 0)} {self.body['unit']}"
+        return (
+            f"{percent(self.sparsity(every))} of {self.name}'s attention probabilities are at or below "
+            f"{threshold(self.mark)}; together they hold {lost} of the mass ({where}, mean length "
+            f"{number(self.length, 0)} tokens)."
+        )
 
     def _pruned(self, point: Point) -> str:
-        same = "" if point["agreement"] is None else f" and {number(point['agreement'], 1)} % of predictions unchanged"
+        same = point["agreement"]
+        unchanged = "" if same is None else f", and {percent(same / 100)} of predictions stay what they were"
         return (
-            f"Without them {self.metric} is {self.score(point['score'])} instead of {self.score(self.float)}"
-            f" ({self.loss(point)}), with {percent(point['zeros'])} zeros{same}."
+            f"Set to zero, {self.metric} is {self.score(point['score'])} instead of {self.score(self.float)} "
+            f"({self.loss(point)}){unchanged}."
         )
 
     def _coded(self, cut: float) -> str:
         """How few bits each mapping needs."""
         said = []
         for mapping in ("log", "linear"):
-            own = [p for p in self.codes(cut) if p["mapping"] == mapping and p["threshold"] is not None]
-            if own:
-                least = self.least(own)
-                fewest = min(own, key=lambda point: point["bits"])
-                said.append(
-                    f"{least['bits']} {mapping} bits ({self.loss(least)})"
-                    if least is not None
-                    else f"no {mapping} code of {fewest['bits']} to {max(p['bits'] for p in own)} bits"
-                )
-        return f"Pruned at {threshold(cut)} and coded, {self.metric} stays within {self.little} with {' and with '.join(said)}."
+            own = self._pruned_codes(cut, mapping)
+            least = self.least(own)
+            if least is not None:
+                said.append(f"{least['bits']} {mapping} bits do ({self.loss(least)})")
+            elif own:
+                said.append(f"no {mapping} code of {_span(own)} bits does")
+        return f"To stay {self.close} when pruned at {threshold(cut)} and coded, {', '.join(said)}."
 
-    def least(self, points: list[Point]) -> Point | None:
+    def _pruned_codes(self, cut: float, mapping: str) -> list[Point]:
+        return [p for p in self.codes(cut) if p["mapping"] == mapping and p["threshold"] is not None]
+
+    def least(self, points: Sequence[Point]) -> Point | None:
         """The fewest bits from which on all wider codes lose little too."""
         best = None
         for point in sorted(points, key=lambda point: -point["bits"]):
@@ -138,7 +142,7 @@ class Words:
         ]
         (low, calm), (high, sparse) = min(known), max(known)
         return (
-            f"Heads differ: between {percent(low, 0)} ({calm}) and {percent(high, 0)} ({sparse}) of a head's probabilities "
+            f"Heads differ: {percent(low, 0)} ({calm}) to {percent(high, 0)} ({sparse}) of a head's probabilities "
             f"are at or below {threshold(self.mark)}"
         )
 
@@ -146,9 +150,9 @@ class Words:
         """Where the most common magnitude is."""
         counts, edges = self.found["all"]["counts"], self.found["edges"]
         peak = max(range(len(counts)), key=lambda index: counts[index])
-        share = counts[peak] / self.found["all"]["pairs"]
-        low, high = edges[peak], edges[peak + 1]
-        return f"The most common probabilities lie between 1/{1 / low:.0f} and 1/{1 / high:.0f}: {percent(share, 0)} of all"
+        share = percent(counts[peak] / self.found["all"]["pairs"], 0)
+        ends = f"1/{1 / edges[peak]:,.0f} and 1/{1 / edges[peak + 1]:,.0f}"
+        return f"The most common probabilities lie between {ends}: {share} of all"
 
     def pruning_headline(self) -> str:
         """The highest threshold that costs little."""
@@ -158,21 +162,27 @@ class Words:
                 break
             harmless = point
         if harmless is None:
-            return f"No threshold that was tried keeps {self.metric} within {self.little} of float"
+            return f"No threshold that was tried keeps {self.metric} {self.close}"
         return (
             f"Up to a threshold of {threshold(harmless['threshold'])}, which makes {percent(harmless['zeros'], 0)} of "
-            f"probabilities zero, {self.metric} stays within {self.little} of float"
+            f"probabilities zero, {self.metric} stays {self.close}"
         )
 
     def codes_headline(self, cut: float) -> str:
         """Log against linear."""
-        pruned = [p for p in self.codes(cut) if p["threshold"] is not None]
-        least = {m: self.least([p for p in pruned if p["mapping"] == m]) for m in ("log", "linear")}
-        log, linear = least["log"], least["linear"]
-        if log is None and linear is None:
-            return f"No code that was tried keeps {self.metric} within {self.little} of float"
+        log, linear = (self.least(self._pruned_codes(cut, mapping)) for mapping in ("log", "linear"))
         if log is not None and linear is not None:
-            return f"{log['bits']} bits on a log scale keep {self.metric} within {self.little} of float; a linear scale needs {linear['bits']}"
+            needs = "as many" if log["bits"] == linear["bits"] else linear["bits"]
+            return f"{log['bits']} bits on a log scale keep {self.metric} {self.close}; a linear scale needs {needs}"
+        if log is None and linear is None:
+            return f"No code that was tried keeps {self.metric} {self.close}"
         kept, other = (log, "linear") if log is not None else (linear, "log")
         assert kept is not None
-        return f"{kept['bits']} {kept['mapping']} bits keep {self.metric} within {self.little} of float; no {other} code that was tried does"
+        what = f"{kept['bits']} {kept['mapping']} bits keep {self.metric} {self.close}"
+        return f"{what}; no {other} code that was tried does"
+
+
+def _span(points: Sequence[Point]) -> str:
+    """2 to 8, or 3."""
+    low, high = min(p["bits"] for p in points), max(p["bits"] for p in points)
+    return f"{low}" if low == high else f"{low} to {high}"

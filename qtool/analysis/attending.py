@@ -57,7 +57,7 @@ class Attending:
         queries = present.bool()[:, None, :, None]
 
         def product(module: Any, probabilities: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-            if probabilities.shape[2] != queries.shape[2]:
+            if probabilities.shape[2:] != (present.shape[1], present.shape[1]):
                 raise InputError(f"{type(module).__name__} attends to another text: only self-attention can be studied")
             return change(self._paths[module], probabilities, seen & queries)
 

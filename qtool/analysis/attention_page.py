@@ -23,12 +23,12 @@ FORMS = (
 
 NOTES = (
     "Only pairs that exist are counted: queries of padding are left out, and keys that a query may not see, because "
-    "they are padding or come later. Sparsity depends on length (the longer a row, the smaller its probabilities), so it "
-    "is stated with the mean length.",
+    "they are padding or come later. Sparsity depends on length (the longer a row, the smaller its probabilities), so "
+    "it is stated with the mean length.",
     "Pruning sets probabilities that are not above the threshold to zero. Log codes have bins that are equally wide in "
     "the logarithm, from the threshold (or, not pruned, from 10⁻¹⁰) to 1, linear ones equally wide bins; a code stands "
     "for the middle of its bin, and rows are not renormalised. This is the plain form of Ji et al., On the "
-    "Distribution, Sparsity, and Inference-time Quantization of Attention Values in Transformers, Findings of ACL 2021.",
+    "Distribution, Sparsity, and Inference-time Quantization of Attention Values in Transformers (ACL 2021).",
     "Every point is measured on the same batches as the float model, in the same process. Bands are 95 % confidence "
     "intervals of the difference from float, paired by example: where float's line is inside a band, no loss was "
     "shown. Dispersion is the entropy of a row by the logarithm of its length: 1 where attention is even, 0 where it "

@@ -79,8 +79,8 @@ def ramp(anchors: Sequence[str], steps: int = STEPS) -> list[str]:
 
 
 def readable(colour: str) -> str:
-    """Near-black or near-white, whichever has the higher contrast (WCAG 2.2) on `colour`."""
-    return max("#10151a", "#fdfdfa", key=lambda ink: contrast(ink, colour))
+    """Black or white, whichever has the higher contrast (WCAG 2.2) on `colour`: one of them has at least 4.58."""
+    return max("#000000", "#ffffff", key=lambda ink: contrast(ink, colour))
 
 
 def contrast(one: str, other: str) -> float:

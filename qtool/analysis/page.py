@@ -192,5 +192,5 @@ def _colophon(main: Element, page: Page) -> None:
 
 def _text(parent: Element, tag: str, text: str, class_: str | None = None) -> Element:
     child = SubElement(parent, tag, {"class": class_} if class_ else {})
-    child.text = text
+    child.text = text or "\N{NO-BREAK SPACE}"  # an element without content would be open for HTML
     return child

@@ -102,7 +102,7 @@ def _chart(axis: Axis, lines: Sequence[Line], title: str, *, up: str, **options:
 
 def table(title: str, points: Sequence[Point], words: Words) -> Table:
     """Every number of the points, float's first."""
-    columns = ["", words.metric, "drop", "95 % interval", "unchanged", "KL, nats", "zeros"]
+    columns = ["setting", words.metric, "drop", "95 % interval", "unchanged", "KL, nats", "zeros"]
     rows = [["float", words.score(words.float), *["–"] * 5]]
     for point in points:
         low, high = (number(end, 2, signed=True) for end in point["interval"] or (None, None))

@@ -17,8 +17,8 @@ Body = Mapping[str, Any]
 FORMS = (
     ("log", True, "log"),
     ("linear", True, "linear"),
-    ("log", False, "log, not pruned"),
-    ("linear", False, "linear, not pruned"),
+    ("log", False, "log, unpruned"),
+    ("linear", False, "linear, unpruned"),
 )
 
 NOTES = (
@@ -171,8 +171,9 @@ def _histogram_table(found: Body) -> Table:
 
 def _pruning(body: Body, words: Words) -> Section:
     points = words.pruning
-    figures = [("threshold-cut", line_chart(_cut(body["distribution"])))]
-    figures += charts(THRESHOLD, [Series("", points, "prune")], words)
+    measured = charts(THRESHOLD, [Series("", points, "prune")], words)
+    # Zeros are shown beside the mass that they held.
+    figures = [("threshold-cut", line_chart(_cut(body["distribution"]))), *measured[:-1]]
     return Section(
         "Pruning",
         words.pruning_headline(),

@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 from qtool.analysis.svg import Scale, draw, figure, hint, padded, path, short
 
 _WIDTH, _HEIGHT = 460.0, 280.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 116.0, 26.0, 44.0
+_LEFT, _TOP, _BOTTOM = 46.0, 26.0, 44.0
 _LABEL = 14.0
 
 
@@ -56,6 +56,11 @@ class Chart:
     bounds: tuple[float, float] = (float("-inf"), float("inf"))
     marks: Sequence[float] = ()
 
+    @property
+    def right(self) -> float:
+        """Where the axis ends: with room for names behind it, if there are any."""
+        return _WIDTH - (112 if self.reference or any(line.label for line in self.lines) else 20)
+
 
 def line_chart(chart: Chart) -> Element:
     """See `Chart`."""
@@ -76,7 +81,7 @@ def line_chart(chart: Chart) -> Element:
 
 def _scales(chart: Chart) -> tuple[Scale, Scale]:
     xs = [dot.x for line in chart.lines for dot in line.dots]
-    across = Scale(min(xs), max(xs), _LEFT + 10, _WIDTH - _RIGHT - 10, chart.logarithmic_x)
+    across = Scale(min(xs), max(xs), _LEFT + 10, chart.right - 10, chart.logarithmic_x)
     low, high = _reach(chart)
     low, high = max(low, chart.bounds[0]), min(high, chart.bounds[1])
     return across, Scale(low, high, _HEIGHT - _BOTTOM, _TOP, chart.logarithmic_y)
@@ -99,7 +104,7 @@ def _reach(chart: Chart) -> tuple[float, float]:
 
 def _axes(root: Element, chart: Chart, across: Scale, up: Scale) -> None:
     for value in up.ticks(5):
-        draw(root, "line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=up(value), y2=up(value), class_="grid")
+        draw(root, "line", x1=_LEFT, x2=chart.right, y1=up(value), y2=up(value), class_="grid")
         draw(root, "text", short(value), x=_LEFT - 7, y=up(value) + 4, class_="tick", text_anchor="end")
     for value in chart.ticks_x or across.ticks(5):
         x = across(value)
@@ -108,8 +113,8 @@ def _axes(root: Element, chart: Chart, across: Scale, up: Scale) -> None:
     for value in chart.marks:
         draw(root, "line", x1=across(value), x2=across(value), y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="mark")
     y = _HEIGHT - _BOTTOM
-    draw(root, "line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="axis-line")
-    centre = (_LEFT + _WIDTH - _RIGHT) / 2
+    draw(root, "line", x1=_LEFT, x2=chart.right, y1=y, y2=y, class_="axis-line")
+    centre = (_LEFT + chart.right) / 2
     draw(root, "text", chart.across, x=centre, y=_HEIGHT - 8, class_="axis", text_anchor="middle")
     draw(root, "text", chart.up, x=2, y=10, class_="axis")
 
@@ -140,13 +145,14 @@ def _line(root: Element, line: Line, across: Scale, up: Scale) -> None:
 
 def _labels(root: Element, chart: Chart, across: Scale, up: Scale) -> None:
     """Names at the ends of the lines, moved apart where they would overlap."""
-    wanted = [(up.clipped(line.dots[-1].y), line.label, f"c-{line.colour}") for line in chart.lines if line.label]
+    named = [line for line in chart.lines if line.label]
+    wanted = [((across(n.dots[-1].x), up.clipped(n.dots[-1].y)), n.label, f"c-{n.colour}") for n in named]
     if chart.reference is not None:
-        wanted.append((up.clipped(chart.reference[0]), chart.reference[1], "c-ink"))
-    for y, (was, label, kind) in zip(_apart([y for y, *_ in wanted]), wanted, strict=True):
-        x = across.end + 16
-        if abs(y - was) > 3:
-            draw(root, "path", d=path([(across.end + 5, was), (x - 2, y)]), class_="leader")
+        wanted.append(((across.end + 8, up.clipped(chart.reference[0])), chart.reference[1], "c-ink"))
+    x = across.end + 18
+    for y, (end, label, kind) in zip(_apart([y for (_, y), *_ in wanted]), wanted, strict=True):
+        if abs(y - end[1]) > 3 or end[0] < across.end:
+            draw(root, "path", d=path([(end[0] + 5, end[1]), (x - 3, y)]), class_="leader")
         draw(root, "text", label, x=x, y=y + 4, class_=f"label {kind}")
 
 

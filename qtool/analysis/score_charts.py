@@ -37,8 +37,8 @@ BITS = Axis("bits", "bits of a probability", lambda value: f"{value:g}")
 
 
 def charts(axis: Axis, series: Sequence[Series], words: Words, suffix: str = "") -> list[Figure]:
-    """What there is of score, agreement and KL divergence."""
-    made = (("score", _scores), ("agreement", _agreement), ("kl", _divergence))
+    """What there is of score, agreement, KL divergence and zeros."""
+    made = (("score", _scores), ("agreement", _agreement), ("kl", _divergence), ("zeros", _zeros))
     drawn = [(name, make(axis, series, words)) for name, make in made]
     return [(f"{axis.key}-{name}{suffix}", line_chart(chart)) for name, chart in drawn if chart is not None]
 
@@ -47,10 +47,12 @@ def _scores(axis: Axis, series: Sequence[Series], words: Words) -> Chart | None:
     lines = _lines(
         series, axis, "score", lambda p: f"{words.metric} {words.score(p['score'])} ({words.loss(p)})", words
     )
+    # Perplexities explode by factors; where none does, a linear scale has more marks.
+    explode = words.relative and max((dot.y for line in lines for dot in line.dots), default=0) > 2 * words.float
     return _chart(
         axis, lines, f"{words.metric_title} against {axis.key}",
-        up="perplexity, log scale" if words.relative else "points",
-        logarithmic_y=words.relative,
+        up="log scale" if explode else "" if words.relative else "points",
+        logarithmic_y=explode,
         reference=(words.float, "float"),
         least=2.0,
         bounds=(0.0, float("inf")) if words.relative else (0.0, 100.0),
@@ -67,6 +69,12 @@ def _divergence(axis: Axis, series: Sequence[Series], words: Words) -> Chart | N
     positive = [Series(s.label, [p for p in s.points if p["kl"]], s.colour, s.open) for s in series]
     lines = _lines(positive, axis, "kl", lambda p: f"KL {p['kl']:.3g} nats", words)
     return _chart(axis, lines, f"KL divergence from float against {axis.key}", up="nats, log scale", logarithmic_y=True)
+
+
+def _zeros(axis: Axis, series: Sequence[Series], words: Words) -> Chart | None:
+    shares = [Series(s.label, [{**p, "zeros": 100 * p["zeros"]} for p in s.points], s.colour, s.open) for s in series]
+    lines = _lines(shares, axis, "zeros", lambda p: f"{number(p['zeros'], 1)} % zeros", words)
+    return _chart(axis, lines, f"Zeros among probabilities against {axis.key}", up="%", bounds=(0.0, 100.0))
 
 
 def _lines(series: Sequence[Series], axis: Axis, key: str, say: Callable[[Point], str], words: Words) -> list[Line]:

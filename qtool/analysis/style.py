@@ -17,7 +17,7 @@ svg .label{font-size:12px;font-weight:600}
 .none{fill:none;stroke:var(--line)}
 .bars{fill:var(--log);fill-opacity:.28}
 .curve{fill:none}
-path.member{stroke:var(--prune);stroke-width:.7;stroke-opacity:.38}
+path.member{stroke:var(--prune);stroke-width:.7;stroke-opacity:.5}
 path.all{stroke:var(--prune);stroke-width:2}
 text.curve{fill:var(--prune)}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}
@@ -50,12 +50,12 @@ p{margin:0 0 .8em}
 .finding.more{font-size:clamp(16px,1.9vw,18px);color:var(--soft)}
 .lead{max-width:46em;color:var(--soft)}
 .note{max-width:52em;color:var(--soft);font-size:14px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(200px,1fr));gap:0;margin-top:34px;
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:0;margin-top:34px;
 border-top:2px solid var(--ink)}
 .tile{padding:16px 18px 14px 0}
 .tile p{margin:0}
 .tile .label{font-size:13px;font-weight:600}
-.tile .value{font-size:34px;line-height:1.25;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
+.tile .value{font-size:clamp(27px,3.4vw,36px);line-height:1.25;letter-spacing:-.02em;font-variant-numeric:tabular-nums}
 .tile .remark{font-size:13px;line-height:1.4;color:var(--soft)}
 section{margin-top:72px}
 .figures{display:grid;gap:18px;margin:14px 0 6px}
@@ -82,7 +82,8 @@ footer{margin-top:84px;border-top:2px solid var(--ink);padding-top:14px}
 footer dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:12px 28px;margin:14px 0 22px}
 dt{font-size:12px;color:var(--soft)}
 dd{margin:0;font-size:14px;overflow-wrap:anywhere}
-@media (max-width:560px){main{padding:32px 16px 48px}section{margin-top:52px}
+@media (max-width:560px){.pair svg .tick,.pair svg .axis{font-size:13px}.pair svg .label{font-size:13.5px}
+main{padding:32px 16px 48px}section{margin-top:52px}
 .pair figure,.triple figure,.wide figure{padding:12px 10px 10px}}
 @media print{body{background:none;font-size:11pt}main{max-width:none;padding:0}section{margin-top:26pt}
 figure,.tile,tr{break-inside:avoid}h2,h3{break-after:avoid}.figures.small{grid-template-columns:repeat(3,1fr)}

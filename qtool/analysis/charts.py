@@ -59,7 +59,7 @@ class Chart:
     @property
     def right(self) -> float:
         """Where the axis ends: with room for names behind it, if there are any."""
-        return _WIDTH - (112 if self.reference or any(line.label for line in self.lines) else 20)
+        return _WIDTH - (122 if self.reference or any(line.label for line in self.lines) else 20)
 
 
 def line_chart(chart: Chart) -> Element:

@@ -89,14 +89,25 @@ def html(page: Page) -> str:
     return "<!DOCTYPE html>\n" + tostring(root, encoding="unicode") + "\n"
 
 
+_MARGIN, _HEADING = 14.0, 26.0
+
+
 def standalone(figure: Element) -> str:
-    """A figure as an SVG file of its own, on light paper, with literal colours: any reader of SVG can show it."""
+    """A figure with its title as an SVG file of its own, on light paper, with literal colours: any reader of SVG can
+    show it."""
     root = copy.deepcopy(figure)
+    _, _, wide, high = map(float, root.get("viewBox", "").split())
+    # Small multiples have their title inside.
+    above = 0.0 if any(text.get("class") == "panel" for text in root.iter("text")) else _HEADING
+    left, top, width, height = -_MARGIN, -_MARGIN - above, wide + 2 * _MARGIN, high + above + 2 * _MARGIN
+    for name, value in (("viewBox", f"{left} {top} {width} {height}"), ("width", str(width)), ("height", str(height))):
+        root.set(name, value)
     root.set("xmlns", "http://www.w3.org/2000/svg")
-    _, _, wide, high = root.get("viewBox", "").split()
-    root.set("width", wide)
-    root.set("height", high)
-    root.insert(0, Element("rect", {"width": wide, "height": high, "fill": LIGHT.named["card"]}))
+    if above:
+        heading = SubElement(root, "text", {"x": "0", "y": str(top + _MARGIN + 12), "class": "heading"})
+        heading.text = _title(figure)
+    paper = {"x": str(left), "y": str(top), "width": str(width), "height": str(height), "fill": LIGHT.named["card"]}
+    root.insert(0, Element("rect", paper))
     style = Element("style")
     style.text = literal(LIGHT, css(LIGHT) + FIGURES)
     root.insert(0, style)

@@ -6,6 +6,7 @@ svg text{fill:var(--soft);font-size:11px;font-variant-numeric:tabular-nums}
 svg .axis{font-size:11px;fill:var(--soft)}
 svg .small{font-size:10px}
 svg .tick{font-size:10.5px;fill:var(--soft)}
+svg .heading{font-size:14px;font-weight:600;fill:var(--ink)}
 svg .panel{font-size:12px;font-weight:600;fill:var(--ink)}
 svg .value{font-size:9.5px}
 svg .label{font-size:12px;font-weight:600}

@@ -211,7 +211,7 @@ def test_pictures(study_body: Any, tmp_path: Path) -> None:
     assert picture.startswith(b"\x89PNG")
     wide, high = struct.unpack(">II", picture[16:24])
     _, _, own, other = map(float, figure.get("viewBox", "").split())
-    assert (wide, high) == pytest.approx((ZOOM * own, ZOOM * other), abs=1.5)
+    assert (wide, high) == pytest.approx((ZOOM * (own + 28), ZOOM * (other + 54)), abs=1.5)  # margins and a title
 
 
 def test_pictures_without_the_renderer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 from qtool import kernels
 from qtool.anatomy import FAMILIES
 from qtool.nn.attention import CHILD, QAttention
+from qtool.nn.codes import CODES_CHILD, CodedAttention
 from qtool.nn.decoder import DecoderPlan, Heads, Parts, heads_of
 from qtool.nn.plan import NoPlan, SameName, kept_plan
 
@@ -131,13 +132,12 @@ def _activation(module: nn.Module) -> str | None:
 
 
 def _holds_only(layer: Any, parts: Parts, kind: str) -> bool:
-    """Whether a layer is made of transformers' own modules, `parts`, an activation and INT8 products."""
+    """Whether a layer is made of transformers' own modules, `parts`, an activation and attention on codes."""
     theirs = (layer.self_attn, layer.mlp, parts["attention_norm"], parts["ffn_norm"])
     classes = (type(layer).__mro__[3], *map(type, theirs))
     if any(cls.__module__ != f"transformers.models.{kind}.modeling_{kind}" for cls in classes):
         return False
     known = {id(module) for module in (layer, *theirs, *parts.values(), layer.mlp.act_fn)}
-    products = layer.self_attn._modules.get(CHILD)
-    if isinstance(products, QAttention):
-        known.add(id(products))
+    added = (layer.self_attn._modules.get(name) for name in (CHILD, CODES_CHILD))
+    known |= {id(child) for child in added if isinstance(child, QAttention | CodedAttention)}
     return {id(module) for module in layer.modules()} == known

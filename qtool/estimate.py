@@ -54,15 +54,15 @@ def estimate(
     mapped = max(_source_bytes(job, unit) for unit in job.anatomy.units)
     seconds = _lowering_second(job) * _weights(job)
     watches = calibrates and bool(job.observed())
-    passing = _pass_1(job, batches) if watches or job.lowering.learns else 0.0
+    passing = _pass_1(job, batches) if watches or job.method.learns else 0.0
     if watches:
         seconds += passing
-        if job.lowering.follows:  # both models see these batches, once more for every stage of corrections
-            stages = len(job.lowering.stages(job.anatomy.blocks[0]))
+        if job.method.follows:  # both models see these batches, once more for every stage of corrections
+            stages = len(job.method.stages(job.anatomy.blocks[0]))
             share = 1 / followed(job, len(batches.batches))
             seconds += (1 + stages) * _FOLLOWING * passing * share
-    if job.lowering.learns:
-        seconds += job.lowering.passes(len(batches.batches)) * passing
+    if job.method.learns:
+        seconds += job.method.passes(len(batches.batches)) * passing
     if job.recipe.calibration.source == "self" and job.reads_data:
         seconds += _writing(job, batches)
     moved = job.checkpoint.num_bytes + _PASSES * job.predicted_bytes()

@@ -24,12 +24,13 @@ from qtool.fused import fuse
 from qtool.kernels.integer import Native
 from qtool.nn import QAttention
 from qtool.nn.attention import CHILD
+from qtool.nn.codes import CODES_CHILD, CodedAttention
 from qtool.nn.plan import check
 
 REPEATABLE = "qtool_sdpa_float64"
 """Name of the attention that decoders of qtool use; see `repeatable_attention`."""
-INT8 = "qtool_int8"
-"""Name of the attention whose products are on int8 codes; see `int8_attention`."""
+CODES = "qtool_codes"
+"""Name of the attention that works on codes; see `coded_attention`."""
 PLAIN = "qtool_plain"
 """Name of the attention that hands out its probabilities; see `plain_attention`."""
 _PROBE = "qtool_probe"
@@ -42,6 +43,9 @@ _WITHOUT_MEANING = frozenset(
 )
 """What attention functions are also given: known to them in other ways (the mask holds causality and windows), or
 nothing that changes a number."""
+
+_ATTENDING = ("attention", "attention_codes")
+"""Types of modules that attend."""
 
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 
@@ -100,7 +104,7 @@ class QtoolQuantizer(HfQuantizer):
         """Raises InputError where another attention is asked for than the one that the artifact was made for."""
         wanted = config._attn_implementation
         described = self.quantization_config.modules.values()
-        if wanted not in (None, INT8) and any(module["type"] == "attention" for module in described):
+        if wanted not in (None, CODES) and any(module["type"] in _ATTENDING for module in described):
             raise InputError(
                 f"attn_implementation={wanted!r} cannot run this model, whose attention is quantized; leave it out"
             )
@@ -149,7 +153,7 @@ def adapt(model: Any, modules: Mapping[str, Mapping[str, Any]], *, dtype: torch.
     """Replace what `modules` describes by empty quantized modules, and give the model the forward they need."""
     nn.install(model, modules, dtype=dtype)
     repeatable_attention(model)
-    int8_attention(model)
+    coded_attention(model)
     integrate(model)
     fuse(model)
     join(model)
@@ -220,7 +224,7 @@ class Site:
 def attention_sites(model: Any) -> list[Site]:
     """The modules of a skeleton (meta device) that attend through transformers' registry, found by running it.
 
-    Raises InputError for an architecture that has none, or whose attention is given what INT8 attention does not know.
+    Raises InputError for an architecture that has none, or whose attention is given what is not known.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -233,7 +237,7 @@ def attention_sites(model: Any) -> list[Site]:
         _refuse_unknown(module, options)
         seen[module] = query.shape[1], key.shape[1], query.shape[3]
         if value.shape != key.shape:
-            raise InputError(f"{type(module).__name__} has values of another size than keys; INT8 attention cannot run")
+            raise InputError(f"{type(module).__name__} has values of another size than keys; it stays float")
         return query.transpose(1, 2), None
 
     AttentionInterface.register(_PROBE, probe)
@@ -247,34 +251,34 @@ def attention_sites(model: Any) -> list[Site]:
                 model(input_ids=ids, attention_mask=ids)
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"the attention of {name} cannot be looked at: {said}; leave it in float") from error
+            raise InputError(f"the attention of {name} cannot be looked at: {said}; it stays float") from error
         finally:
             model.set_attn_implementation(before)
     if not seen:
         raise InputError(
             f"{name} does not attend through transformers' registry of attention functions: its attention cannot be "
-            "quantized; set methods.zeroquant.attention to float"
+            "quantized"
         )
     paths = {module: path for path, module in model.named_modules()}
     return [Site(paths[module], *found) for module, found in seen.items()]
 
 
-def int8_attention(model: Any) -> None:
-    """Let the attention modules that hold a `QAttention` attend by it, in place; others of the model stay float.
+def coded_attention(model: Any) -> None:
+    """Let attention modules that hold `QAttention` or `CodedAttention` attend by it, in place; others stay float.
 
     Raises InputError for a class that does not attend through transformers' registry.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    holders = [module for module in model.modules() if isinstance(module._modules.get(CHILD), QAttention)]
+    holders = [module for module in model.modules() if _attending(module) is not None]
     if not holders:
         return
-    AttentionInterface.register(INT8, _attend)
-    AttentionMaskInterface.register(INT8, _whole_mask)
+    AttentionInterface.register(CODES, _attend)
+    AttentionMaskInterface.register(CODES, _whole_mask)
     if model._can_set_attn_implementation():
-        model.set_attn_implementation(INT8)
-    if model.config._attn_implementation != INT8:
+        model.set_attn_implementation(CODES)
+    if model.config._attn_implementation != CODES:
         raise InputError(
             f"{type(model).__name__} does not attend through transformers' registry of attention functions"
         )
@@ -287,18 +291,24 @@ def _attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`[batch, heads, tokens, size]` in; `[batch, tokens, heads, size]` and, where asked for, probabilities out."""
-    products = module._modules.get(CHILD)
-    if products is None:
+    operation = _attending(module)
+    if operation is None:
         return _wide_sdpa(module, query, key, value, mask, **options)
     _refuse_unknown(module, options)
     if module.training and options.get("dropout"):
-        raise InputError("INT8 attention has no dropout and no gradient: call model.eval() first")
+        raise InputError("attention on codes has no dropout and no gradient: call model.eval() first")
     causal = options.get("is_causal")
     if mask is None and query.shape[2] > 1 and (getattr(module, "is_causal", False) if causal is None else causal):
-        raise InputError(f"{type(module).__name__} was given no causal mask: INT8 attention cannot do without")
-    context, codes = products(query, key, value, mask, scaling=options.get("scaling"), softcap=options.get("softcap"))
+        raise InputError(f"{type(module).__name__} was given no causal mask: attention on codes cannot do without")
+    context, codes = operation(query, key, value, mask, scaling=options.get("scaling"), softcap=options.get("softcap"))
     wanted = options.get("output_attentions", getattr(module.config, "output_attentions", False))
-    return context, codes / codes.sum(-1, keepdim=True).clamp_min(1) if wanted else None
+    return context, operation.values(codes) if wanted else None
+
+
+def _attending(module: Any) -> QAttention | CodedAttention | None:
+    """What an attention module holds to attend by."""
+    found = (module._modules.get(CHILD), module._modules.get(CODES_CHILD))
+    return next((child for child in found if isinstance(child, QAttention | CodedAttention)), None)
 
 
 def plain_attention(change: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]) -> str:
@@ -356,14 +366,15 @@ def _whole_mask(*args: Any, **options: Any) -> torch.Tensor | None:
 @check
 def _still_chosen(module: Any, args: Any) -> None:
     chosen = module.config._attn_implementation
-    if chosen != INT8:
-        raise InputError(f"attention {chosen!r} was set, and this model's is quantized; set {INT8!r} again")
+    if chosen != CODES:
+        raise InputError(f"attention {chosen!r} was set, and this model's is quantized; set {CODES!r} again")
 
 
 @check
 def _was_called(module: Any, args: Any, output: Any) -> None:
-    if not module._modules[CHILD].calls:
-        raise InputError(f"{type(module).__name__} did not call its INT8 attention; please report this")
+    operation = _attending(module)
+    if operation is not None and not operation.calls:
+        raise InputError(f"{type(module).__name__} did not call its attention on codes; please report this")
 
 
 def paths_in(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -377,7 +388,7 @@ def paths_in(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, 
 
     def here(path: str) -> str | None:
         candidates = (path, path.removeprefix(prefix), prefix + path)
-        return next((p for p in candidates if p.removesuffix(f".{CHILD}") in known), None)
+        return next((p for p in candidates if p in known or _owner(p) in known), None)
 
     found: dict[str, Mapping[str, Any]] = {}
     for path, description in modules.items():
@@ -387,6 +398,12 @@ def paths_in(model: Any, modules: Mapping[str, Mapping[str, Any]]) -> dict[str, 
         elif not headed or path.startswith(prefix):
             raise InputError(f"{type(model).__name__} has no module {path}, which the artifact quantizes")
     return found
+
+
+def _owner(path: str) -> str:
+    """The module of the float model that holds `path`, where qtool adds a child to it."""
+    owner, _, name = path.rpartition(".")
+    return owner if name in (CHILD, CODES_CHILD) else path
 
 
 def _retabled(model: Any, description: Mapping[str, Any], here: Callable[[str], str | None]) -> Mapping[str, Any]:

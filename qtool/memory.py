@@ -63,9 +63,9 @@ def needs(job: "Job", shapes: Sequence[tuple[int, int]], *, calibrates: bool, sp
         found += _passing("calibrate", job, flow, shapes, models=1)
     if job.recipe.calibration.source == "self" and job.reads_data:
         found.append(_writing(job, shapes))
-    if job.lowering.follows or job.lowering.learns:
+    if job.method.follows or job.method.learns:
         chosen = shapes[:: followed(job, len(shapes))]
-        flows = 3 if job.lowering.learns else 2  # a teacher's outputs too
+        flows = 3 if job.method.learns else 2  # a teacher's outputs too
         flow = 0 if spill else flows * sum(_states(job, shape) for shape in chosen)
         found += _passing("quantize", job, flow, chosen, models=2)
     return found
@@ -76,7 +76,7 @@ def followed(job: "Job", count: int) -> int:
 
     All where a method learns or errors are corrected; where they are only measured, an even sample is enough.
     """
-    every = job.lowering.learns or any(job.lowering.stages(unit) for unit in job.anatomy.units)
+    every = job.method.learns or any(job.method.stages(unit) for unit in job.anatomy.units)
     return 1 if every else -(-count // MEASURED_BATCHES)
 
 
@@ -136,7 +136,7 @@ def _lowering(job: "Job") -> Iterator[Need]:
     """Pass 2: the codes of a unit, what its method keeps, and the largest matrix in hand."""
     stored = lowered_bytes(job)
     for unit in job.anatomy.units:
-        kept = stored[unit.name] + job.lowering.memory(unit, job.plan)
+        kept = stored[unit.name] + job.method.memory(unit, job.plan)
         yield Need("quantize", unit.name, FIXED + kept + max(_matrices(job, unit), default=0))
 
 
@@ -155,7 +155,7 @@ def _matrices(job: "Job", unit: Unit) -> Iterator[int]:
     for outer in job.plan.modules.items():
         for path, module in parts_of(*outer):
             if unit.owns(path) and "weights" in module and "table" not in module:
-                yield job.lowering.in_hand(job.model.get_submodule(path), module)
+                yield job.method.in_hand(job.model.get_submodule(path), module)
 
 
 def lowered_bytes(job: "Job") -> dict[str, int]:
@@ -190,7 +190,7 @@ def _passing(step: str, job: "Job", flow: int, shapes: Sequence[tuple[int, int]]
     for unit in job.anatomy.units:
         if unit.name in sizes:
             moment = max(models * _moment(job, unit, shape) + _gradients(job, unit, shape, models) for shape in shapes)
-            kept = (models - 1) * (stored[unit.name] + job.lowering.memory(unit, job.plan))
+            kept = (models - 1) * (stored[unit.name] + job.method.memory(unit, job.plan))
             yield Need(step, unit.name, FIXED + sizes[unit.name] + kept + flow + moment)
 
 
@@ -204,7 +204,7 @@ def _moment(job: "Job", unit: Unit, shape: tuple[int, int]) -> int:
 
 def _gradients(job: "Job", unit: Unit, shape: tuple[int, int], models: int) -> int:
     """What a batch leaves in a block for its gradients, in pass 2, beside what a pass takes."""
-    if models == 1 or unit.kind != "block" or not job.lowering.differentiates:
+    if models == 1 or unit.kind != "block" or not job.method.differentiates:
         return 0
     return 4 * shape[0] * shape[1] * _KEPT * _widest(job)
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -29,7 +29,7 @@ from qtool import __version__, artifact, audit, card, golden
 from qtool.anatomy import Anatomy, Unit
 from qtool.anatomy import anatomy as anatomy_of
 from qtool.artifact import FORMAT_VERSION, QUANT_METHOD
-from qtool.calibrate.observers import OBSERVERS, Observer
+from qtool.calibrate.observers import OBSERVERS
 from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
 from qtool.checkpoint import Checkpoint, load_config, open_float, opened, sha256, skeleton, tied_names
@@ -40,11 +40,13 @@ from qtool.kernels import backend, reference
 from qtool.memory import followed
 from qtool.methods import build, entry
 from qtool.methods.base import Method, Plan
+from qtool.methods.combined import Combined
 from qtool.nn import QModule
 from qtool.recipe import Recipe
 from qtool.rundir import RunDirectory
 from qtool.spill import SpilledStates, State
 from qtool.stream import Call, Reader, Stream, give_back, stored
+from qtool.watch import open_attention, watching
 
 Keep = Callable[[], MutableSequence[State]]
 
@@ -81,23 +83,22 @@ class Job:
     model: Any = field(init=False)
     anatomy: Anatomy = field(init=False)
     methods: Sequence[Method] = field(init=False)
+    method: Method = field(init=False)
+    """All methods as one."""
     plan: Plan = field(init=False)
     checkpoint: Checkpoint = field(init=False)
 
     def __post_init__(self) -> None:
         self.model, self.checkpoint = open_float(self.source)
+        self.methods = build(self.recipe.for_parts(anatomy_of(self.model).names()))
+        self.method = self.methods[0] if len(self.methods) == 1 else Combined(self.methods)
+        self.method.reshape(self.model, self.checkpoint)
         self.anatomy = anatomy_of(self.model)
-        self.methods = build(self.recipe.for_parts(self.anatomy.names()))
-        plan = self.lowering.plan(self.anatomy, self.model)
+        plan = self.method.plan(self.anatomy, self.model)
         if not plan.modules:
             raise InputError("the recipe leaves every module in float; there is nothing to quantize")
         tied = getattr(self.model.config, "tie_word_embeddings", True)
         self.plan = replace(plan, config={**({} if tied else {"tie_word_embeddings": False}), **plan.config})
-
-    @property
-    def lowering(self) -> Method:
-        """The one method that turns float units into integer ones."""
-        return next(method for method in self.methods if method.phase == "lower")
 
     def lowered_skeleton(self) -> Any:
         """The model with empty quantized modules (meta device)."""
@@ -121,13 +122,13 @@ class Job:
 
     def observed(self) -> dict[str, dict[str, str]]:
         """Unit name → module path → observer."""
-        wanted = {unit.name: self.lowering.observers(unit, self.plan) for unit in self.anatomy.units}
+        wanted = {unit.name: self.method.observers(unit, self.plan) for unit in self.anatomy.units}
         return {name: observers for name, observers in wanted.items() if observers}
 
     @property
     def reads_data(self) -> bool:
         """Whether any step looks at calibration data; without one, they need not be made."""
-        return bool(self.observed()) or self.lowering.follows or self.lowering.learns
+        return bool(self.observed()) or self.method.follows or self.method.learns
 
     def fingerprint(self, batches: Batches, statistics: Path | None = None) -> dict[str, Any]:
         """Everything that the bytes of the artifact depend on; `statistics` is a file that replaces pass 1."""
@@ -189,52 +190,30 @@ def calibrate(job: Job, batches: Batches, keep: Keep = list) -> Generator[Event,
     flow = keep()
     observed = job.observed()
     units = job.anatomy.units if job.anatomy.head.name in observed else job.anatomy.units[:-1]
-    for index, unit in enumerate(units):
-        started = time.perf_counter()
-        yield Progress("calibrate", unit.name, index, len(units))
-        observers = {site: OBSERVERS[name]() for site, name in observed.get(unit.name, {}).items()}
-        with stream.loaded(unit):
-            if unit.kind == "embeddings":
-                for batch in batches.batches:
-                    flow.append(stream.embed(batch))
-                    give_back()
-            else:
-                for number, (hidden, calls) in enumerate(flow):
-                    batch = batches.batches[number]
-                    with _watching(stream.model, observers, batch["attention_mask"].bool()):
-                        if unit.kind == "head":
-                            stream.head(batch, hidden)
-                        else:
-                            flow[number] = stream.block(unit, hidden, calls[index - 1]), calls
-                    give_back()
-        for site, observer in observers.items():
-            states[site, observed[unit.name][site]] = observer.state()
-        yield _ended("calibrate", unit, index, len(units), started)
+    sites = [site for unit in observed.values() for site in unit]
+    with open_attention(stream.model, sites) as probes:
+        for index, unit in enumerate(units):
+            started = time.perf_counter()
+            yield Progress("calibrate", unit.name, index, len(units))
+            observers = {site: OBSERVERS[name]() for site, name in observed.get(unit.name, {}).items()}
+            with stream.loaded(unit):
+                if unit.kind == "embeddings":
+                    for batch in batches.batches:
+                        flow.append(stream.embed(batch))
+                        give_back()
+                else:
+                    for number, (hidden, calls) in enumerate(flow):
+                        batch = batches.batches[number]
+                        with watching(stream.model, observers, batch["attention_mask"].bool(), probes):
+                            if unit.kind == "head":
+                                stream.head(batch, hidden)
+                            else:
+                                flow[number] = stream.block(unit, hidden, calls[index - 1]), calls
+                        give_back()
+            for site, observer in observers.items():
+                states[site, observed[unit.name][site]] = observer.state()
+            yield _ended("calibrate", unit, index, len(units), started)
     return Statistics(states, job.statistics_fingerprint(batches))
-
-
-@contextmanager
-def _watching(model: Any, observers: Mapping[str, Observer], real: torch.Tensor) -> Iterator[None]:
-    """While active, each observer sees the rows of its site, without padding (`real` is `[batch, tokens]`).
-
-    A site is a module's path, for its input, or `path:output`; other words behind the colon only tell observers apart.
-    """
-
-    def show(observer: Observer, tensor: torch.Tensor) -> None:
-        rows = tensor.flatten(0, -2)
-        # An expert sees only the tokens that were sent to it: then nobody knows which are padding.
-        observer.update(rows[real.flatten()] if len(rows) == real.numel() else rows)
-
-    with ExitStack() as stack:
-        for site, observer in observers.items():
-            path, _, what = site.partition(":")
-            module = model.get_submodule(path)
-            if what == "output":
-                handle = module.register_forward_hook(lambda _, __, out, seen=observer: show(seen, out))
-            else:
-                handle = module.register_forward_pre_hook(lambda _, args, seen=observer: show(seen, args[0]))
-            stack.callback(handle.remove)
-        yield
 
 
 def _ended(stage: str, unit: Unit, index: int, total: int, started: float) -> Progress:
@@ -291,12 +270,12 @@ def _lower_all(
     keep: Keep,
 ) -> Generator[Event, None, dict[str, torch.Tensor]]:
     """Pass 2. Returns the golden outputs, computed from the shards as they lie on disk."""
-    job.lowering.resolve(job.plan, statistics)
-    source = job.lowering.source(job.plan, statistics, job.checkpoint)
+    job.method.resolve(job.plan, statistics)
+    source = job.method.source(job.plan, statistics, job.checkpoint)
     model = job.lowered_skeleton()
     names = job.stored_names(model)
     stream = Stream(model, job.anatomy, _shard_reader(job, run))
-    follows = job.lowering.follows or job.lowering.learns
+    follows = job.method.follows or job.method.learns
     follower = _follower(job, source, stream, batches, keep) if follows else None
     hidden, calls, outputs = torch.empty(0), tuple[Call, ...](), {}
     total = len(job.anatomy.units)
@@ -307,7 +286,7 @@ def _lower_all(
         if not shard.exists():
             torch.manual_seed(unit_seed(job.recipe.seed, unit.name))
             _write_unit(job, unit, source, [name for name in names if unit.owns(name)], shard, statistics, follower)
-            if remark := job.lowering.remark(unit):
+            if remark := job.method.remark(unit):
                 yield Note(remark)
         if follower is not None and not follower.passed(unit):
             with stream.loaded(unit):
@@ -339,7 +318,7 @@ def _write_unit(
     follower: Follower | None,
 ) -> None:
     """Lower one unit, audit it, and write its tensors: those of the integer modules, and what is left in float."""
-    method = job.lowering
+    method = job.method
     with ExitStack() as stack:
         lesson = (
             stack.enter_context(follower.lesson(unit)) if follower and method.learns and unit.kind == "block" else None
@@ -363,7 +342,7 @@ def _write_unit(
 
 def _refine(job: Job, unit: Unit, lowered: Mapping[str, QModule], follower: Follower) -> dict[str, dict[str, float]]:
     """Correct what the method wants corrected, with the unit's modules in their places, and measure what is left."""
-    stream, method = follower.lowered, job.lowering
+    stream, method = follower.lowered, job.method
     tensors = {
         f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()
     }
@@ -465,7 +444,7 @@ def _report(
         },
         "recipe": job.recipe.model_dump(mode="json", exclude_none=True),
         "calibration": batches.description if job.reads_data else None,
-        "execution": {"kind": "real", "backend": backend().name, "arithmetic": job.lowering.arithmetic},
+        "execution": {"kind": "real", "backend": backend().name, "arithmetic": job.method.arithmetic},
         "architecture": job.anatomy.architecture,
         "head": job.anatomy.head_kind,
         "modules": job.plan.modules,

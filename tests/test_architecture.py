@@ -21,6 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             "pipeline",
+            "watch",
             "memory",
             "spill",
             "follow",

@@ -16,7 +16,7 @@ from qtool import golden, kernels, pipeline
 from qtool.api import calibration_batches, open_job, resolve_recipe
 from qtool.artifact import quantization_config
 from qtool.errors import InputError
-from qtool.hf import INT8
+from qtool.hf import CODES
 from qtool.nn import QAttention
 from qtool.nn.attention import CHILD
 from qtool.nn.plan import one_by_one
@@ -117,7 +117,7 @@ def test_every_block_attends_on_codes_near_float(quantized: Quantized, architect
     found, wanted = outputs(model, inputs), outputs(near, inputs)
     assert len(products(model)) == 2 and all(module.calls for module in products(model).values())
     assert 0 < (found - wanted).norm() < 0.12 * wanted.norm()  # random weights make scores of tens
-    assert model.config._attn_implementation == INT8
+    assert model.config._attn_implementation == CODES
 
 
 @pytest.mark.parametrize("architecture", ALL)
@@ -278,13 +278,13 @@ def test_another_attention_is_refused(quantized: Quantized) -> None:
     model.set_attn_implementation("sdpa")
     with pytest.raises(InputError, match="attention 'sdpa' was set"):
         outputs(model, batch())
-    model.set_attn_implementation(INT8)
+    model.set_attn_implementation(CODES)
     outputs(model, batch())
 
 
 def test_what_would_change_the_result_is_refused(quantized: Quantized) -> None:
     model = load(quantized("BertForSequenceClassification"))
-    with pytest.raises(InputError, match="BertSelfAttention passes head_mask, which INT8 attention does not know"):
+    with pytest.raises(InputError, match=r"BertSelfAttention passes head_mask, which qtool.s attention does not know"):
         model(**batch(), head_mask=torch.ones(2, 2))
     model.train()
     with pytest.raises(InputError, match="no dropout and no gradient"):

@@ -150,7 +150,7 @@ def _about_calibration(job: "Job", batches: "Batches", statistics: str | Path | 
         return "no calibration pass: this recipe computes the scales of activations at run time"
     return (
         f"statistics: {statistics}"
-        if statistics and not job.lowering.learns
+        if statistics and not job.method.learns
         else f"calibration data: {batches.description}, {batches.num_tokens} tokens"
     )
 

@@ -167,8 +167,10 @@ class Sample(Observer):
 class AttentionHistogram(Observer):
     """How the attention probabilities of each head are distributed; see `probabilities.Distribution`.
 
-    State: `counts` int64 and `mass` float64 `[heads, BINS]`, `tokens` int64.
+    State: `counts` int64, `mass`, `weights` and `sums` float64 `[heads, BINS]`, `tokens` int64.
     """
+
+    relative = False
 
     def __init__(self) -> None:
         self._seen: Distribution | None = None
@@ -180,14 +182,21 @@ class AttentionHistogram(Observer):
         """
         if rows.numel() == 0:
             return
-        found = Distribution.of(*_finite((rows,)))
+        found = Distribution.of(*_finite((rows,)), relative=self.relative)
         self._seen = found if self._seen is None else self._seen + found
 
     def state(self) -> State:
         """Raises InputError when nothing was seen."""
         if self._seen is None:
             raise InputError(_NOTHING)
-        return {"counts": self._seen.counts, "mass": self._seen.mass, "tokens": torch.tensor(self._seen.rows)}
+        tables = {name: getattr(self._seen, name) for name in ("counts", "mass", "weights", "sums")}
+        return {**tables, "tokens": torch.tensor(self._seen.rows)}
+
+
+class AttentionShares(AttentionHistogram):
+    """The same of probabilities divided by the largest of their row."""
+
+    relative = True
 
 
 def _finite(values: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -205,5 +214,6 @@ OBSERVERS: dict[str, type[Observer]] = {
     "token-peaks": TokenPeaks,
     "sample": Sample,
     "attention-histogram": AttentionHistogram,
+    "attention-shares": AttentionShares,
 }
 """Observers by the name that recipes and methods use."""

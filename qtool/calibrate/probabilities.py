@@ -4,6 +4,7 @@ Bins are narrow in the logarithm and found without one: an octave is cut into 16
 float32, so that which bin a probability is in is exact, and the same everywhere. Memory does not grow with the data.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,29 +33,48 @@ def bins(probabilities: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Distribution:
-    """How the probabilities of `rows` queries are distributed in each head.
+    """How the probabilities of `rows` queries, or their shares of the largest in their row, are distributed by head.
 
-    `counts` int64 `[heads, BINS]` says how many pairs of a query and a key that it may see are in a bin, `mass` float64
-    `[heads, BINS]` the sum of their probabilities.
+    All are `[heads, BINS]`: `counts` int64 says how many pairs of a query and a key that it may see are in a bin,
+    `mass` float64 the sum of their probabilities. Errors count by `weights` float64: the same for each probability, the
+    square of the row's largest for a share of it; `sums` float64 is that of what is in the bin, weighted.
     """
 
     counts: torch.Tensor
     mass: torch.Tensor
+    weights: torch.Tensor
+    sums: torch.Tensor
     rows: int
 
     @classmethod
-    def of(cls, rows: torch.Tensor) -> "Distribution":
-        """Of float probabilities `[queries, heads, keys]`, negative where a query may not look. They must be finite."""
+    def of(cls, rows: torch.Tensor, *, relative: bool = False) -> "Distribution":
+        """Of float probabilities `[queries, heads, keys]`, negative where a query may not look. They must be finite.
+
+        With `relative`, of their shares of the largest in their row.
+        """
         heads = rows.shape[1]
         seen = rows >= 0
-        flat = bins(rows).add_(BINS * torch.arange(heads)[:, None])[seen]
-        counts = torch.bincount(flat, minlength=heads * BINS).view(heads, BINS)
-        mass = torch.bincount(flat, weights=rows[seen].double(), minlength=heads * BINS).view(heads, BINS)
-        return cls(counts, mass, len(rows))
+        found = rows[seen].double()
+        largest = rows.amax(-1, keepdim=True).expand_as(rows)[seen].double() if relative else torch.ones_like(found)
+        shares = torch.where(largest > 0, found / largest, 0.0)
+        head = torch.arange(heads)[:, None].expand_as(rows)[seen]
+        flat = bins(shares).add_(BINS * head)
+
+        def table(values: torch.Tensor | None) -> torch.Tensor:
+            return torch.bincount(flat, weights=values, minlength=heads * BINS).view(heads, BINS)
+
+        weights = largest.square()
+        return cls(table(None), table(found), table(weights), table(weights * shares), len(rows))
 
     def __add__(self, other: "Distribution") -> "Distribution":
         """Of both together."""
-        return Distribution(self.counts + other.counts, self.mass + other.mass, self.rows + other.rows)
+        mine, theirs = vars(self).values(), vars(other).values()
+        return Distribution(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> "Distribution":
+        """What an observer of attention has seen."""
+        return cls(state["counts"], state["mass"], state["weights"], state["sums"], int(state["tokens"]))
 
     @property
     def mean_length(self) -> float:
@@ -62,7 +82,7 @@ class Distribution:
         return float(self.counts.sum()) / (self.rows * len(self.counts))
 
     def sparsity(self, threshold: float | torch.Tensor) -> torch.Tensor:
-        """The share of pairs whose probability is below `threshold` (a number or `[heads]`): float64 `[heads]`.
+        """The share of pairs that are below `threshold` (a number or `[heads]`): float64 `[heads]`.
 
         Inside a bin probabilities are taken to be spread evenly.
         """

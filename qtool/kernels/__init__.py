@@ -76,6 +76,9 @@ class Backend(Protocol):
     def int8_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What the function of this name in `attention` does."""
 
+    def coded_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the function of this name in `coding` does."""
+
     def row_table_linear(
         self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

@@ -27,7 +27,7 @@ MAX_KEYS = (2**31 - 1) // (LEVELS * QMAX)
 MAX_SIZE = 133_144
 """Channels that a head may have: |Σ query · key| ≤ 127² · size within int32."""
 _FRACTION_BITS = 8  # places behind the point that a probability has while its rounding error is carried
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 _LOWEST = -24.0  # 2^-24 of the largest weight is less than half a unit of those places
 _EXP2 = (0.6931471880, 0.2402265092, 0.0555035710, 0.0096180567, 0.0013390867, 0.0001546145)  # (2^x - 1) / x
 _PIECE = 1 << 16  # scores at a time: their copies stay in the cache
@@ -67,8 +67,8 @@ def int8_attention(
         for rows in _pieces(len(products), queries, keys):
             part = slice(None), rows
             scores = products[part].float().mul_(units[part]).mul_(k_unit[at])
-            scores = _capped(scores, softcap) if softcap is not None else scores
-            scores = scores if allowed is None else _masked(scores, allowed[at][part])
+            scores = capped(scores, softcap) if softcap is not None else scores
+            scores = scores if allowed is None else masked(scores, allowed[at][part])
             codes[at][part], alive[part] = _probabilities(scores)
         context[at] = (
             _weighted(codes[at].flatten(0, 1), v[at]).view_as(context[at]).mul_(value_scale[at[1]]).add_(alive)
@@ -92,7 +92,7 @@ def quantized(
     q, q_scale = quantize_tokens(query)
     k, k_scale = quantize_tokens(key)
     v, v_scale = quantize_static(value.float(), value_scale.view(groups, 1, 1))
-    unit = q_scale.mul_(scaling * _LOG2_E).add_(query.mul(0).sum(-1, keepdim=True))
+    unit = q_scale.mul_(scaling * LOG2_E).add_(query.mul(0).sum(-1, keepdim=True))
     return (q, k, v), unit, k_scale + key.mul(0).sum(-1, keepdim=True) + v_scale.mul_(0)
 
 
@@ -101,17 +101,17 @@ def _pieces(heads: int, queries: int, keys: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, queries, step))
 
 
-def _capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
+def capped(scores: torch.Tensor, softcap: float) -> torch.Tensor:
     """`softcap · tanh(score / softcap)` of scores in octaves."""
-    return scores.div_(softcap * _LOG2_E).tanh_().mul_(softcap * _LOG2_E)
+    return scores.div_(softcap * LOG2_E).tanh_().mul_(softcap * LOG2_E)
 
 
-def _masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Scores in octaves, -inf where a query may not look."""
     if mask.dtype == torch.bool:
         return scores.masked_fill_(~mask, -torch.inf)
     forbidden = mask <= torch.finfo(mask.dtype).min / 2
-    return scores.add_(mask.float().mul(_LOG2_E)).masked_fill_(forbidden, -torch.inf)
+    return scores.add_(mask.float().mul(LOG2_E)).masked_fill_(forbidden, -torch.inf)
 
 
 def _probabilities(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

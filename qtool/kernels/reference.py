@@ -473,6 +473,13 @@ class Reference:
 
         return int8_attention(*args, **kwargs)
 
+    @staticmethod
+    def coded_attention(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `coding.coded_attention`."""
+        from qtool.kernels.coding import coded_attention
+
+        return coded_attention(*args, **kwargs)
+
     def row_table_linear(
         self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

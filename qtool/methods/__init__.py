@@ -43,6 +43,12 @@ METHODS: dict[str, Entry] = {
         "zeroquant-w8a8",
         "real: int8 × int8 → int32 products",
     ),
+    "logattn": Entry(
+        "qtool.methods.logattn:LogAttn",
+        "attention probabilities pruned and kept as codes of 2 to 8 bits; alone or with zeroquant",
+        "logattn",
+        "codes of probabilities; products in float, not faster",
+    ),
 }
 """The built-in methods by the name that recipes and `--method` use."""
 
@@ -107,7 +113,10 @@ def method_class(name: str) -> "type[Method]":
 
 
 def build(recipe: "Recipe") -> "Sequence[Method]":
-    """The recipe's methods in the order of their phases. Raises InputError for a combination that makes no sense."""
+    """The recipe's methods in the order of their phases. Raises InputError for a combination that makes no sense.
+
+    At most one may lower, and none may be there twice.
+    """
     from pydantic import ValidationError
 
     from qtool.methods.base import PHASES
@@ -121,6 +130,9 @@ def build(recipe: "Recipe") -> "Sequence[Method]":
         except ValidationError as error:
             raise InputError(f"methods.{wanted.name}.{first_problem(error, cls.options_class)}") from error
     lowering = [method.name for method in methods if method.phase == "lower"]
-    if len(lowering) != 1:
-        raise InputError(f"exactly one method must lower the model, not {' and '.join(lowering) or 'none'}")
+    if len(lowering) > 1:
+        raise InputError(f"only one method can lower the model, not {' and '.join(lowering)}")
+    names = [method.name for method in methods]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"method {twice} is there twice; give it all of its options in one place")
     return sorted(methods, key=lambda method: PHASES.index(method.phase))

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qtool.anatomy import Anatomy, Unit
 from qtool.calibrate.statistics import Statistics
+from qtool.checkpoint import Checkpoint
 from qtool.lesson import Lesson
 from qtool.nn import QModule
 from qtool.numerics import QTensor
@@ -22,7 +23,7 @@ _IN_HAND = 16  # bytes of a weight
 _AT_ONCE = 1 << 20  # weights that are compared in float64 at a time
 
 PHASES = ("shape", "lower", "attach")
-"""Methods run in this order; exactly one of a recipe's methods lowers."""
+"""Methods run in this order; at most one of a recipe's methods lowers."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,12 @@ class Method(ABC):
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe, self.options = recipe, options
         self._report: dict[str, dict[str, float]] = {}
+
+    def reshape(self, model: Any, checkpoint: Checkpoint) -> None:  # noqa: B027 (most leave shapes alone)
+        """Change the float skeleton, and what `checkpoint` reads for it, in place, before anything else looks at them.
+
+        For methods of phase `shape`: all that follows, calibration too, sees a model of that shape.
+        """
 
     @abstractmethod
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:

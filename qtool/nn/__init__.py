@@ -12,6 +12,7 @@ from torch import nn
 
 from qtool.errors import InputError, one_of
 from qtool.nn.attention import QAttention
+from qtool.nn.codes import CodedAttention
 from qtool.nn.embedding import QEmbedding
 from qtool.nn.integer.activation import IntGelu, IntRelu, IntTable, IntTanh
 from qtool.nn.integer.block import IntAttention, IntBlock
@@ -29,6 +30,7 @@ MODULES: dict[str, type[QModule]] = {
     "embedding": QEmbedding,
     "tied_linear": QTiedLinear,
     "attention": QAttention,
+    "attention_codes": CodedAttention,
     "int_embeddings": IntEmbeddings,
     "int_rows": IntTableRows,
     "int_block": IntBlock,
@@ -44,8 +46,8 @@ MODULES: dict[str, type[QModule]] = {
 }
 
 __all__ = [
-    "MODULES", "IntModule", "QAttention", "QEmbedding", "QLinear", "QModule", "QTiedLinear", "describe", "install",
-    "parts_of",
+    "MODULES", "CodedAttention", "IntModule", "QAttention", "QEmbedding", "QLinear", "QModule", "QTiedLinear",
+    "describe", "install", "parts_of",
 ]  # fmt: skip
 
 

@@ -48,6 +48,10 @@ class QAttention(QModule):
         context, codes = operation(query, key, value, self.value_scale, mask, scaling=scaling, softcap=softcap)
         return context.to(self.output_dtype), codes
 
+    def values(self, codes: torch.Tensor) -> torch.Tensor:
+        """The probabilities that codes `[batch, heads, queries, keys]` stand for, float32."""
+        return codes / codes.sum(-1, keepdim=True).clamp_min(1)
+
     def description(self) -> dict[str, Any]:
         """Heads of queries, heads of keys and values, and their size."""
         return attention_description(self.heads, self.groups, self.size)

@@ -85,7 +85,7 @@ def test_states_do_not_grow_with_the_data() -> None:
         small, large = make(), make()
         for observer, batches in ((small, 10), (large, 50)):
             for _ in range(batches):
-                observer.update(torch.randn(64, 8, 4) if make is AttentionHistogram else torch.randn(64, 8))
+                observer.update(torch.randn(64, 8, 4) if issubclass(make, AttentionHistogram) else torch.randn(64, 8))
         sizes = [sum(value.numel() for value in observer.state().values()) for observer in (small, large)]
         assert sizes[1] <= max(sizes[0], 8 * Sample.SIZE + 1)
 

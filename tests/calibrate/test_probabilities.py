@@ -56,7 +56,8 @@ def test_counts_and_mass_are_those_of_pairs_that_may_see_each_other() -> None:
         assert state["counts"][head].tolist() == counts.tolist()
         assert state["mass"][head].tolist() == pytest.approx(mass.tolist(), rel=1e-12)
     assert int(state["tokens"]) == len(rows)
-    distribution = Distribution(state["counts"], state["mass"], len(rows))
+    distribution = Distribution.from_state(state)
+    assert distribution.weights.equal(distribution.counts.double()) and distribution.sums.equal(distribution.mass)
     assert distribution.mean_length == pytest.approx((rows[:, 0] >= 0).sum().item() / len(rows))
 
 
@@ -99,3 +100,24 @@ def test_thresholds_give_the_share_that_was_asked_for(seed: int, share: float) -
         seen = seen[seen >= 0]
         tolerance = distribution.counts[head].max().item() / len(seen)
         assert (seen < pruning[head]).double().mean().item() == pytest.approx(share, abs=tolerance)
+
+
+def test_shares_count_by_the_square_of_the_largest() -> None:
+    rows = rows_of(7)
+    found = Distribution.of(rows, relative=True)
+    for head in range(3):
+        counts, weights, sums, mass = (np.zeros(BINS) for _ in range(4))
+        for row in rows[:, head].tolist():
+            top = max(row)
+            for p in (p for p in row if p >= 0):
+                place = min(
+                    np.searchsorted([float(edge) for edge in EDGES], np.float32(p / top), "right") - 1, BINS - 1
+                )
+                counts[place] += 1
+                mass[place] += p
+                weights[place] += top**2
+                sums[place] += top * p
+        assert found.counts[head].tolist() == counts.tolist()
+        for table, expected in ((found.weights, weights), (found.sums, sums), (found.mass, mass)):
+            assert table[head].tolist() == pytest.approx(expected.tolist(), rel=1e-12, abs=1e-15)
+    assert found.mass.sum().item() == pytest.approx(3 * len(rows), rel=1e-6)

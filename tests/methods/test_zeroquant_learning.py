@@ -157,7 +157,7 @@ def test_a_rehearsal_counts_what_learning_takes(
 ) -> None:
     """Of 8 batches: on to the next block, GPTQ's four stages and gradients, LKD's 30 steps with their looks. Nothing is
     written."""
-    assert open_job(str(tiny.model), recipe_of(tiny, *WAYS[way])).lowering.passes(8) == pytest.approx(passes)
+    assert open_job(str(tiny.model), recipe_of(tiny, *WAYS[way])).method.passes(8) == pytest.approx(passes)
     options = [part for one in ("weights=int4:group:16:sym", *WAYS[way]) for part in ("--set", one)]
     task = ("--task", "sst2", "--data", str(tiny.data))
     ended = qtool_command("quantize", tiny.model, "-c", "zeroquant-w8a8", *options, *task, "--dry-run", "--json", "-")
@@ -180,9 +180,9 @@ def test_smoothing_of_nothing_is_refused(architecture: str, sets: list[str], zoo
 
 
 def test_lkd_true_and_false(tiny: Any, desk: Path, qtool_command: Command) -> None:
-    assert not open_job(str(tiny.model), recipe_of(tiny, "methods.zeroquant.lkd=false")).lowering.learns
+    assert not open_job(str(tiny.model), recipe_of(tiny, "methods.zeroquant.lkd=false")).method.learns
     job = open_job(str(tiny.model), recipe_of(tiny, "methods.zeroquant.lkd=true"))
-    assert job.lowering.learns and job.lowering.options.lkd.steps == 300  # type: ignore[attr-defined]
+    assert job.method.learns and job.method.options.lkd.steps == 300  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def migrated(zoo: Any, architecture: str, **options: Any) -> Any:
         try:
             next(statistics)
         except StopIteration as done:
-            return job, batches, job.lowering.source(job.plan, done.value, job.checkpoint.tensor)
+            return job, batches, job.method.source(job.plan, done.value, job.checkpoint.tensor)
 
 
 @torch.no_grad()

@@ -1,0 +1,179 @@
+"""Attention probabilities pruned and kept as codes of a few bits (Ji et al., Findings of ACL 2021), without retraining.
+
+Every weight stays as it is. Each attention module gets a codebook a head: what is below its first edge is zero, and
+every other code stands for one level. The paper's bins are equally wide in the logarithm, the same for all heads; by
+default they are chosen for each head by what it does on calibration data.
+"""
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from qtool.anatomy import Anatomy, Unit
+from qtool.calibrate.probabilities import Distribution
+from qtool.calibrate.statistics import Statistics
+from qtool.errors import InputError
+from qtool.hf import attention_sites
+from qtool.lesson import Lesson
+from qtool.methods.base import Method, Options, Plan
+from qtool.methods.logattn.codebooks import Wish, common_loss, make
+from qtool.nn import CodedAttention, QModule
+from qtool.nn.codes import CODES_CHILD
+from qtool.numerics.codebook import MAX_BITS, THRESHOLD
+from qtool.recipe import Recipe
+from qtool.stream import Reader
+
+_KIND = "attention_codes"
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class LogAttnOptions(Options):
+    """How probabilities become codes. `threshold`, `sparsity` and `lost_mass` are three ways to say what is pruned."""
+
+    bits: Annotated[int, Field(ge=2, le=MAX_BITS)] | None = Field(3, description="Of a code; null: only prune")
+    mapping: Literal["optimal", "log", "linear"] = Field(
+        "optimal", description="Bins: with the least squared error on calibration data, or equally wide"
+    )
+    levels: Literal["mean", "midpoint"] = Field(
+        "mean", description="What a code stands for: calibrated, or the paper's"
+    )
+    relative: bool = Field(True, description="Whether thresholds and bins are shares of a row's largest probability")
+    pruned: bool = Field(True, description="Whether bins begin at a threshold; false: the paper's other forms")
+    threshold: Share | None = Field(None, description="What is below is zero, in every head")
+    sparsity: Share | None = Field(None, description="Zeros on calibration data; thresholds of a head follow")
+    lost_mass: Share | None = Field(None, description="Mean mass of a row that is pruned in each head")
+    renormalize: bool = Field(True, description="Whether rows add up to one again")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> "LogAttnOptions":
+        limits = [name for name in ("threshold", "sparsity", "lost_mass") if getattr(self, name) is not None]
+        if len(limits) > 1:
+            raise ValueError(f"{' and '.join(limits)} say the same thing in different ways; give one")
+        if not self.pruned and (limits or self.bits is None or self.calibrated_levels):
+            what = limits[0] if limits else "bits" if self.bits is None else "mapping and levels"
+            raise ValueError(f"pruned false is the paper's form over the whole range; it cannot have {what} as given")
+        if self.bits is None and not limits:
+            raise ValueError("bits null only prunes; say how much by threshold, sparsity or lost_mass")
+        if self.bits is not None and self.mapping == "optimal" and self.levels == "midpoint":
+            raise ValueError("levels midpoint is for mapping log or linear; optimal bins have means")
+        return self
+
+    @property
+    def calibrated_levels(self) -> bool:
+        """Whether levels, or bins too, come from calibration data."""
+        return self.bits is not None and (self.mapping == "optimal" or self.levels == "mean")
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether anything does."""
+        return self.calibrated_levels or self.sparsity is not None or self.lost_mass is not None
+
+    def wish(self) -> Wish:
+        """As codebooks are made from."""
+        fallback = None if self.mapping == "optimal" else THRESHOLD
+        threshold = fallback if self.threshold is None else self.threshold
+        return Wish(self.bits, self.mapping, self.calibrated_levels, threshold if self.pruned else None)
+
+
+class LogAttn(Method):
+    """See the module."""
+
+    name = "logattn"
+    phase = "attach"
+    options_class = LogAttnOptions
+    options: LogAttnOptions
+
+    def __init__(self, recipe: Recipe, options: Options) -> None:
+        super().__init__(recipe, options)
+        self._lost: float | None = self.options.lost_mass
+        bits = self.options.bits
+        what = "pruned attention probabilities" if bits is None else f"attention probabilities in codes of {bits} bits"
+        self.arithmetic = f"{what}, float products"
+        self._words = "pruned" if bits is None else f"{bits}-bit codes"
+
+    def plan(self, anatomy: Anatomy, model: Any) -> Plan:
+        """Raises InputError naming the architecture where attention is out of reach, and what cannot go together."""
+        self._refuse_others()
+        described: dict[str, dict[str, Any]] = {}
+        sites = attention_sites(model)
+        for unit in anatomy.blocks:
+            own = [site for site in sites if unit.owns(site.path)]
+            if not own:
+                raise InputError(f"{anatomy.architecture}: {unit.name} has no attention that logattn could reach")
+            for site in own:
+                described[f"{site.path}.{CODES_CHILD}"] = {
+                    "type": _KIND, "heads": site.heads, "bits": self.options.bits, "activations": self._words,
+                    "relative": self.options.relative, "renormalize": self.options.renormalize,
+                }  # fmt: skip
+        if len(self.recipe.methods) == 1:
+            self.recipe.check_rules(list(described), {"weights": described, "activations": described})
+        modules = {path: one for path, one in described.items() if not self.recipe.rule_for(path).keep_float}
+        kept = {path: "asked for by a rule" for path in described if path not in modules}
+        for path, module in model.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                kept[path] = "logattn changes no weights"
+        return Plan(modules, kept)
+
+    def _refuse_others(self) -> None:
+        """What would not come to the codes. Raises InputError naming the method."""
+        for other in self.recipe.methods:
+            if other.name == "ibert":
+                raise InputError("logattn cannot go with ibert, whose attention is in integers; choose one of them")
+            if other.options.get("attention") == "int8":
+                raise InputError(f"logattn and methods.{other.name}.attention int8 both replace attention; choose one")
+
+    @property
+    def _observer(self) -> str:
+        return "attention-shares" if self.options.relative else "attention-histogram"
+
+    def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
+        """Of the probabilities of every attention in the unit, where anything is calibrated."""
+        paths = self._owned(unit, plan) if self.options.calibrates else []
+        return {f"{path.removesuffix(f'.{CODES_CHILD}')}:probabilities": self._observer for path in paths}
+
+    def resolve(self, plan: Plan, statistics: Statistics | None) -> None:
+        """How much mass each head may lose, for zeros all over the model."""
+        if self.options.sparsity is not None:
+            seen = [self._seen(path, statistics) for path, one in plan.modules.items() if one["type"] == _KIND]
+            self._lost = common_loss([one for one in seen if one is not None], self.options.sparsity)
+
+    def lower(
+        self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None
+    ) -> dict[str, QModule]:
+        """A codebook for each attention."""
+        lowered: dict[str, QModule] = {}
+        for path in self._owned(unit, plan):
+            module = CodedAttention.from_description(torch.nn.Module(), path, plan.modules[path], device="meta")
+            seen = self._seen(path, statistics)
+            book = make(self.options.wish(), seen, self._lost)
+            module.fill(book)
+            lowered[path] = module
+            if seen is not None:
+                first = book.edges[..., 0].expand(len(seen.counts))
+                self._report[path] = figures(seen, first)
+        return lowered
+
+    def _seen(self, path: str, statistics: Statistics | None) -> Distribution | None:
+        if not self.options.calibrates:
+            return None
+        assert statistics is not None  # `observers` asked for them
+        site = f"{path.removesuffix(f'.{CODES_CHILD}')}:probabilities"
+        return Distribution.from_state(statistics.state(site, self._observer))
+
+    @staticmethod
+    def _owned(unit: Unit, plan: Plan) -> list[str]:
+        return [path for path, one in plan.modules.items() if one["type"] == _KIND and unit.owns(path)]
+
+
+def figures(seen: Distribution, first: torch.Tensor) -> dict[str, float]:
+    """On calibration data: percent of zeros, of mass that they had, and how many keys a query saw on average.
+
+    `first` float64 `[heads]` is where code 1 begins.
+    """
+    zeros = float((seen.sparsity(first) * seen.counts.sum(-1)).sum() / seen.counts.sum())
+    return {
+        "zeros_percent": round(100 * zeros, 2),
+        "lost_mass_percent": round(100 * float(seen.lost_mass(first).mean()), 3),
+        "mean_keys": round(seen.mean_length, 1),
+    }

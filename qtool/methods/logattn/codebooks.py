@@ -1,0 +1,73 @@
+"""From what a head was seen to do, and what is wished for, to its codebook."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qtool.calibrate.probabilities import Distribution
+from qtool.numerics.codebook import Codebook
+from qtool.rounding.codebooks import fitted, with_means
+
+_HALVINGS = 60  # of the interval in which a share is looked for: past float64's resolution
+_HIGHEST = 0.5  # no threshold is above it: what is left of a row must not vanish
+
+
+@dataclass(frozen=True)
+class Wish:
+    """`bits` of a code (None: only prune), its bins, whether levels are the means of what was seen, and a threshold.
+
+    Without a threshold, optimal bins begin where that is best, others cover the whole range (the paper's other forms).
+    """
+
+    bits: int | None
+    mapping: Literal["optimal", "log", "linear"]
+    means: bool
+    threshold: float | None
+
+
+def make(wish: Wish, seen: Distribution | None, lost: float | None) -> Codebook:
+    """Of all heads, or one for all. `lost` is the mean mass of a row that a head may lose; then `seen` says where."""
+    if lost is not None:
+        assert seen is not None
+        thresholds = seen.threshold(lost, of="mass").clamp_max_(_HIGHEST).tolist()
+    else:
+        thresholds = [wish.threshold]
+    if wish.bits is None:
+        return _pruning([value for value in thresholds if value is not None], strict=lost is None)
+    if wish.mapping == "optimal":
+        assert seen is not None
+        at_least = [0.0 if value is None else value for value in thresholds]
+        return fitted(seen, wish.bits, torch.tensor(at_least, dtype=torch.float64).expand(len(seen.counts)))
+    heads = [_even(wish.mapping, wish.bits, value) for value in thresholds]
+    book = Codebook(*(torch.stack([getattr(head, name) for head in heads]) for name in ("edges", "levels")))
+    return with_means(book, seen) if wish.means and seen is not None else book
+
+
+def _pruning(thresholds: Sequence[float], *, strict: bool) -> Codebook:
+    """Zero, and all else as one code. The paper keeps what is strictly above its threshold."""
+    edges = [[math.nextafter(value, 1) if strict else value] for value in thresholds]
+    ones = [[0.0, 1.0]] * len(thresholds)
+    return Codebook(torch.tensor(edges, dtype=torch.float64), torch.tensor(ones, dtype=torch.float64))
+
+
+def _even(mapping: Literal["log", "linear"], bits: int, threshold: float | None) -> Codebook:
+    if threshold is None:
+        return Codebook.log_unpruned(bits) if mapping == "log" else Codebook.linear_unpruned(bits)
+    return Codebook.log(bits, threshold) if mapping == "log" else Codebook.linear(bits, threshold)
+
+
+def common_loss(seen: Sequence[Distribution], sparsity: float) -> float:
+    """The mean mass of a row that every head may lose so that `sparsity` of all pairs are zeros, by bisection.
+
+    Heads that spread their attention keep more than those that look at a few tokens.
+    """
+    pairs = sum(int(one.counts.sum()) for one in seen)
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        zeros = sum(float((one.sparsity(one.threshold(middle, of="mass")) * one.counts.sum(-1)).sum()) for one in seen)
+        low, high = (middle, high) if zeros < sparsity * pairs else (low, middle)
+    return high

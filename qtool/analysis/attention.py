@@ -186,4 +186,5 @@ def bin_numbers(values: NDArray[np.float32]) -> NDArray[np.int32]:
 def largest_float32(limit: float) -> np.float32:
     """The largest float32 that is not above `limit`: a float32 is at or below one where it is at or below the other."""
     nearest = np.float32(limit)
-    return nearest if float(nearest) <= limit else np.float32(np.nextafter(nearest, np.float32(-np.inf)))
+    below: np.float32 = np.nextafter(nearest, np.float32(-np.inf))
+    return nearest if float(nearest) <= limit else below

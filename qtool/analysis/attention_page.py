@@ -208,6 +208,8 @@ def _codes(words: Words, cut: float) -> Section:
     for mapping, pruned, label in FORMS:
         own = [p for p in points if p["mapping"] == mapping and (p["threshold"] is not None) is pruned]
         series += [Series(label, own, mapping, open=not pruned)] if own else []
+    coded = [found for found in words.artifacts if found["bits"] is not None]
+    series += [Series("artifact", sorted(coded, key=lambda found: found["bits"]), "best")] if coded else []
     suffix = "" if len(words.cuts) == 1 else f"-{cut:g}"
     return Section(
         f"Bits, pruned at {threshold(cut)}",
@@ -215,7 +217,7 @@ def _codes(words: Words, cut: float) -> Section:
         f"Probabilities as codes of a few bits. Log spends its codes on the decades between {threshold(cut)} and 1, "
         "linear on equal steps. Dashed: not pruned, so that codes have to reach further down.",
         [Group("", "", charts(BITS, series, words, suffix), "pair")],
-        [table(f"scores against bits, pruned at {threshold(cut)} and not pruned", points, words)],
+        [table(f"scores against bits, pruned at {threshold(cut)} and not pruned", [*points, *words.artifacts], words)],
     )
 
 

@@ -72,7 +72,10 @@ def _divergence(axis: Axis, series: Sequence[Series], words: Words) -> Chart | N
 
 
 def _zeros(axis: Axis, series: Sequence[Series], words: Words) -> Chart | None:
-    shares = [Series(s.label, [{**p, "zeros": 100 * p["zeros"]} for p in s.points], s.colour, s.open) for s in series]
+    shares = [
+        Series(s.label, [{**p, "zeros": 100 * p["zeros"]} for p in s.points if "zeros" in p], s.colour, s.open)
+        for s in series
+    ]
     lines = _lines(shares, axis, "zeros", lambda p: f"{number(p['zeros'], 1)} % zeros", words)
     return _chart(axis, lines, f"Zeros among probabilities against {axis.key}", up="%", bounds=(0.0, 100.0))
 
@@ -122,6 +125,6 @@ def table(title: str, points: Sequence[Point], words: Words) -> Table:
             f"[{low}, {high}]",
             percent(None if agreement is None else agreement / 100, 2),
             "–" if point["kl"] is None else f"{point['kl']:.3g}",
-            percent(point["zeros"]),
+            percent(point.get("zeros")),
         ])  # fmt: skip
     return Table(title, columns, rows)

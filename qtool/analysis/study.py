@@ -12,7 +12,17 @@ import torch
 
 from qtool.analysis.attending import Attending
 from qtool.analysis.attention import HeadTally, edges, summarise
-from qtool.analysis.sweep import BITS, THRESHOLDS, Setting, measure, scores, settings
+from qtool.analysis.sweep import (
+    BITS,
+    THRESHOLDS,
+    Setting,
+    artifact_digest,
+    coded_bits,
+    measure,
+    measure_artifact,
+    scores,
+    settings,
+)
 from qtool.errors import InputError, UsageError
 from qtool.evaluation.exams.base import Batch
 from qtool.evaluation.variants import Variants
@@ -28,12 +38,13 @@ Write = Callable[[Body], None]
 @dataclass(frozen=True)
 class Asked:
     """Thresholds of sparsity and of pruning alone; widths of codes and the thresholds at which they are pruned; whether
-    scores are wanted at all (`sweep`), or only the distribution."""
+    scores are wanted at all (`sweep`), or only the distribution; artifacts that are shown beside the plain forms."""
 
     thresholds: Sequence[float] = THRESHOLDS
     bits: Sequence[int] = BITS
     bits_thresholds: Sequence[float] = (MARK,)
     sweep: bool = True
+    artifacts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for value in (*self.thresholds, *self.bits_thresholds):
@@ -62,6 +73,8 @@ def study(
     """
     if known is not None:
         require_equal(known.get("fingerprint", {}), fingerprint)
+    for artifact in asked.artifacts:
+        coded_bits(artifact)  # what is no artifact is said before hours of work
     attending = Attending(variants.model)
     body = _begin(variants, asked, fingerprint, known or {})
     if body["distribution"] is None:
@@ -70,6 +83,10 @@ def study(
     for setting in asked.settings():
         if setting.key not in {_key(point) for point in body["points"]}:
             body["points"].append(measure(setting, variants, attending))
+            write(body)
+    for artifact in asked.artifacts:
+        if artifact not in {found["artifact"] for found in body["artifacts"]}:
+            body["artifacts"].append(measure_artifact(artifact, variants))
             write(body)
     return _finished(body, asked)
 
@@ -95,10 +112,15 @@ def _begin(variants: Variants, asked: Asked, fingerprint: Mapping[str, Any], kno
         "complete": False,
         **about,
         "architecture": type(variants.model).__name__,
-        "planned": len(wanted),
+        "planned": len(wanted) + len(asked.artifacts),
         "float": known.get("float"),
         "distribution": found if found and found["thresholds"] == thresholds else None,
         "points": [point for point in known.get("points", []) if _key(point) in wanted],
+        "artifacts": [
+            found
+            for found in known.get("artifacts", [])
+            if found["artifact"] in asked.artifacts and found["digest"] == artifact_digest(found["artifact"])
+        ],
         "fingerprint": dict(fingerprint),
     }
 

@@ -1,14 +1,17 @@
 """Scores against threshold and against bits: a model whose attention probabilities are pruned, or cut into codes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from hashlib import sha256 as sha256_of
 from typing import Any
 
 import torch
 
 from qtool.analysis.attending import Attending
 from qtool.analysis.coding import Coding
+from qtool.artifact import quantization_config
+from qtool.checkpoint import locate, sha256, weight_files
 from qtool.evaluation.exams.base import Batch
 from qtool.evaluation.result import Evaluation
 from qtool.evaluation.variants import Variants
@@ -86,6 +89,25 @@ def measure(setting: Setting, variants: Variants, attending: Attending) -> dict[
     return {**setting.to_json(), "zeros": changed.zeros / changed.pairs, "pairs": changed.pairs, **scores(found)}
 
 
+def measure_artifact(artifact: str, variants: Variants) -> dict[str, Any]:
+    """A point for an artifact: scores, and `bits` of its attention codes (None: several widths, or no codes)."""
+    bits = coded_bits(artifact)
+    found = variants.evaluate_artifact(artifact, f"artifact {artifact}")
+    return {"artifact": artifact, "bits": bits, "digest": artifact_digest(artifact), **scores(found)}
+
+
+def coded_bits(artifact: str) -> int | None:
+    """Bits of the attention codes of an artifact. Raises InputError for a folder that holds something else."""
+    modules = quantization_config(locate(artifact)).get("modules", {}).values()
+    widths = {module["bits"] for module in modules if module["type"] == "attention_codes"}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def artifact_digest(artifact: str) -> str:
+    """SHA-256 over its weight files."""
+    return sha256_of("".join(sha256(file) for file in weight_files(locate(artifact))).encode()).hexdigest()
+
+
 def scores(found: Evaluation) -> dict[str, Any]:
     """What a point keeps of an evaluation against the float model; NaN and infinity are None."""
     body = found.to_json()
@@ -99,8 +121,3 @@ def scores(found: Evaluation) -> dict[str, Any]:
         "kl": body["kl"],
         "seconds": own["seconds"],
     }
-
-
-def pending(wanted: Sequence[Setting], done: dict[str, Any]) -> Iterator[Setting]:
-    """Those that nothing is known of yet, in order."""
-    return (setting for setting in wanted if setting.key not in done)

@@ -30,10 +30,11 @@ class Words:
         self.relative = body["metric"] == "perplexity"
         self.float: float = body["float"]["score"]
         self.length, self.keys = self.found["mean_length"], self.found["mean_keys"]
-        self.name = body["model"].rstrip("/").rsplit("/", 1)[-1] or body["model"]
+        self.name = _last(body["model"])
         coded = [point for point in points if point["bits"] is not None]
         self.pruning = [point for point in points if point["bits"] is None]
         self.cuts: list[float] = sorted({p["threshold"] for p in coded if p["threshold"] is not None})
+        self.artifacts: list[Point] = body["artifacts"]
         self.at_mark = next((point for point in self.pruning if point["threshold"] == self.mark), None)
 
     def codes(self, cut: float) -> list[Point]:
@@ -69,7 +70,9 @@ class Words:
         return self.float - high, self.float - low
 
     def setting(self, point: Point) -> str:
-        """What was done to probabilities."""
+        """What was done to probabilities, or which artifact it is."""
+        if "artifact" in point:
+            return f"artifact {_last(point['artifact'])}"
         pruned = "not pruned" if point["threshold"] is None else f"pruned at {threshold(point['threshold'])}"
         return pruned if point["bits"] is None else f"{point['bits']} bits {point['mapping']}, {pruned}"
 
@@ -86,7 +89,8 @@ class Words:
         """The page in one paragraph, and in a second one what else there is to say."""
         first = self._sparse() + (f" {self._pruned(self.at_mark)}" if self.at_mark is not None else "")
         second = [self._coded(cut) for cut in self.cuts]
-        missing = self.body["planned"] - len(self.body["points"])
+        second += [self._artifact(found) for found in self.artifacts]
+        missing = self.body["planned"] - len(self.body["points"]) - len(self.artifacts)
         if not self.body["complete"] and missing:
             second.append(f"Unfinished: {missing} of {self.body['planned']} points are not measured yet.")
         return [first, " ".join(second)] if second else [first]
@@ -120,6 +124,13 @@ class Words:
             elif own:
                 said.append(f"no {mapping} code of {_span(own)} bits does")
         return f"To stay {self.close} when pruned at {threshold(cut)} and coded, {', '.join(said)}."
+
+    def _artifact(self, found: Point) -> str:
+        same = found["agreement"]
+        unchanged = "" if same is None else f", {percent(same / 100)} of predictions unchanged"
+        what = "" if found["bits"] is None else f" ({found['bits']} bits)"
+        score = f"{self.metric} {self.score(found['score'])} ({self.loss(found)})"
+        return f"The artifact {_last(found['artifact'])}{what} has {score}{unchanged}."
 
     def _pruned_codes(self, cut: float, mapping: str) -> list[Point]:
         return [p for p in self.codes(cut) if p["mapping"] == mapping and p["threshold"] is not None]
@@ -180,6 +191,11 @@ class Words:
         assert kept is not None
         what = f"{kept['bits']} {kept['mapping']} bits keep {self.metric} {self.close}"
         return f"{what}; no {other} code that was tried does"
+
+
+def _last(path: str) -> str:
+    """The last part of a path."""
+    return path.rstrip("/").rsplit("/", 1)[-1] or path
 
 
 def _span(points: Sequence[Point]) -> str:

@@ -19,6 +19,7 @@ RESULT, PAGE = "attention.json", "attention.html"
 class AttentionRequest:
     """What is studied and how the task is scored; names are those of the command's flags.
 
+    `artifacts` are quantized models that are shown beside the plain forms, such as those of the method `logattn`.
     `exam` are options of `qtool.evaluation.exams.Request` (data, split, limit, max_length, …).
     """
 
@@ -26,6 +27,7 @@ class AttentionRequest:
     bits: tuple[int, ...] | None = None
     bits_thresholds: tuple[float, ...] | None = None
     sweep: bool = True
+    artifacts: tuple[str, ...] = ()
     exam: Mapping[str, Any] = field(default_factory=dict)
     revision: str | None = None
     threads: int | None = None
@@ -36,7 +38,8 @@ class AttentionRequest:
         from qtool.analysis.study import Asked
 
         given = {"thresholds": self.thresholds, "bits": self.bits, "bits_thresholds": self.bits_thresholds}
-        return Asked(**{name: value for name, value in given.items() if value is not None}, sweep=self.sweep)  # type: ignore[arg-type]
+        named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return Asked(**named, sweep=self.sweep, artifacts=tuple(dict.fromkeys(self.artifacts)))
 
 
 def analyze_attention(

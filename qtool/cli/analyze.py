@@ -27,6 +27,10 @@ def analyze() -> None:
 @click.option("--bits", metavar="LIST", help="Widths of codes, log and linear, pruned and not [2,3,4,5,6,7,8].")
 @click.option("--bits-thresholds", metavar="LIST", help="Where pruned codes begin [0.001].")
 @click.option("--no-sweep", is_flag=True, help="Look at the probabilities only; no scores.")
+@click.option(
+    "--artifact", "artifacts", multiple=True, metavar="DIR",
+    help="An artifact of MODEL, such as logattn's, beside the plain forms; several times too.",
+)  # fmt: skip
 @click.option("--png", is_flag=True, help="Also every figure as a PNG file (pip install 'qtool[report]').")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N examples; windows for perplexity.")
 @click.option(
@@ -65,6 +69,7 @@ def attention(context: click.Context, /, model: str, **params: Any) -> None:
         bits=_numbers(params["bits"], int, "--bits"),
         bits_thresholds=_numbers(params["bits_thresholds"], float, "--bits-thresholds"),
         sweep=not params["no_sweep"],
+        artifacts=params["artifacts"],
         exam={**{name: params[name] for name in exam}, "text_columns": list(params["text_columns"]) or None},
         revision=params["revision"],
         threads=params["threads"],

@@ -126,10 +126,26 @@ class Variants:
 
     def evaluate(self, altered: Altered, stage: str = "evaluate") -> Evaluation:
         """The model inside `altered(batch)`, batch by batch, against the float model. Raises what `altered` raises."""
+        return self._go_through(replace(self._side, seconds=0.0), altered, stage)
+
+    def evaluate_artifact(self, path: str | Path, stage: str = "evaluate") -> Evaluation:
+        """A model of its own, such as one that was quantized from this one, against the float model.
+
+        Raises InputError for one that cannot do the task or cuts texts into other tokens.
+        """
+        with torch.inference_mode():
+            (side,) = load_sides([subject(path, self._exam.task)], self._exam, "float32")
+            self._exam.prepare([self._side, side], self._report)
+        if side.rows != self._side.rows:
+            raise InputError(
+                f"{path} cuts text into other tokens than {self._side.subject.name}; it was not made of it"
+            )
+        return self._go_through(side, _unaltered, stage)
+
+    def _go_through(self, own: Side, altered: Altered, stage: str) -> Evaluation:
         self.baseline()
-        own = replace(self._side, collected=[None] * len(self._side.rows), divergences=[], seconds=0.0)
-        if self._exam.distributes:
-            own.divergences = [np.empty(0)] * len(own.rows)
+        own.collected = [None] * len(own.rows)
+        own.divergences = [np.empty(0)] * len(own.rows) if self._exam.distributes else []
         with torch.inference_mode():
             for done, (indices, kept) in enumerate(zip(self._plan, self._kept, strict=True), start=1):
                 logits = self._collect(own, indices, altered)

@@ -51,6 +51,6 @@ def body(layers: int = 2, heads: int = 3, *, metric: str = "accuracy", **changes
             "pairs": 1000, "mean_keys": 29.4, "all": summary(draw), "layers": parts,
             "check": {"drop": 0.0, "agreement": 100.0, "kl": 1e-13},
         },
-        "points": points, "fingerprint": {},
+        "points": points, "artifacts": [], "fingerprint": {},
     }  # fmt: skip
     return {**made, **changes}

@@ -164,6 +164,31 @@ def test_what_cannot_be_asked(tiny: Any, tmp_path: Path, change: Any, message: s
     assert not (tmp_path / "out").exists()
 
 
+def test_an_artifact_beside_the_plain_forms(tiny: Any, desk: Path) -> None:
+    """The paper's form by the method `logattn` is the paper's form of the sweep."""
+    import qtool
+
+    sets = ["methods.logattn.threshold=0.02", "methods.logattn.bits=3"]
+    qtool.quantize(str(tiny.model), config="logattn-paper", set=sets, output="coded")
+    request = asked(tiny, thresholds=(0.02,), bits=(3,), artifacts=("coded",))
+    body = run(tiny, Path("study"), request)
+    (found,) = body["artifacts"]
+    (plain,) = [p for p in body["points"] if (p["bits"], p["mapping"], p["threshold"]) == (3, "log", 0.02)]
+    assert (found["artifact"], found["bits"]) == ("coded", 3)
+    assert found["kl"] == pytest.approx(plain["kl"], rel=1e-3)
+    assert (found["score"], found["agreement"]) == (plain["score"], plain["agreement"])
+    assert "The artifact coded (3 bits) has" in Path("study/attention.html").read_text()
+    measured: list[str] = []
+    run(tiny, Path("study"), request, resume=True, progress=lambda name, *_: measured.append(name))
+    assert measured == []
+
+
+def test_what_is_no_artifact_is_said_at_once(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a model that qtool quantized"):
+        run(tiny, tmp_path / "out", asked(tiny, artifacts=(str(tiny.model),)))
+    assert not (tmp_path / "out" / "attention.json").exists()
+
+
 def test_a_decoder(zoo: Any, tmp_path: Path) -> None:
     """Causal attention: a row of query i has i + 1 tokens."""
     model = zoo.causal("gpt2")

@@ -59,6 +59,14 @@ def test_a_variant_is_evaluated_as_a_model_of_its_own(
     assert (again.drop, again.agreement, again.kl) == (0.0, 100.0, 0.0)
 
 
+def test_a_model_of_its_own_needs_the_same_tokens(tiny: Any, zoo: Any) -> None:
+    other = zoo.make("other", labels=("negative", "positive"), words=[f"w{index}" for index in range(30)])
+    asked = Variants(tiny.model, task("sst2"), Request(data=str(tiny.data)))
+    assert asked.evaluate_artifact(tiny.model).kl == 0.0
+    with pytest.raises(InputError, match="cuts text into other tokens"):
+        asked.evaluate_artifact(other)
+
+
 def test_perplexity_of_variants(zoo: Any) -> None:
     model = zoo.causal("gpt2")
     text = zoo.write("text.jsonl", zoo.sentences(60), [0] * 60)

@@ -7,7 +7,8 @@ probability) or of its largest weight. Each comparison is of two float64 numbers
 Scores are products in float64, rounded once to float32. So a row's codes depend on nothing but its own query and the
 keys that it may see, whatever else is in the batch, and are the same with a key-value cache, as long as no score lies
 within the rounding of float64 (about 1e-15 of it) of the middle between two float32 numbers: then, one time in tens of
-millions, its last bit depends on the order of the sum, and the code does where an edge lies in that bit.
+millions, its last bit depends on the order of the sum, and the code does where an edge lies in that bit. Levels are
+float32, so that their products with values are exact: keys of one code often make a sum that is a tie.
 """
 
 from collections.abc import Iterator
@@ -40,10 +41,10 @@ def coded_attention(
     """Context float32 `[batch, queries, heads, size]` and codes uint8 `[batch, heads, queries, keys]`.
 
     `query` is float `[batch, heads, queries, size]`; `key` and `value` `[batch, groups, keys, size]`, where a group's
-    keys serve `heads / groups` heads side by side. `edges` float64 `[heads, codes - 1]` and `levels` `[heads, codes]`
-    are a codebook of each head (`numerics.codebook`): of probabilities, or with `relative` of probabilities divided by
-    the largest of their row. Without levels what has a code above 0 is kept as it is, and the rest pruned. With
-    `renormalize` what stands for the probabilities of a row is divided by its sum.
+    keys serve `heads / groups` heads side by side. `edges` float64 `[heads, codes - 1]` and `levels` float32
+    `[heads, codes]` are a codebook of each head (`numerics.codebook`): of probabilities, or with `relative` of
+    probabilities divided by the largest of their row. Without levels what has a code above 0 is kept as it is, and the
+    rest pruned. With `renormalize` what stands for the probabilities of a row is divided by its sum.
 
     `mask` is true where a query may look, or what is added to the scores, as in `attention.int8_attention`. Keys that a
     query may not look at get code 0; a query that may look nowhere, or whose codes are all 0, gets zeros. NaN or
@@ -65,12 +66,11 @@ def coded_attention(
             scores = scores if allowed is None else masked(scores, allowed[text, :, rows])
             weights, alive = _weights(scores)
             total = weights.sum(-1, keepdim=True)
-            whole = torch.full_like(total, _UNIT) if relative else total
-            found = _codes(weights, edges[:, None] * whole.masked_fill(total == 0, torch.inf))
+            whole = torch.full_like(total, _UNIT) if relative else total.masked_fill(total == 0, torch.inf)
+            found = _codes(weights, edges[:, None] * whole)
             codes[text, :, rows] = found.to(torch.uint8)
             coded = _kept(weights, found, levels)
-            unit = total if levels is None else total / whole
-            share = coded.sum(-1, keepdim=True) if renormalize else unit
+            share = coded.sum(-1, keepdim=True) if renormalize else total if levels is None else total / whole
             mixed = (coded.unflatten(0, shape) @ v[:, None]).flatten(0, 1)
             context[text, :, rows] = mixed.div_(share.masked_fill_(share == 0, 1)).add_(alive)
     return context.transpose(1, 2), codes
@@ -99,4 +99,4 @@ def _kept(weights: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor | Non
     """What codes stand for: `levels` `[heads, codes]`, or the weights themselves."""
     if levels is None:
         return weights.masked_fill_(codes == 0, 0)
-    return levels[:, None].expand(-1, codes.shape[1], -1).gather(-1, codes)
+    return levels.double()[:, None].expand(-1, codes.shape[1], -1).gather(-1, codes)

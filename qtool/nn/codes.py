@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qtool import kernels
+from qtool.errors import InputError
 from qtool.nn.module import QModule
 from qtool.numerics.codebook import Codebook
 
@@ -17,8 +18,8 @@ CODES_CHILD = "attention_codes"
 class CodedAttention(QModule):
     """softmax(QKᵀ) as codes and the levels that they stand for times V (`kernels.coding`).
 
-    Lies beside the projections that an attention module owns. Buffers, float64: `edges` `[heads, codes - 1]` and
-    `levels` `[heads, codes]`, a codebook of each head; `levels` is None where probabilities are only pruned.
+    Lies beside the projections that an attention module owns. Buffers: `edges` float64 `[heads, codes - 1]` and
+    `levels` float32 `[heads, codes]`, a codebook of each head; `levels` is None where probabilities are only pruned.
     """
 
     _scales = ("edges", "levels")
@@ -32,7 +33,7 @@ class CodedAttention(QModule):
         heads, bits = self.words["heads"], self.words["bits"]
         edges, levels = (1, 0) if bits is None else ((1 << bits) - 1, 1 << bits)
         self.register_buffer("edges", torch.empty((heads, edges), dtype=torch.float64, device=device))
-        held = torch.empty((heads, levels), dtype=torch.float64, device=device) if levels else None
+        held = torch.empty((heads, levels), dtype=torch.float32, device=device) if levels else None
         self.register_buffer("levels", held)
 
     def fill(self, codebook: Codebook) -> None:
@@ -40,7 +41,7 @@ class CodedAttention(QModule):
         heads = self.words["heads"]
         self.edges = codebook.edges.expand(heads, -1).clone()
         if self.levels is not None:
-            self.levels = codebook.levels.expand(heads, -1).clone()
+            self.levels = codebook.levels.expand(heads, -1).float()
 
     def forward(
         self,
@@ -62,8 +63,13 @@ class CodedAttention(QModule):
         return context.to(self.output_dtype), codes
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
-        """The levels of codes `[batch, heads, queries, keys]`, each row divided by its sum: float32."""
-        values = Codebook(self.edges, self.levels).values(codes)
+        """The levels of codes `[batch, heads, queries, keys]`, each row divided by its sum: float32.
+
+        Raises InputError where probabilities are only pruned: then codes do not say them.
+        """
+        if self.levels is None:
+            raise InputError("attention that is only pruned cannot give its probabilities; leave output_attentions out")
+        values = Codebook(self.edges, self.levels.double()).values(codes)
         return (values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)).float()
 
     def description(self) -> dict[str, Any]:

@@ -106,7 +106,9 @@ class Codebook:
         """
         found = torch.empty(probabilities.shape, dtype=torch.uint8, device=probabilities.device)
         for at, index in self._places():
-            found[at] = torch.bucketize(probabilities[at].double(), self.edges[index], right=True).to(torch.uint8)
+            found[at] = torch.bucketize(probabilities[at].double().contiguous(), self.edges[index], right=True).to(
+                torch.uint8
+            )
         return found.masked_fill_(probabilities.isnan(), 0)
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Codebooks that fit what was observed: the bins and levels of each head with the least squared error.
 
-What a query gets is Σ p·v, and the errors of its keys' probabilities fall on unrelated values: its squared error is, on
-average, in proportion to the sum of theirs. Levels are the means of what is in their bins, so that errors cancel in a
-row's sum too.
+What a query gets is Σ p·v. Were the values of its keys unrelated, its squared error would go by the sum of squared
+errors of probabilities; were they all the same, by the errors' sum, and the many small ones together count. Between the
+two, a squared error counts by 1/√p here (docs/logattn.md has what that gains). Levels are the means of what is in their
+bins, so that errors cancel in a row's sum too.
 """
 
 import torch
@@ -12,6 +13,7 @@ from qtool.numerics.codebook import Codebook
 
 Table = torch.Tensor
 _TINY = torch.finfo(torch.float64).tiny
+_LEAST = 2.0**-40  # what is smaller counts like this
 
 
 def fitted(seen: Distribution, bits: int, at_least: torch.Tensor | None = None) -> Codebook:
@@ -23,7 +25,8 @@ def fitted(seen: Distribution, bits: int, at_least: torch.Tensor | None = None) 
     """
     lowest = torch.zeros(len(seen.counts)) if at_least is None else at_least
     heads = [
-        _fitted(*tables, 1 << bits, float(low)) for *tables, low in zip(seen.weights, seen.sums, lowest, strict=True)
+        _fitted(weights, sums, 1 << bits, float(low))
+        for weights, sums, low in zip(seen.weights, seen.sums, lowest, strict=True)
     ]
     return Codebook(*(torch.stack(parts) for parts in zip(*heads, strict=True)))
 
@@ -51,8 +54,10 @@ def _fitted(weights: Table, sums: Table, codes: int, lowest: float) -> tuple[tor
     ends = edges()
     start = min(max(1, int(torch.searchsorted(ends, lowest))), BINS - 1)
     if BINS - start >= codes - 1:
-        squares = sums.square() / weights.clamp_min(_TINY)  # as if a bin held its mean alone
-        borders = ends[_best_places(_summed(weights), _summed(sums), _summed(squares), codes - 1, start)]
+        means = sums / weights.clamp_min(_TINY)  # as if a bin held its mean alone
+        count = weights / means.clamp_min(_LEAST).sqrt()
+        tables = [_summed(table) for table in (count, count * means, count * means.square())]
+        borders = ends[_best_places(*tables, codes - 1, start)]
     else:
         borders = ends[start] ** (torch.arange(codes - 1, 0, -1, dtype=torch.float64) / (codes - 1))
     middles = (borders * torch.cat([borders[1:], torch.ones(1, dtype=torch.float64)])).sqrt()

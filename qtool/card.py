@@ -258,7 +258,12 @@ def _kept(kept_float: Mapping[str, str]) -> list[str]:
 def _arithmetic(report: Mapping[str, Any]) -> str:
     if any(module["type"].startswith("int_") for module in report["modules"].values()):
         return "Every operation from token ids to logits is integer arithmetic; the logits are the same everywhere."
-    if not any(module["type"] == "linear" for module in report["modules"].values()):
+    kinds = {module["type"] for module in report["modules"].values()}
+    if kinds == {"attention_codes"}:
+        return (
+            f"Weights are float. Of attention, there are {report['execution']['arithmetic']}: nothing is faster for it."
+        )
+    if "linear" not in kinds:
         return "Tables are stored as integers; products are computed in float."
     product = report["execution"]["arithmetic"].replace("x", "×").replace("->", "→")
     return f"Products are {product}, executed as such; nothing is simulated."

@@ -322,6 +322,11 @@ def render_inspection(screen: Screen, found: Mapping[str, Any]) -> None:
     measured = [key for key in columns if any(module[key] not in ("-", None) for module in found["modules"])]
     rows = [[_cell(module[key], places.get(key), key == "bytes") for key in measured] for module in found["modules"]]
     screen.table(found["path"], [columns[key] for key in measured], rows)
+    if attention := found["attention"]:
+        names = ("zeros_percent", "lost_mass_percent", "mean_keys")
+        rows = [[one["module"], *(f"{one.get(key, float('nan')):.4g}" for key in names)] for one in attention]
+        heads = ["attention", "zeros %", "their mass %", "keys of a query"]
+        screen.table("Attention probabilities, on calibration data, without padding", heads, rows)
     if distilled := found["distilled"]:
         rows = [
             [one["block"], *(f"{one[key]:.4g}" for key in ("loss_before", "loss_after")), _KEPT[one["kept"]]]

@@ -34,6 +34,9 @@ def inspect(model: str | Path, *, verify: bool = False, prove_integer: bool = Fa
         "methods": [str(method) for method in methods] if isinstance(methods, list) else [],
         "execution": report.get("execution", {}).get("kind", "unknown"),
         "modules": rows,
+        "attention": [
+            {"module": path, **item} for path, item in figures.items() if _number(item.get("mean_keys")) is not None
+        ],
         "distilled": [found for item in figures.items() if (found := _distilled(*item))],
         "size_bytes": size,
         "percent_of_float": 100 * size / source if source else float("nan"),

@@ -31,6 +31,7 @@ MEASURED_BATCHES = 2
 
 _LOGITS = 4  # copies of the golden batch's outputs: expected, found twice, compared
 _COPIES = 3  # of codes that the reference backend makes for its product
+_PAIR = 64  # bytes of a pair of tokens while its probability is counted
 _KEPT = 20
 """Values as wide as a block's widest layer that a token keeps for gradients. Measured: 20 in a Llama, 11 in a BERT."""
 
@@ -189,7 +190,12 @@ def _passing(step: str, job: "Job", flow: int, shapes: Sequence[tuple[int, int]]
         sizes[job.anatomy.head.name] += sizes[job.anatomy.embeddings.name]
     for unit in job.anatomy.units:
         if unit.name in sizes:
-            moment = max(models * _moment(job, unit, shape) + _gradients(job, unit, shape, models) for shape in shapes)
+            moment = max(
+                models * _moment(job, unit, shape)
+                + _gradients(job, unit, shape, models)
+                + (_probabilities(job, unit, shape) if models == 1 else 0)
+                for shape in shapes
+            )
             kept = (models - 1) * (stored[unit.name] + job.method.memory(unit, job.plan))
             yield Need(step, unit.name, FIXED + sizes[unit.name] + kept + flow + moment)
 
@@ -200,6 +206,15 @@ def _moment(job: "Job", unit: Unit, shape: tuple[int, int]) -> int:
         return pass_bytes(job, shape)
     wide = _vocabulary(job) if unit.kind == "head" else 0
     return 4 * 2 * shape[0] * shape[1] * (_hidden(job) + wide)
+
+
+def _probabilities(job: "Job", unit: Unit, shape: tuple[int, int]) -> int:
+    """Of attention that is observed: two more tensors of a batch, and what the pairs of one text become."""
+    if not any(site.endswith(":probabilities") for site in job.observed().get(unit.name, ())):
+        return 0
+    sequences, tokens = shape
+    heads = getattr(job.model.config, "num_attention_heads", 1)
+    return heads * tokens * tokens * (2 * 4 * sequences + _PAIR)
 
 
 def _gradients(job: "Job", unit: Unit, shape: tuple[int, int], models: int) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtool.errors import InputError
@@ -88,6 +88,7 @@ def test_without_levels_what_is_kept_keeps_its_probability(renormalize: bool) ->
     torch.testing.assert_close(context.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), st.booleans())
 def test_a_code_is_the_last_edge_that_the_weight_reaches(seed: int, relative: bool) -> None:
     """The weights are integers: sums and comparisons again in exact fractions."""

@@ -145,7 +145,12 @@ def _line(root: Element, line: Line, across: Scale, up: Scale) -> None:
 
 def _labels(root: Element, chart: Chart, across: Scale, up: Scale) -> None:
     """Names at the ends of the lines, moved apart where they would overlap."""
-    named = [line for line in chart.lines if line.label]
+    alone = [line for line in chart.lines if len(line.dots) == 1 and line.dots[0].x < across.high]
+    for line in alone:  # the name beside the dot: nothing leads to the edge
+        x, y = across(line.dots[0].x), up.clipped(line.dots[0].y)
+        above = y - 9 if y > _TOP + 12 else y + 17
+        draw(root, "text", line.label, x=x, y=above, class_=f"label c-{line.colour}", text_anchor="middle")
+    named = [line for line in chart.lines if line.label and line not in alone]
     wanted = [((across(n.dots[-1].x), up.clipped(n.dots[-1].y)), n.label, f"c-{n.colour}") for n in named]
     if chart.reference is not None:
         wanted.append(((across.end + 8, up.clipped(chart.reference[0])), chart.reference[1], "c-ink"))

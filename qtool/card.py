@@ -260,9 +260,7 @@ def _arithmetic(report: Mapping[str, Any]) -> str:
         return "Every operation from token ids to logits is integer arithmetic; the logits are the same everywhere."
     kinds = {module["type"] for module in report["modules"].values()}
     if kinds == {"attention_codes"}:
-        return (
-            f"Weights are float. Of attention, there are {report['execution']['arithmetic']}: nothing is faster for it."
-        )
+        return f"Weights are float; {report['execution']['arithmetic']}. Nothing is faster for it."
     if "linear" not in kinds:
         return "Tables are stored as integers; products are computed in float."
     product = report["execution"]["arithmetic"].replace("x", "×").replace("->", "→")

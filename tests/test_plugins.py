@@ -218,7 +218,7 @@ def test_a_broken_method_is_reported_and_harms_nothing(
     ended = qtool_command("methods", "--json", "-")
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)
-    assert set(found["methods"]) == {"ibert", "zeroquant", "fine"}
+    assert set(found["methods"]) == {"ibert", "zeroquant", "logattn", "fine"}
     (report,) = found["broken"]
     assert (report["name"], report["origin"]) == ("bad", "bad 1.0")
     assert why in report["why"] and "\n" not in report["why"]
@@ -240,7 +240,7 @@ def test_names_that_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, qto
     distribution(tmp_path, "thief", {"zeroquant": "thief:Fine"}, code)
     monkeypatch.syspath_prepend(tmp_path)
     found = json.loads(qtool_command("methods", "--json", "-").out)
-    assert list(found["methods"]) == ["ibert", "zeroquant"] and found["methods"]["zeroquant"]["origin"] == "qtool"
+    assert list(found["methods"]) == ["ibert", "zeroquant", "logattn"] and found["methods"]["zeroquant"]["origin"] == "qtool"
     assert [tuple(report.values()) for report in found["broken"]] == [
         ("fine", "one 1.0", "two 1.0 has one of the same name"),
         ("fine", "two 1.0", "one 1.0 has one of the same name"),

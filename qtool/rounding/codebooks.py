@@ -56,8 +56,8 @@ def _fitted(weights: Table, sums: Table, codes: int, lowest: float) -> tuple[tor
     if BINS - start >= codes - 1:
         means = sums / weights.clamp_min(_TINY)  # as if a bin held its mean alone
         count = weights / means.clamp_min(_LEAST).sqrt()
-        tables = [_summed(table) for table in (count, count * means, count * means.square())]
-        borders = ends[_best_places(*tables, codes - 1, start)]
+        total, square = (_summed(count * power) for power in (means, means.square()))
+        borders = ends[_best_places(_summed(count), total, square, codes - 1, start)]
     else:
         borders = ends[start] ** (torch.arange(codes - 1, 0, -1, dtype=torch.float64) / (codes - 1))
     middles = (borders * torch.cat([borders[1:], torch.ones(1, dtype=torch.float64)])).sqrt()

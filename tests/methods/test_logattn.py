@@ -20,6 +20,7 @@ from qtool.calibrate.probabilities import Distribution
 from qtool.calibrate.statistics import Statistics
 from qtool.errors import InputError
 from qtool.hf import CODES
+from qtool.inspection import inspect
 from qtool.nn import CodedAttention
 from qtool.nn.codes import CODES_CHILD
 from qtool.numerics.codebook import Codebook
@@ -370,3 +371,24 @@ def test_what_makes_no_sense_is_refused_by_name(
     source = float_model(shelf, BERT)
     with pytest.raises(InputError, match=said):
         open_job(str(source), resolve_recipe(methods=list(methods), sets=(*DATA, *sets)))
+
+
+def test_inspect_and_the_card_say_what_the_codes_are(coded: Coded) -> None:
+    folder = coded(BERT)
+    found = inspect(folder, verify=True)
+    assert not found["damage"] and found["methods"] == ["logattn"]
+    assert [one["module"] for one in found["attention"]] == [f"{site}.{CODES_CHILD}" for site in SITES]
+    assert all(one["mean_keys"] == 12 and 0 < one["zeros_percent"] < 100 for one in found["attention"])
+    assert {row["activations"] for row in found["modules"]} == {"3-bit codes"}
+    card = (folder / "README.md").read_text("utf-8")
+    assert "Weights are float; attention probabilities in codes of 3 bits, float products." in card
+
+
+def test_a_dry_run_plans_attention_and_nothing_else(shelf: Any, desk: Path, qtool_command: Callable[..., Any]) -> None:
+    model = shelf.make("logattn-dry", BERT)
+    ended = qtool_command("quantize", model, "--method", "logattn", "--dry-run", "--json", "-")
+    assert ended.code == 0, ended.err
+    plan = json.loads(ended.out)
+    assert set(plan["quantized"]) == {f"{site}.{CODES_CHILD}" for site in SITES}
+    assert set(plan["kept_float"].values()) == {"logattn changes no weights"}
+    assert plan["calibration"] and not list(desk.iterdir())

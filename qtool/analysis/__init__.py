@@ -1,1 +1,1 @@
-"""The study of a model: what its attention tolerates, and which heads it can do without."""
+"""Studies of a float model: what its attention tolerates, and which heads it can do without."""

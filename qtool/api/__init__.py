@@ -4,6 +4,7 @@
 renders their events.
 """
 
+from qtool.api.attention import AttentionRequest, analyze_attention
 from qtool.api.bench import bench, random_models
 from qtool.api.data import calibration_batches, calibration_events, calibration_texts, golden_inputs, planned_batches
 from qtool.api.heads import HeadsRequest, analyze_heads
@@ -34,11 +35,13 @@ from qtool.api.scores import (
 )
 
 __all__ = [
+    "AttentionRequest",
     "DEFAULT_FOLDER",
     "FLAG_KEYS",
     "LATEST",
     "HeadsRequest",
     "Quantized",
+    "analyze_attention",
     "analyze_heads",
     "baseline_for",
     "bench",

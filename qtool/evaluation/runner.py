@@ -76,23 +76,22 @@ def evaluate(
         UsageError: an argument that means nothing, or nothing for this task.
         UnavailableError: the hub is needed and not reachable, or a package is missing.
     """
-    _check_arguments(batch_size=batch_size, max_length=max_length, threads=threads, limit=limit)
     if dtype not in DTYPES:
         raise UsageError(one_of(dtype, DTYPES, "dtype"))
     request = Request(
         data, split, limit, text_columns, label_column, batch_size, max_length, stride, doc_stride, n_best
     )
-    exam_class(task).check_options(task, request)
+    check_request(task, request, threads)
     subjects = _subjects(model, baseline, task, revision)
     exam = exam_class(task)(task, request)
     exam.check_subjects(subjects)
     report = progress or (lambda stage, done, total: None)
-    with _threads(threads), torch.inference_mode():
+    with torch_threads(threads), torch.inference_mode():
         sides = load_sides(subjects, exam, dtype)
         exam.prepare(sides, report)
         measure(sides, exam, report)
-        settings = _settings(exam, sides, dtype)
-    return _evaluation(exam, sides, settings, allow_weak_baseline)
+        settings = settings_of(exam, sides, dtype)
+    return evaluation_of(exam, sides, settings, allow_weak=allow_weak_baseline)
 
 
 def options_for(tasks: Sequence[Task], options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -111,10 +110,13 @@ def options_for(tasks: Sequence[Task], options: Mapping[str, Any]) -> list[dict[
     return shares
 
 
-def _check_arguments(**values: int | None) -> None:
-    for name, value in values.items():
+def check_request(task: Task, request: Request, threads: int | None = None) -> None:
+    """Raises UsageError for a number that is too small, or an option that means nothing for the task."""
+    counts = {name: getattr(request, name) for name in ("batch_size", "max_length", "limit")}
+    for name, value in {**counts, "threads": threads}.items():
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    exam_class(task).check_options(task, request)
 
 
 def _subjects(model: str | Path, baseline: str | Path | None, task: Task, revision: str | None) -> list[Subject]:
@@ -139,7 +141,8 @@ def check_baseline(exam: Exam, side: Side, value: float, allow_weak: bool) -> No
         )
 
 
-def _evaluation(exam: Exam, sides: Sequence[Side], settings: dict[str, Any], allow_weak: bool) -> Evaluation:
+def evaluation_of(exam: Exam, sides: Sequence[Side], settings: dict[str, Any], *, allow_weak: bool) -> Evaluation:
+    """What came of sides that have been through every batch. Raises InputError for a baseline that means nothing."""
     task, paired = exam.task, len(sides) > 1
     answers = [exam.answers(side) for side in sides]
     scores = [_score(exam, side, own) for side, own in zip(sides, answers, strict=True)]
@@ -199,7 +202,8 @@ def _kl(exam: Exam, candidate: Side) -> float | None:
     return math.fsum(found) / len(found) if found else None
 
 
-def _settings(exam: Exam, sides: Sequence[Side], dtype: str) -> dict[str, Any]:
+def settings_of(exam: Exam, sides: Sequence[Side], dtype: str) -> dict[str, Any]:
+    """How the sides are measured, in numbers, and by which versions."""
     packages = ["torch", "transformers", "tokenizers", "numpy", *(["scikit-learn"] if sides[0].subject.probed else [])]
     installed = {name: metadata.version(name) for name in packages}
     return {
@@ -213,7 +217,8 @@ def _settings(exam: Exam, sides: Sequence[Side], dtype: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch, for a while; None leaves them as they are."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)

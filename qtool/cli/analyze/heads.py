@@ -1,4 +1,4 @@
-"""`qtool analyze`: the study of a model."""
+"""`qtool analyze heads`: which attention heads a model can do without."""
 
 import re
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,7 @@ if TYPE_CHECKING:
     from qtool.console import Screen
 
 
-@click.group("analyze")
-def analyze() -> None:
-    """Study a float model: what its attention tolerates."""
-
-
-@analyze.command("heads")
+@click.command("heads")
 @click.argument("model")
 @click.option("--task", required=True, metavar="NAME", help="Task whose score heads are judged by.")
 @click.option("--data", metavar="PATH", help="Folder with train/validation files, a file, or org/name:config.")

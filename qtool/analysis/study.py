@@ -1,0 +1,178 @@
+"""The study of a model's attention: what its probabilities are like, and what scores do when they are pruned or coded.
+
+Everything found lies in one JSON value, which is handed to `write` after each part: a study that is killed goes on from
+what was written last.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qtool.analysis.attending import Attending
+from qtool.analysis.attention import HeadTally, edges, summarise
+from qtool.analysis.sweep import (
+    BITS,
+    THRESHOLDS,
+    Setting,
+    artifact_digest,
+    coded_bits,
+    measure,
+    measure_artifact,
+    scores,
+    settings,
+)
+from qtool.errors import InputError, UsageError
+from qtool.evaluation.exams.base import Batch
+from qtool.evaluation.variants import Variants
+
+SCHEMA_VERSION = 1
+MARK = 1e-3
+"""The paper's threshold: where codes begin unless asked otherwise."""
+
+Body = dict[str, Any]
+Write = Callable[[Body], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Thresholds of sparsity and of pruning alone; widths of codes and the thresholds at which they are pruned; whether
+    scores are wanted at all (`sweep`), or only the distribution; artifacts that are shown beside the plain forms."""
+
+    thresholds: Sequence[float] = THRESHOLDS
+    bits: Sequence[int] = BITS
+    bits_thresholds: Sequence[float] = (MARK,)
+    sweep: bool = True
+    artifacts: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for value in (*self.thresholds, *self.bits_thresholds):
+            if not 0 < value < 1:
+                raise UsageError(f"a threshold lies between 0 and 1, not at {value:g}")
+        for value in self.bits:
+            if not 2 <= value <= 8:
+                raise UsageError(f"attention codes have 2 to 8 bits, not {value}")
+        if not self.thresholds:
+            raise UsageError("name at least one threshold")
+
+    def settings(self) -> list[Setting]:
+        """The points of the sweeps, in the order in which they are measured."""
+        if not self.sweep:
+            return []
+        return settings(sorted(set(self.thresholds)), sorted(set(self.bits)), sorted(set(self.bits_thresholds)))
+
+
+def study(
+    variants: Variants, asked: Asked, fingerprint: Mapping[str, Any], write: Write, known: Body | None = None
+) -> Body:
+    """Measure what `known` (what an earlier run wrote) does not have yet, and return all that was asked for.
+
+    Raises InputError where `known` was measured under another fingerprint, naming what differs, and for a model whose
+    attention cannot be looked at.
+    """
+    if known is not None:
+        require_equal(known.get("fingerprint", {}), fingerprint)
+    for artifact in asked.artifacts:
+        coded_bits(artifact)  # what is no artifact is said before hours of work
+    attending = Attending(variants.model)
+    body = _begin(variants, asked, fingerprint, known or {})
+    if body["distribution"] is None:
+        body["float"], body["distribution"] = _float(variants), _distribution(variants, attending, asked.thresholds)
+        write(body)
+    for setting in asked.settings():
+        if setting.key not in {_key(point) for point in body["points"]}:
+            body["points"].append(measure(setting, variants, attending))
+            write(body)
+    for artifact in asked.artifacts:
+        if artifact not in {found["artifact"] for found in body["artifacts"]}:
+            body["artifacts"].append(measure_artifact(artifact, variants))
+            write(body)
+    return _finished(body, asked)
+
+
+def require_equal(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises InputError that names the facts in which two fingerprints differ."""
+    different = [name for name in sorted({*known, *wanted}) if known.get(name) != wanted.get(name)]
+    if different:
+        raise InputError(
+            f"the study was started with a different {', '.join(different)}; repeat the first command with --resume, "
+            "or start again with --overwrite"
+        )
+
+
+def _begin(variants: Variants, asked: Asked, fingerprint: Mapping[str, Any], known: Body) -> Body:
+    """What is known of what is asked for; the rest is None or missing."""
+    found, thresholds = known.get("distribution"), sorted(set(asked.thresholds))
+    wanted = {setting.key for setting in asked.settings()}
+    about = variants.about()
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "study": "attention",
+        "complete": False,
+        **about,
+        "architecture": type(variants.model).__name__,
+        "planned": len(wanted) + len(asked.artifacts),
+        "float": known.get("float"),
+        "distribution": found if found and found["thresholds"] == thresholds else None,
+        "points": [point for point in known.get("points", []) if _key(point) in wanted],
+        "artifacts": [
+            found
+            for found in known.get("artifacts", [])
+            if found["artifact"] in asked.artifacts and found["digest"] == artifact_digest(found["artifact"])
+        ],
+        "fingerprint": dict(fingerprint),
+    }
+
+
+def _key(point: Mapping[str, Any]) -> str:
+    return Setting(point["threshold"], point["bits"], point["mapping"]).key
+
+
+def _finished(body: Body, asked: Asked) -> Body:
+    """Points in the order in which they were asked for, whatever the order in which runs measured them."""
+    order = {setting.key: index for index, setting in enumerate(asked.settings())}
+    points = sorted(body["points"], key=lambda point: order[_key(point)])
+    return {**body, "points": points, "complete": True}
+
+
+def _float(variants: Variants) -> dict[str, Any]:
+    found = scores(variants.baseline())
+    return {name: found[name] for name in ("score", "metrics", "seconds")}
+
+
+def _distribution(variants: Variants, attending: Attending, thresholds: Sequence[float]) -> dict[str, Any]:
+    """Of every head, every layer and all together; `check` says how far the looked-at model is from the float one."""
+    limits = sorted(set(thresholds))
+    tallies: dict[str, HeadTally] = {}
+
+    def look(path: str, probabilities: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+        tallies.setdefault(path, HeadTally(probabilities.shape[1], limits)).update(probabilities, exists)
+        return probabilities
+
+    def altered(batch: Batch) -> Any:
+        return attending.changed(look, batch["attention_mask"])
+
+    check, every = scores(variants.evaluate(altered, "look at attention")), slice(None)
+    layers = [
+        {
+            "module": path,
+            "all": tallies[path].summary().to_json(),
+            "heads": [tallies[path].summary(slice(h, h + 1)).to_json() for h in range(tallies[path].heads)],
+        }
+        for path in attending.modules
+    ]
+    total = summarise([(tally, every) for tally in tallies.values()])
+    first = tallies[attending.modules[0]]
+    return {
+        "thresholds": limits,
+        "edges": edges().tolist(),
+        "sequences": len(variants.lengths),
+        "mean_length": sum(variants.lengths) / len(variants.lengths),
+        "rows": first.rows,
+        "pairs": first.pairs,
+        "mean_keys": first.pairs / first.rows,
+        "all": total.to_json(),
+        "layers": layers,
+        "check": {name: check[name] for name in ("drop", "agreement", "kl")},
+    }

@@ -1,0 +1,123 @@
+"""Scores against threshold and against bits: a model whose attention probabilities are pruned, or cut into codes."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from hashlib import sha256 as sha256_of
+from typing import Any
+
+import torch
+
+from qtool.analysis.attending import Attending
+from qtool.analysis.coding import Coding
+from qtool.artifact import quantization_config
+from qtool.checkpoint import locate, sha256, weight_files
+from qtool.evaluation.exams.base import Batch
+from qtool.evaluation.result import Evaluation
+from qtool.evaluation.variants import Variants
+from qtool.numerics.codebook import Codebook, prune
+
+THRESHOLDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+BITS = (2, 3, 4, 5, 6, 7, 8)
+MAPPINGS = ("log", "linear")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is done to probabilities: pruned at `threshold` (None: not), and with `bits` also cut into codes, `mapping`
+    log or linear, that stand for the middle of their bin (the paper's plain form, rows are not renormalised)."""
+
+    threshold: float | None
+    bits: int | None = None
+    mapping: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells it apart, in words."""
+        pruned = "not pruned" if self.threshold is None else f"pruned at {self.threshold!r}"
+        return pruned if self.bits is None else f"{self.mapping}, {self.bits} bits, {pruned}"
+
+    def codebook(self) -> Codebook | None:
+        """The codes; None where there is only pruning."""
+        if self.bits is None:
+            return None
+        if self.threshold is None:
+            return Codebook.log_unpruned(self.bits) if self.mapping == "log" else Codebook.linear_unpruned(self.bits)
+        make = Codebook.log if self.mapping == "log" else Codebook.linear
+        return make(self.bits, self.threshold)
+
+    def to_json(self) -> dict[str, Any]:
+        """By the names of the fields."""
+        return dict(vars(self))
+
+
+def settings(thresholds: Sequence[float], bits: Sequence[int], bits_thresholds: Sequence[float]) -> list[Setting]:
+    """Pruning alone at each threshold; each width and mapping, pruned at each of `bits_thresholds`, then not pruned."""
+    pruning = [Setting(threshold) for threshold in thresholds]
+    forms = [(mapping, threshold) for threshold in (*bits_thresholds, None) for mapping in MAPPINGS]
+    return pruning + [Setting(threshold, width, mapping) for mapping, threshold in forms for width in bits]
+
+
+class _Changed:
+    """Counts zeros among the pairs that exist, while it prunes or codes."""
+
+    def __init__(self, setting: Setting, attending: Attending) -> None:
+        self._attending, self._threshold, book = attending, setting.threshold, setting.codebook()
+        self._coding = Coding(book) if book else None
+        self.pairs = self.zeros = 0
+
+    def __call__(self, batch: Batch) -> AbstractContextManager[None]:
+        return self._attending.changed(self._change, batch["attention_mask"])
+
+    def _change(self, path: str, probabilities: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+        changed = self._changed(probabilities)
+        every = exists.expand(len(changed), 1, *changed.shape[2:])
+        self.pairs += int(every.sum()) * changed.shape[1]
+        self.zeros += int(((changed == 0) & every).sum())
+        return changed
+
+    def _changed(self, probabilities: torch.Tensor) -> torch.Tensor:
+        if self._coding is not None:
+            return self._coding(probabilities)
+        return probabilities if self._threshold is None else prune(probabilities, self._threshold)
+
+
+def measure(setting: Setting, variants: Variants, attending: Attending) -> dict[str, Any]:
+    """One point: scores, and `zeros`, the share of pairs that became zero, of `pairs` in all heads."""
+    changed = _Changed(setting, attending)
+    found = variants.evaluate(changed, setting.key)
+    return {**setting.to_json(), "zeros": changed.zeros / changed.pairs, "pairs": changed.pairs, **scores(found)}
+
+
+def measure_artifact(artifact: str, variants: Variants) -> dict[str, Any]:
+    """A point for an artifact: scores, and `bits` of its attention codes (None: several widths, or no codes)."""
+    bits = coded_bits(artifact)
+    found = variants.evaluate_artifact(artifact, f"artifact {artifact}")
+    return {"artifact": artifact, "bits": bits, "digest": artifact_digest(artifact), **scores(found)}
+
+
+def coded_bits(artifact: str) -> int | None:
+    """Bits of the attention codes of an artifact. Raises InputError for a folder that holds something else."""
+    modules = quantization_config(locate(artifact)).get("modules", {}).values()
+    widths = {module["bits"] for module in modules if module["type"] == "attention_codes"}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def artifact_digest(artifact: str) -> str:
+    """SHA-256 over its weight files."""
+    return sha256_of("".join(sha256(file) for file in weight_files(locate(artifact))).encode()).hexdigest()
+
+
+def scores(found: Evaluation) -> dict[str, Any]:
+    """What a point keeps of an evaluation against the float model; NaN and infinity are None."""
+    body = found.to_json()
+    own, interval = body["candidate"], body["interval"]
+    return {
+        "score": own["score"],
+        "metrics": own["metrics"],
+        "drop": body["drop"],
+        "interval": interval and [interval["low"], interval["high"]],
+        "agreement": body["agreement"],
+        "kl": body["kl"],
+        "seconds": own["seconds"],
+    }

@@ -1,0 +1,150 @@
+"""`analyze_attention`: what a model's attention is like and what it tolerates, as JSON and as a page."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qtool.errors import InputError
+
+if TYPE_CHECKING:
+    from qtool.analysis.study import Asked, Body
+    from qtool.evaluation.variants import Variants
+
+RESULT, PAGE = "attention.json", "attention.html"
+
+
+@dataclass(frozen=True)
+class AttentionRequest:
+    """What is studied and how the task is scored; names are those of the command's flags.
+
+    `artifacts` are quantized models that are shown beside the plain forms, such as those of the method `logattn`.
+    `exam` are options of `qtool.evaluation.exams.Request` (data, split, limit, max_length, …).
+    """
+
+    thresholds: tuple[float, ...] | None = None
+    bits: tuple[int, ...] | None = None
+    bits_thresholds: tuple[float, ...] | None = None
+    sweep: bool = True
+    artifacts: tuple[str, ...] = ()
+    exam: Mapping[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    threads: int | None = None
+    allow_weak_baseline: bool = False
+
+    def asked(self) -> "Asked":
+        """Raises UsageError for a threshold or a number of bits that cannot be."""
+        from qtool.analysis.study import Asked
+
+        given = {"thresholds": self.thresholds, "bits": self.bits, "bits_thresholds": self.bits_thresholds}
+        named: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return Asked(**named, sweep=self.sweep, artifacts=tuple(dict.fromkeys(self.artifacts)))
+
+
+def analyze_attention(
+    model: str | Path,
+    task: str,
+    out: str | Path,
+    request: AttentionRequest | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    png: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> "Body":
+    """Study the attention of a float model on a task; `out` gets attention.json and attention.html, `png` every figure.
+
+    Both files are written anew after each part that is finished, so that a run that was killed goes on with `resume`.
+    Raises UsageError for what cannot be asked, InputError for a model, data or an output that cannot be used,
+    UnavailableError where figures are wanted as PNG and the package for that is missing.
+    """
+    from qtool.analysis.picture import require_renderer
+    from qtool.analysis.study import study
+    from qtool.evaluation.exams import Request
+    from qtool.evaluation.runner import torch_threads
+    from qtool.evaluation.tasks import task as task_named
+    from qtool.evaluation.variants import Variants
+
+    wanted, folder, chosen = request or AttentionRequest(), Path(out), task_named(task)
+    asked = wanted.asked()
+    if png:
+        require_renderer()
+    known = _prepare(folder, resume=resume, overwrite=overwrite)
+    with torch_threads(wanted.threads):
+        variants = Variants(
+            model,
+            chosen,
+            Request(**wanted.exam),
+            revision=wanted.revision,
+            allow_weak=wanted.allow_weak_baseline,
+            progress=progress,
+        )
+        body = study(variants, asked, _fingerprint(variants, wanted), lambda part: _write(folder, part), known)
+    _write(folder, body)
+    if png:
+        _draw(folder, body)
+    return body
+
+
+def _prepare(folder: Path, *, resume: bool, overwrite: bool) -> "Body | None":
+    """What an earlier run left. Raises InputError for an output that is taken, UnavailableError for one that cannot be
+    written."""
+    from qtool.artifact import writing_failed
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise writing_failed(folder, error) from error
+    there = folder / RESULT
+    if not there.exists() or overwrite:
+        return None
+    if not resume:
+        raise InputError(f"{folder} holds a study; go on with --resume, or start again with --overwrite")
+    try:
+        body = json.loads(there.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{there} cannot be read ({error}); start again with --overwrite") from error
+    if not isinstance(body, dict) or body.get("study") != "attention":
+        raise InputError(f"{there} is no study of attention; choose another -o")
+    return body
+
+
+def _fingerprint(variants: "Variants", wanted: AttentionRequest) -> dict[str, Any]:
+    """Everything that a point depends on beside its own setting."""
+    import torch
+
+    from qtool.checkpoint import Checkpoint, load_config, locate, skeleton
+    from qtool.pipeline import instruction_set, versions
+
+    about = variants.about()
+    path = locate(about["model"], wanted.revision)
+    used = {name: value for name, value in about["settings"].items() if name not in ("versions", "threads")}
+    return {
+        "model": Checkpoint(path, skeleton(load_config(path))).digest(),
+        "task": about["task"],
+        "data": variants.digest(),
+        **used,
+        "threads": torch.get_num_threads(),
+        "instruction set": instruction_set(),
+        "versions": versions(),
+    }
+
+
+def _write(folder: Path, body: "Body") -> None:
+    from qtool.analysis.attention_page import page_of
+    from qtool.analysis.page import html
+    from qtool.artifact import write_json, write_text
+
+    write_json(folder / RESULT, body, sort=False)
+    write_text(folder / PAGE, html(page_of(body)))
+
+
+def _draw(folder: Path, body: "Body") -> None:
+    """Every figure of the page as a picture of its own."""
+    from qtool.analysis.attention_page import page_of
+    from qtool.analysis.page import standalone
+    from qtool.analysis.picture import write_png
+
+    for name, figure in page_of(body).figures():
+        write_png(standalone(figure), folder / f"attention-{name}.png")

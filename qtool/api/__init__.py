@@ -35,10 +35,10 @@ from qtool.api.scores import (
 )
 
 __all__ = [
-    "AttentionRequest",
     "DEFAULT_FOLDER",
     "FLAG_KEYS",
     "LATEST",
+    "AttentionRequest",
     "HeadsRequest",
     "Quantized",
     "analyze_attention",

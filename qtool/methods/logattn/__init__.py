@@ -5,6 +5,7 @@ every other code stands for one level. The paper's bins are equally wide in the 
 default they are chosen for each head by what it does on calibration data.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from qtool.errors import InputError
 from qtool.hf import attention_sites
 from qtool.lesson import Lesson
 from qtool.methods.base import Method, Options, Plan
-from qtool.methods.logattn.codebooks import Wish, common_loss, make
+from qtool.methods.logattn.codebooks import Wish, common_threshold, make
 from qtool.nn import CodedAttention, QModule
 from qtool.nn.codes import CODES_CHILD
 from qtool.numerics.codebook import MAX_BITS, THRESHOLD
@@ -42,7 +43,7 @@ class LogAttnOptions(Options):
     relative: bool = Field(True, description="Whether thresholds and bins are shares of a row's largest probability")
     pruned: bool = Field(True, description="Whether bins begin at a threshold; false: the paper's other forms")
     threshold: Share | None = Field(None, description="What is below is zero, in every head")
-    sparsity: Share | None = Field(None, description="Zeros on calibration data; thresholds of a head follow")
+    sparsity: Share | None = Field(None, description="Zeros on calibration data, by one threshold for all heads")
     lost_mass: Share | None = Field(None, description="Mean mass of a row that is pruned in each head")
     renormalize: bool = Field(True, description="Whether rows add up to one again")
 
@@ -87,7 +88,7 @@ class LogAttn(Method):
 
     def __init__(self, recipe: Recipe, options: Options) -> None:
         super().__init__(recipe, options)
-        self._lost: float | None = self.options.lost_mass
+        self._wish = self.options.wish()
         bits = self.options.bits
         what = "pruned attention probabilities" if bits is None else f"attention probabilities in codes of {bits} bits"
         self.arithmetic = f"{what}, float products"
@@ -134,10 +135,11 @@ class LogAttn(Method):
         return {f"{path.removesuffix(f'.{CODES_CHILD}')}:probabilities": self._observer for path in paths}
 
     def resolve(self, plan: Plan, statistics: Statistics | None) -> None:
-        """How much mass each head may lose, for zeros all over the model."""
+        """The threshold of all heads, for zeros all over the model."""
         if self.options.sparsity is not None:
             seen = [self._seen(path, statistics) for path, one in plan.modules.items() if one["type"] == _KIND]
-            self._lost = common_loss([one for one in seen if one is not None], self.options.sparsity)
+            threshold = common_threshold([one for one in seen if one is not None], self.options.sparsity)
+            self._wish = replace(self._wish, threshold=threshold)
 
     def lower(
         self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None
@@ -147,7 +149,7 @@ class LogAttn(Method):
         for path in self._owned(unit, plan):
             module = CodedAttention.from_description(torch.nn.Module(), path, plan.modules[path], device="meta")
             seen = self._seen(path, statistics)
-            book = make(self.options.wish(), seen, self._lost)
+            book = make(self._wish, seen, self.options.lost_mass)
             module.fill(book)
             lowered[path] = module
             if seen is not None:

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Literal
 
 import torch
@@ -11,7 +13,6 @@ from qtool.calibrate.probabilities import Distribution
 from qtool.numerics.codebook import Codebook
 from qtool.rounding.codebooks import fitted, with_means
 
-_HALVINGS = 60  # of the interval in which a share is looked for: past float64's resolution
 _HIGHEST = 0.5  # no threshold is above it: what is left of a row must not vanish
 
 
@@ -59,15 +60,15 @@ def _even(mapping: Literal["log", "linear"], bits: int, threshold: float | None)
     return Codebook.log(bits, threshold) if mapping == "log" else Codebook.linear(bits, threshold)
 
 
-def common_loss(seen: Sequence[Distribution], sparsity: float) -> float:
-    """The mean mass of a row that every head may lose so that `sparsity` of all pairs are zeros, by bisection.
+def common_threshold(seen: Sequence[Distribution], sparsity: float) -> float:
+    """The threshold below which `sparsity` of all pairs of `seen` lie, in whatever head; at most a half.
 
-    Heads that spread their attention keep more than those that look at a few tokens.
+    Of all ways to prune as many probabilities, the smallest ones have the least mass.
     """
-    pairs = sum(int(one.counts.sum()) for one in seen)
-    low, high = 0.0, 1.0
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        zeros = sum(float((one.sparsity(one.threshold(middle, of="mass")) * one.counts.sum(-1)).sum()) for one in seen)
-        low, high = (middle, high) if zeros < sparsity * pairs else (low, middle)
-    return high
+    pooled = [
+        Distribution(
+            one.counts.sum(0, True), one.mass.sum(0, True), one.weights.sum(0, True), one.sums.sum(0, True), one.rows
+        )
+        for one in seen
+    ]
+    return min(_HIGHEST, float(reduce(add, pooled).threshold(sparsity)))

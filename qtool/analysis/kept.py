@@ -19,8 +19,13 @@ class Kept:
     other processes until `close`.
     """
 
-    def __init__(self, file: Path, fingerprint: Mapping[str, Any], metric: Callable[[Heads], float]) -> None:
-        """Raises InputError when the file is of another fingerprint or another process has it open."""
+    def __init__(
+        self, file: Path, fingerprint: Mapping[str, Any], metric: Callable[[Heads], float], *, fresh: bool = False
+    ) -> None:
+        """With `fresh` what the file holds is dropped, once it is locked.
+
+        Raises InputError when the file is of another fingerprint or another process has it open.
+        """
         self._metric, self.found, self.fresh = metric, dict[Heads, float](), 0
         try:
             self._stream = file.open("a+", encoding="utf-8")
@@ -28,6 +33,8 @@ class Kept:
             raise writing_failed(file, error) from error
         try:
             self._lock(file)
+            if fresh:
+                self._stream.truncate(0)
             self._read(file, json.loads(json.dumps(fingerprint)))
         except BaseException:
             self.close()

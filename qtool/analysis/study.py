@@ -55,6 +55,8 @@ class Asked:
                 raise UsageError(f"attention codes have 2 to 8 bits, not {value}")
         if not self.thresholds:
             raise UsageError("name at least one threshold")
+        if self.artifacts and not self.sweep:
+            raise UsageError("an artifact is shown by its scores; without a sweep there are none")
 
     def settings(self) -> list[Setting]:
         """The points of the sweeps, in the order in which they are measured."""
@@ -78,7 +80,8 @@ def study(
     attending = Attending(variants.model)
     body = _begin(variants, asked, fingerprint, known or {})
     if body["distribution"] is None:
-        body["float"], body["distribution"] = _float(variants), _distribution(variants, attending, asked.thresholds)
+        limits = {*asked.thresholds, *((known or {}).get("distribution") or {}).get("thresholds", ())}
+        body["float"], body["distribution"] = _float(variants), _distribution(variants, attending, sorted(limits))
         write(body)
     for setting in asked.settings():
         if setting.key not in {_key(point) for point in body["points"]}:
@@ -102,9 +105,11 @@ def require_equal(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 
 def _begin(variants: Variants, asked: Asked, fingerprint: Mapping[str, Any], known: Body) -> Body:
-    """What is known of what is asked for; the rest is None or missing."""
-    found, thresholds = known.get("distribution"), sorted(set(asked.thresholds))
-    wanted = {setting.key for setting in asked.settings()}
+    """All that is known, also what is not asked for any more: it was measured. What is missing is None or not there."""
+    found, points = known.get("distribution"), list(known.get("points", []))
+    artifacts = [one for one in known.get("artifacts", []) if one["digest"] == _digest_now(one["artifact"])]
+    wanted = {*(setting.key for setting in asked.settings()), *map(_key, points)}
+    shown = {*asked.artifacts, *(one["artifact"] for one in artifacts)}
     about = variants.about()
     return {
         "schema_version": SCHEMA_VERSION,
@@ -112,17 +117,21 @@ def _begin(variants: Variants, asked: Asked, fingerprint: Mapping[str, Any], kno
         "complete": False,
         **about,
         "architecture": type(variants.model).__name__,
-        "planned": len(wanted) + len(asked.artifacts),
+        "planned": len(wanted) + len(shown),
         "float": known.get("float"),
-        "distribution": found if found and found["thresholds"] == thresholds else None,
-        "points": [point for point in known.get("points", []) if _key(point) in wanted],
-        "artifacts": [
-            found
-            for found in known.get("artifacts", [])
-            if found["artifact"] in asked.artifacts and found["digest"] == artifact_digest(found["artifact"])
-        ],
+        "distribution": found if found and {*asked.thresholds} <= {*found["thresholds"]} else None,
+        "points": points,
+        "artifacts": artifacts,
         "fingerprint": dict(fingerprint),
     }
+
+
+def _digest_now(artifact: str) -> str | None:
+    """None where there is no such artifact any more."""
+    try:
+        return artifact_digest(artifact)
+    except InputError:
+        return None
 
 
 def _key(point: Mapping[str, Any]) -> str:
@@ -130,10 +139,15 @@ def _key(point: Mapping[str, Any]) -> str:
 
 
 def _finished(body: Body, asked: Asked) -> Body:
-    """Points in the order in which they were asked for, whatever the order in which runs measured them."""
+    """Points and artifacts in the order in which they were asked for, whatever the order in which runs measured them.
+
+    What only an earlier run asked for comes last.
+    """
     order = {setting.key: index for index, setting in enumerate(asked.settings())}
-    points = sorted(body["points"], key=lambda point: order[_key(point)])
-    return {**body, "points": points, "complete": True}
+    places = {artifact: index for index, artifact in enumerate(asked.artifacts)}
+    points = sorted(body["points"], key=lambda point: order.get(_key(point), len(order)))
+    artifacts = sorted(body["artifacts"], key=lambda found: places.get(found["artifact"], len(places)))
+    return {**body, "points": points, "artifacts": artifacts, "complete": True}
 
 
 def _float(variants: Variants) -> dict[str, Any]:

@@ -104,8 +104,10 @@ def coded_bits(artifact: str) -> int | None:
 
 
 def artifact_digest(artifact: str) -> str:
-    """SHA-256 over its weight files."""
-    return sha256_of("".join(sha256(file) for file in weight_files(locate(artifact))).encode()).hexdigest()
+    """SHA-256 over what it computes with: its weight files, and its config.json, which says how codes are used."""
+    folder = locate(artifact)
+    files = [folder / "config.json", *weight_files(folder)]
+    return sha256_of("".join(sha256(file) for file in files).encode()).hexdigest()
 
 
 def scores(found: Evaluation) -> dict[str, Any]:

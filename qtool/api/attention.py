@@ -88,14 +88,7 @@ def analyze_attention(
 
 
 def _prepare(folder: Path, *, resume: bool, overwrite: bool) -> "Body | None":
-    """What an earlier run left. Raises InputError for an output that is taken, UnavailableError for one that cannot be
-    written."""
-    from qtool.artifact import writing_failed
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise writing_failed(folder, error) from error
+    """What an earlier run left. Raises InputError for an output that is taken."""
     there = folder / RESULT
     if not there.exists() or overwrite:
         return None
@@ -134,8 +127,12 @@ def _fingerprint(variants: "Variants", wanted: AttentionRequest) -> dict[str, An
 def _write(folder: Path, body: "Body") -> None:
     from qtool.analysis.attention_page import page_of
     from qtool.analysis.page import html
-    from qtool.artifact import write_json, write_text
+    from qtool.artifact import write_json, write_text, writing_failed
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise writing_failed(folder, error) from error
     write_json(folder / RESULT, body, sort=False)
     write_text(folder / PAGE, html(page_of(body)))
 

@@ -1,6 +1,7 @@
 """`analyze heads`: which attention heads a model can do without, found on one part of the data and told on another."""
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -86,14 +87,16 @@ def analyze_heads(
     wanted, folder, chosen = request or HeadsRequest(), Path(out), task_named(task)
     kind = _known(wanted)
     budget = BUDGETS[kind] if wanted.max_drop is None else wanted.max_drop
-    _prepare(folder, resume=resume, overwrite=overwrite)
+    _prepare(folder, resume=resume, overwrite=overwrite)  # what is there goes only when all else was found right
     report = progress or (lambda stage, done, total: None)
     exams = _exams(chosen, wanted, folder)
     sides = _sides(str(model), exams, wanted.revision, report)
     judge = Judge(exams[0], sides[0], kind)
     _check_knows(judge, wanted.metric)
-    kept = Kept(folder / MEASURED, _fingerprint(sides[0], exams[0], wanted), judge)
+    kept = Kept(folder / MEASURED, _fingerprint(sides[0], exams[0], wanted), judge, fresh=overwrite)
     with closing(kept):
+        if overwrite:
+            (folder / RESULT).unlink(missing_ok=True)
         found, importance = _searched(judge, kept, report, budget, wanted)
     asked = {"model": str(model), "metric": wanted.metric, "search": wanted.search, "max_drop": budget}
     body = outcome(asked, judge, found, kept.found, importance, exams[1], sides[1])
@@ -108,6 +111,10 @@ def _known(wanted: HeadsRequest) -> "Kind":
     for name, value, known in (("metric", wanted.metric, [*BUDGETS]), ("search", wanted.search, [*SEARCHES])):
         if value not in known:
             raise UsageError(one_of(value, known, name))
+    for name in ("max_drop", "max_seconds"):
+        value = getattr(wanted, name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"{name} is a number of 0 or more, not {value}")
     kind: Any = wanted.metric
     return kind  # type: ignore[no-any-return]
 
@@ -124,8 +131,6 @@ def _prepare(folder: Path, *, resume: bool, overwrite: bool) -> None:
             raise InputError(f"{folder} holds other files ({foreign[0]}); choose another -o")
         if there and not (resume or overwrite):
             raise InputError(f"{folder} holds a search; go on with --resume, or start again with --overwrite")
-        for name in ours if overwrite else ():
-            (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise writing_failed(folder, error) from error
 
@@ -241,7 +246,7 @@ def _searched(
     heads = removable(judge.side.model, wanted.protected)
     most = wanted.max_evaluations or 1 + len(heads) * (1 + wanted.branching)
     limits = search.Limits(most, wanted.max_seconds, wanted.target, wanted.branching)
-    metric = _reporting(kept, report, most)
+    metric = _reporting(_of_attending(kept, judge), report, most)
     if wanted.search == "gradient":
         every = gradient_ranking(judge.exam, judge.side)
         importance = {head: every[head] for head in heads}
@@ -251,7 +256,15 @@ def _searched(
     return find(metric, heads, budget, limits), {}
 
 
-def _reporting(kept: "Kept", report: "Progress", most: int) -> "Metric":
+def _of_attending(kept: "Kept", judge: "Judge") -> "Metric":
+    """The kept metric; NaN, which no search admits, for a model without any head: `headprune` leaves one."""
+    from qtool.analysis.heads import removable
+
+    every = frozenset(removable(judge.side.model))
+    return lambda heads: math.nan if heads == every else kept(heads)
+
+
+def _reporting(kept: "Metric", report: "Progress", most: int) -> "Metric":
     """The kept metric, which says how many sets have been measured."""
     asked: set[Any] = set()
 

@@ -227,7 +227,7 @@ def calibrate_events(
     job = open_job(model, recipe)
     if not job.observed():
         names = ", ".join(method.name for method in job.methods)
-        raise InputError(f"{names} needs no statistics with this recipe: activation scales are computed at run time")
+        raise InputError(f"{names} needs no statistics with this recipe: nothing in it is calibrated")
     batches, budget = yield from batches_events(job, calibrates=True)
     yield pipeline.Note(f"calibration data: {batches.description}")
     keep = partial(SpilledStates, file.absolute().parent) if budget.spill else list

@@ -64,7 +64,9 @@ class HeadPrune(Method):
         return {"heads": heads_json(self._gone)}
 
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
-        """Nothing is quantized here."""
+        """Nothing is quantized here. Raises InputError for rules where no other method could follow them."""
+        if self.recipe.rules and len(self.recipe.methods) == 1:
+            raise InputError("headprune quantizes nothing, so that no rule can apply; leave out the rules")
         return Plan({}, heads=self._gone)
 
     def lower(
@@ -78,14 +80,20 @@ def read_heads(file: Path) -> dict[int, list[int]]:
     """`heads` of a file that `qtool analyze heads` wrote. Raises InputError for anything else."""
     try:
         body = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"methods.headprune.file: no file {file}; `qtool analyze heads` makes one") from None
     except (OSError, ValueError) as error:
         raise InputError(f"methods.headprune.file: {file} cannot be read as JSON: {error}") from error
     heads = body.get("heads") if isinstance(body, Mapping) else None
-    if not isinstance(heads, Mapping) or not all(
-        isinstance(layer, str) and layer.isdecimal() and isinstance(own, list) and all(type(n) is int for n in own)
-        for layer, own in heads.items()
-    ):
+    if not isinstance(heads, Mapping) or not all(map(_is_layer, heads, heads.values())):
         raise InputError(f"methods.headprune.file: {file} has no heads by layer; it is made by `qtool analyze heads`")
     if not heads:
         raise InputError(f"methods.headprune.file: the search in {file} found no head that could go")
     return {int(layer): own for layer, own in heads.items()}
+
+
+def _is_layer(layer: Any, heads: Any) -> bool:
+    """Whether this is a layer as JSON spells it, `"3"` and not `"03"`, and a list of numbers."""
+    if not (isinstance(layer, str) and layer.isdecimal() and str(int(layer)) == layer):
+        return False
+    return isinstance(heads, list) and all(type(number) is int for number in heads)

@@ -139,9 +139,3 @@ def prune(probabilities: torch.Tensor, threshold: float | torch.Tensor, *, relat
     """
     limit = threshold * probabilities.amax(-1, keepdim=True) if relative else threshold
     return probabilities.masked_fill(probabilities <= limit, 0)
-
-
-def renormalize(values: torch.Tensor) -> torch.Tensor:
-    """`[..., keys]` divided by the sum of each row; a row of zeros stays one."""
-    total = values.sum(-1, keepdim=True)
-    return values / total.masked_fill(total == 0, 1)

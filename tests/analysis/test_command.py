@@ -116,9 +116,25 @@ def test_kept_heads_stay_and_overwrite_starts_again(analyze: Command) -> None:
     assert json.loads(again.out) == json.loads(ended.out)
 
 
+def test_one_head_stays_whatever_may_be_lost(analyze: Command) -> None:
+    for search in ("astar", "greedy", "gradient"):
+        ended = analyze("--metric", "kl", "--max-drop", "1e6", "--search", search, "--json", "-", out=search)
+        assert json.loads(ended.out)["removed"] == 3, "headprune leaves one"
+
+
+def test_what_is_known_stays_until_a_new_search_can_begin(analyze: Command, tmp_path: Path) -> None:
+    assert analyze("--limit", "20").code == 0
+    before = {path.name: path.read_bytes() for path in Path("study").iterdir()}
+    ended = analyze("--overwrite", model=tmp_path / "nowhere")
+    assert ended.code == 3
+    assert {path.name: path.read_bytes() for path in Path("study").iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
+        (("--max-drop", "nan"), 2, "max_drop is a number of 0 or more"),
+        (("--max-seconds", "inf"), 2, "max_seconds is a number of 0 or more"),
         (("--keep", "x"), 2, "--keep takes LAYER.HEAD"),
         (("--keep", "7"), 3, "there is no head 7 that could be kept"),
         (("--keep", "0.9"), 3, "there is no head 0.9"),

@@ -129,6 +129,13 @@ def test_more_points_are_added_to_what_is_known(tiny: Any, tmp_path: Path) -> No
     assert not finished
 
 
+def test_less_that_is_asked_for_drops_nothing(tiny: Any, tmp_path: Path) -> None:
+    first = run(tiny, tmp_path, asked(tiny, thresholds=(0.02, 0.1), bits=(3,)))
+    narrow = run(tiny, tmp_path, asked(tiny, thresholds=(0.1,), sweep=False), resume=True)
+    assert without_seconds(narrow)["distribution"] == without_seconds(first)["distribution"]
+    assert {*map(str, narrow["points"])} == {*map(str, first["points"])} and narrow["planned"] == len(first["points"])
+
+
 def test_other_settings_are_named(tiny: Any, tmp_path: Path) -> None:
     run(tiny, tmp_path, asked(tiny, sweep=False))
     for exam, named in (({"limit": 10}, "data"), ({"batch_size": 4}, "batch_size")):
@@ -156,6 +163,7 @@ def test_foreign_files_are_not_resumed(tiny: Any, tmp_path: Path) -> None:
         ({"bits_thresholds": (1.5,)}, "between 0 and 1"),
         ({"bits": (9,)}, "2 to 8 bits"),
         ({"thresholds": ()}, "at least one threshold"),
+        ({"artifacts": ("a",), "sweep": False}, "shown by its scores"),
     ],
 )
 def test_what_cannot_be_asked(tiny: Any, tmp_path: Path, change: Any, message: str) -> None:
@@ -181,6 +189,11 @@ def test_an_artifact_beside_the_plain_forms(tiny: Any, desk: Path) -> None:
     measured: list[str] = []
     run(tiny, Path("study"), request, resume=True, progress=lambda name, *_: measured.append(name))
     assert measured == []
+    # The same tensors, used in another way: only config.json differs.
+    sets.append("methods.logattn.renormalize=true")
+    qtool.quantize(str(tiny.model), config="logattn-paper", set=sets, output="coded", overwrite=True)
+    again = run(tiny, Path("study"), request, resume=True)
+    assert again["points"] == body["points"] and again["artifacts"][0]["kl"] != found["kl"]
 
 
 def test_what_is_no_artifact_is_said_at_once(tiny: Any, tmp_path: Path) -> None:

@@ -334,6 +334,13 @@ def test_a_rule_keeps_the_attention_of_a_block_float(coded: Coded) -> None:
     assert list(attending(model)) == [f"{SITES[0]}.{CODES_CHILD}"]
 
 
+def test_a_rule_reaches_attention_beside_zeroquant(shelf: Any) -> None:
+    rule = f"rules={{'*.1.*{CODES_CHILD}': float}}"
+    recipe = resolve_recipe(methods=["zeroquant", "logattn"], sets=(*DATA, rule))
+    job = open_job(str(float_model(shelf, BERT)), recipe)
+    assert f"{SITES[0]}.{CODES_CHILD}" in job.plan.modules and f"{SITES[1]}.{CODES_CHILD}" not in job.plan.modules
+
+
 OUTSIDE = {
     "GPTJForCausalLM": {**TIDY, "rotary_dim": 8},
     "BloomForCausalLM": TIDY,
@@ -361,6 +368,12 @@ NONSENSE = [
     (("logattn",), options(threshold=0), "threshold"),
     (("logattn",), options(bit=3), "unknown option 'bit'; did you mean bits"),
     (("logattn",), ("rules={'*.query': float}",), r"rule '\*\.query' matches no module"),
+    (
+        ("headprune", "logattn"),
+        ("methods.headprune.heads={0: [1]}", "rules={'*.query': float}"),
+        r"rule '\*\.query' matches no module",
+    ),
+    (("headprune",), ("methods.headprune.heads={0: [1]}", "rules={'*.query': float}"), "no rule can apply"),
 ]
 
 

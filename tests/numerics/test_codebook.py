@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from qtool.errors import InputError
-from qtool.numerics.codebook import Codebook, prune, renormalize
+from qtool.numerics.codebook import Codebook, prune
 
 ROW = [0.62, 0.25, 0.08, 0.03, 0.0125, 0.005, 0.0015, 0.0009, 0.0001]
 KINDS = {
@@ -188,8 +188,3 @@ def test_pruning_is_strict_and_knows_heads() -> None:
     assert prune(row, float64([0.2, 0.3])[:, None, None]).tolist() == [[[0.5, 0.25, 0.25]], [[0.5, 0, 0]]]
     assert prune(row, 0.5, relative=True).tolist() == [[[0.5, 0, 0]], [[0.5, 0.3, 0]]]
     assert prune(float64([math.nan, 0.1]), 0.2).isnan().tolist() == [True, False]
-
-
-def test_rows_add_up_to_one_again() -> None:
-    found = renormalize(float64([[0.5, 0.25, 0], [0, 0, 0]]))
-    assert found.tolist() == [[2 / 3, 1 / 3, 0], [0, 0, 0]]

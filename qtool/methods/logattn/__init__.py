@@ -108,7 +108,7 @@ class LogAttn(Method):
                     "type": _KIND, "heads": site.heads, "bits": self.options.bits, "activations": self._words,
                     "relative": self.options.relative, "renormalize": self.options.renormalize,
                 }  # fmt: skip
-        if len(self.recipe.methods) == 1:
+        if {other.name for other in self.recipe.methods} <= {"logattn", "headprune"}:  # who lowers knows more paths
             self.recipe.check_rules(list(described), {"weights": described, "activations": described})
         modules = {path: one for path, one in described.items() if not self.recipe.rule_for(path).keep_float}
         kept = {path: "asked for by a rule" for path in described if path not in modules}

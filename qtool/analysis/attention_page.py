@@ -226,9 +226,9 @@ def _facts(body: Body, words: Words) -> list[tuple[str, str]]:
     same = [] if check["agreement"] is None else [f"{percent(check['agreement'] / 100, 2)} of predictions unchanged"]
     same += [] if check["kl"] is None else [f"KL {check['kl']:.2g} nats"]
     return [
-        ("model", f"{body['model']} ({body['architecture']})"),
+        ("model", f"{words.name} ({body['architecture']})"),
         ("task", f"{body['task']}, {body['split'] or 'the file as it is'}"),
-        ("data", f"{body['data']}: {number(body['n'], 0)} {body['unit']}"),
+        ("data", f"{words.data}: {number(body['n'], 0)} {body['unit']}"),
         ("sequences", f"{number(found['sequences'], 0)}, mean length {number(found['mean_length'], 1)} tokens"),
         ("rows of a head", f"{number(found['rows'], 0)}, of {number(found['mean_keys'], 1)} tokens on average"),
         ("pairs of a head", number(found["pairs"], 0)),

@@ -31,6 +31,8 @@ class Words:
         self.float: float = body["float"]["score"]
         self.length, self.keys = self.found["mean_length"], self.found["mean_keys"]
         self.name = _last(body["model"])
+        # A page is passed on: where its reader's machine differs, folders are nobody's business.
+        self.data = _last(body["data"]) if body["data"].startswith("/") else body["data"]
         coded = [point for point in points if point["bits"] is not None]
         self.pruning = [point for point in points if point["bits"] is None]
         self.cuts: list[float] = sorted({p["threshold"] for p in coded if p["threshold"] is not None})

@@ -220,3 +220,9 @@ def test_pictures_without_the_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(picture, "find_spec", lambda name: None)
     with pytest.raises(UnavailableError, match=r"pip install 'qtool\[report\]'"):
         picture.require_renderer()
+
+
+def test_a_page_that_is_passed_on_names_no_folders(study_body: Any) -> None:
+    body = study_body() | {"model": "/home/somebody/some-model", "data": "/home/somebody/validation.jsonl"}
+    text = html(page_of(body))
+    assert "some-model" in text and "validation.jsonl" in text and "somebody" not in text

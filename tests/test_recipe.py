@@ -509,7 +509,11 @@ def test_every_preset_is_valid(name: str) -> None:
 
 
 def test_every_method_has_its_preset() -> None:
+    """Which heads to cut is another question for each model: there is no preset for it."""
+    assert [name for name, entry in METHODS.items() if entry.preset is None] == ["headprune"]
     for name, entry in METHODS.items():
+        if entry.preset is None:
+            continue
         assert [choice.name for choice in built(recipe.preset(entry.preset)).methods] == [name]
 
 

@@ -645,7 +645,7 @@ void float_encoders(const std::vector<Isa>& all, int count) {
       block.output = linear(hidden, hidden), block.attention_norm = norm();
       block.up = linear(hidden, shape.inner), block.down = linear(shape.inner, hidden), block.ffn_norm = norm();
     }
-    const QEncoder encoder = {blocks, shape.layers, hidden, shape.heads, number % 2 == 0 ? kGelu : kFloatRelu};
+    const QEncoder encoder = {blocks, shape.layers, hidden, shape.size, number % 2 == 0 ? kGelu : kFloatRelu};
     const std::vector<int32_t> from = ragged(draw, shape.sequences, shape.longest);
     auto* starts = heap.take<int32_t>(static_cast<int64_t>(from.size()));
     std::copy(from.begin(), from.end(), starts);

@@ -412,9 +412,9 @@ def test_verify_of_a_saved_again_model_says_what_it_cannot_check(artifact: Path,
 def test_methods_and_doctor_print_tables(desk: Path, qtool_command: Command) -> None:
     ended = qtool_command("methods")
     assert ended.code == 0
+    rows = {cells[0]: cells for cells in map(str.split, ended.out.splitlines()) if cells}
     for name, entry in METHODS.items():
-        assert name in ended.out
-        assert entry.preset in ended.out
+        assert rows[name][1] == (entry.preset or "none")  # presets of built-in methods are names
     ended = qtool_command("doctor")
     assert ended.code == 0
     assert torch.__version__ in ended.out

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qtool.kernels import attention, native, reference, structs
+from qtool.kernels.codebook import WholeCodebook
 from qtool.kernels.reference import Reference, Rescale
 from qtool.kernels.structs import address
 from qtool.numerics.qtensor import TILE_COLUMNS, tile
@@ -390,13 +391,14 @@ class Native(Reference):
         grid: int,
         bits: int,
         context_bits: int,
+        book: WholeCodebook | None = None,
     ) -> torch.Tensor:
         """See `reference.integer_attention`."""
         batch, tokens, heads, size = query.shape
         exp_b, exp_c = reference.exp_constants(grid)
         struct = structs.IntAttention(
             *(address(tensor) for tensor in (*to_scores, *to_context)),
-            heads, size, int(align), grid, bits, context_bits, exp_b, exp_c,
+            heads, size, int(align), grid, bits, context_bits, exp_b, exp_c, codebook(book),
         )  # fmt: skip
         query, key, value = query.contiguous(), key.to(torch.int8).contiguous(), value.to(torch.int8).contiguous()
         keys, starts = kept(real)
@@ -436,6 +438,14 @@ class Native(Reference):
         if where is not None:
             rows = torch.zeros((real.numel(), width), dtype=torch.int32).index_copy_(0, where, rows)
         return rows.view(*real.shape, width)
+
+
+def codebook(book: WholeCodebook | None) -> structs.WholeCodebook:
+    """What the kernels read; the tensors of `book` are contiguous and must outlive it."""
+    if book is None:
+        return structs.WholeCodebook()
+    count = book.edges.shape[1]
+    return structs.WholeCodebook(address(book.edges), address(book.levels), count, book.relative, book.renormalize)
 
 
 def whole_tiles(inputs: int, width: int) -> bool:

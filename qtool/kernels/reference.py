@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from qtool.kernels.codebook import WholeCodebook
 from qtool.numerics.dyadic import rescale
 from qtool.numerics.qtensor import TILE_COLUMNS, TILE_ROWS, on_blocks, rows_of, unpack_nibbles
 
@@ -130,6 +131,8 @@ NORM_BITS = 30
 """A normalised value y/(σ·√n) is an integer in units of 2^-30."""
 SCORE_BITS = 24
 """Attention scores saturate at ±2^23 units of ln2/2^grid: far beyond what exp can tell from zero."""
+_INT32_MAX = (1 << 31) - 1
+_QUOTIENT_BITS = 29  # of a reciprocal beyond those of what it divides by: at most 2^30
 _EXTRA_BITS = 22  # of a row's reciprocal beyond its largest value: codes are then off by at most 2^-22 before rounding
 _ROOT_BITS = 60  # a variance is shifted up to about this length before its root is taken
 _PIECE = 1 << 15  # elements at a time
@@ -261,15 +264,18 @@ def integer_exp(distance: torch.Tensor, grid: int) -> torch.Tensor:
     return ((root * root + c) >> octave.clamp(max=_EXP_OCTAVES)).masked_fill_(octave >= _EXP_OCTAVES, 0)
 
 
-def integer_softmax(scores: torch.Tensor, allowed: torch.Tensor, grid: int, bits: int) -> torch.Tensor:
-    """i-softmax (math.md, 6) over the last axis: int32 scores in units of ln2/2^grid → int32 in units of 2^-bits.
+def integer_weights(scores: torch.Tensor, allowed: torch.Tensor, grid: int) -> torch.Tensor:
+    """i-exp of each row's distances to its largest score: int32 scores in units of ln2/2^grid → int32 weights.
 
-    `allowed` is boolean and broadcasts: other keys get 0, and so does a whole row without an allowed key.
+    `allowed` is boolean and broadcasts: other keys get 0.
     """
     lowest = torch.iinfo(scores.dtype).min
     top = scores.masked_fill(~allowed, lowest).amax(-1, keepdim=True)
-    weights = integer_exp((top - scores).clamp_(min=0), grid).masked_fill_(~allowed, 0)
-    total = weights.sum(-1, keepdim=True, dtype=torch.int64)
+    return integer_exp((top - scores).clamp_(min=0), grid).masked_fill_(~allowed, 0)
+
+
+def integer_shares(weights: torch.Tensor, total: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 weights as shares of int64 `total` `[..., 1]`, in units of 2^-bits, at most 2^bits - 1 (math.md, 6)."""
     reciprocal = torch.div(1 << RECIPROCAL_BITS, total.clamp_min(1), rounding_mode="floor")
     places = RECIPROCAL_BITS - bits
     return (
@@ -280,6 +286,54 @@ def integer_softmax(scores: torch.Tensor, allowed: torch.Tensor, grid: int, bits
         .clamp_(max=(1 << bits) - 1)
         .int()
     )
+
+
+def integer_softmax(scores: torch.Tensor, allowed: torch.Tensor, grid: int, bits: int) -> torch.Tensor:
+    """i-softmax (math.md, 6) over the last axis: int32 scores in units of ln2/2^grid → int32 in units of 2^-bits.
+
+    `allowed` is boolean and broadcasts: other keys get 0, and so does a whole row without an allowed key.
+    """
+    weights = integer_weights(scores, allowed, grid)
+    return integer_shares(weights, weights.sum(-1, keepdim=True, dtype=torch.int64), bits)
+
+
+def quotients(sums: torch.Tensor, total: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 `sums` `[..., size]` over int64 `total` `[..., 1]`, in units of 2^-bits, saturated to int32 (math.md, 9.1).
+
+    By one reciprocal a row, of at most 31 bits; `bits` are at most 29 more than the total has.
+    """
+    total = total.clamp_min(1)
+    places = (bit_length(total) + _QUOTIENT_BITS).clamp_(max=62)
+    reciprocal = torch.div(torch.bitwise_left_shift(1, places), total, rounding_mode="floor")
+    return shift_round(sums.long() * reciprocal, places - bits).clamp_(-_INT32_MAX, _INT32_MAX).int()
+
+
+def share_bits(grid: int) -> int:
+    """Places of what is divided by a row's sum of weights, so that it has 7 beside the weight of its largest score."""
+    b, c = exp_constants(grid)
+    return (b * b + c).bit_length() + 7
+
+
+def coded_context(
+    weights: torch.Tensor, value: torch.Tensor, book: WholeCodebook, grid: int, bits: int
+) -> torch.Tensor:
+    """What the codes of int32 weights `[heads, queries, keys]` stand for times int32 `value` `[heads, keys, size]`.
+
+    int32; in units of the levels', or of 2^-bits with `renormalize` or without levels. Relative levels that are not
+    renormalised are divided by the row's sum of weights, in units of 2^-`share_bits`.
+    """
+    b, c = exp_constants(grid)
+    total = weights.sum(-1, keepdim=True, dtype=torch.int64)
+    largest = torch.full_like(total, b * b + c)
+    codes = book.codes(weights, largest if book.relative else total)
+    standing = book.standing(codes, weights)
+    kept = standing.sum(-1, keepdim=True, dtype=torch.int64) if book.renormalize else total
+    if book.levels is None:
+        return integer_shares(standing, kept, bits) @ value
+    sums = standing @ value
+    if book.renormalize:
+        return quotients(sums, kept, bits)
+    return quotients(sums, torch.maximum(kept, largest), share_bits(grid)) if book.relative else sums
 
 
 def integer_tanh(x: torch.Tensor, grid: int) -> torch.Tensor:
@@ -355,12 +409,14 @@ def integer_attention(
     grid: int,
     bits: int,
     context_bits: int,
+    book: WholeCodebook | None = None,
 ) -> torch.Tensor:
     """Attention in integers (math.md, 9): int32 query, int8 key and value `[batch, tokens, heads, size]`.
 
     Each query row of a head is quantized to INT8 by its own largest value. `real` is boolean `[batch, tokens]`: false
     keys get no weight. `to_scores` leads to units of ln2/2^grid and is `[heads, 1, 1]`, `to_context` is
-    `[heads, 1, size]`; probabilities have `bits` bits. Returns int32 `[batch, tokens, heads · size]` of `context_bits`.
+    `[heads, 1, size]`; probabilities have `bits` bits, or are the codes of a `book` (math.md, 9.1): then `to_context`
+    starts from the units of `coded_context`. Returns int32 `[batch, tokens, heads · size]` of `context_bits`.
     """
     batch, tokens, heads, size = query.shape
     codes, amax = quantize_rows(query)
@@ -370,13 +426,17 @@ def integer_attention(
     (score_m, score_s), (context_m, context_s) = (
         [x.expand(batch, *x.shape).flatten(0, 1) for x in pair] for pair in (to_scores, to_context)
     )
+    books = None if book is None else book.repeated(batch)
     result = torch.empty((batch * heads, tokens, size), dtype=torch.int32)
     for part in _pieces(batch * heads, tokens * tokens):
         q, k, v = (x[part] for x in rows)
         products = (q @ k.transpose(1, 2)).long().mul_(amax[part])
         scores = saturate(rescale(shift_round(products, align), score_m[part], score_s[part]), SCORE_BITS, "scores")
-        weights = integer_softmax(scores, allowed[part], grid, bits)
-        result[part] = saturate(rescale(weights @ v, context_m[part], context_s[part]), context_bits)
+        if books is None:
+            mixed = integer_softmax(scores, allowed[part], grid, bits) @ v
+        else:
+            mixed = coded_context(integer_weights(scores, allowed[part], grid), v, books[part], grid, bits)
+        result[part] = saturate(rescale(mixed, context_m[part], context_s[part]), context_bits)
     return result.view(batch, heads, tokens, size).transpose(1, 2).flatten(2)
 
 

@@ -35,12 +35,19 @@ class IntActivation(ctypes.Structure):
     )
 
 
+class WholeCodebook(ctypes.Structure):
+    """Codebooks of all heads; `count` edges of each, none for probabilities that are no codes."""
+
+    _fields_ = (("edges", _P), ("levels", _P), *[(name, _I32) for name in ("count", "relative", "renormalize")])
+
+
 class IntAttention(ctypes.Structure):
     """Attention of all heads."""
 
     _fields_ = (
         *[(name, _P) for name in ("score_multiplier", "score_shift", "multiplier", "shift")],
         *[(name, _I32) for name in ("heads", "size", "align", "grid", "bits", "out_bits", "exp_b", "exp_c")],
+        ("book", WholeCodebook),
     )
 
 

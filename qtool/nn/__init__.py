@@ -15,7 +15,7 @@ from qtool.nn.attention import QAttention
 from qtool.nn.codes import CodedAttention
 from qtool.nn.embedding import QEmbedding
 from qtool.nn.integer.activation import IntGelu, IntRelu, IntTable, IntTanh
-from qtool.nn.integer.block import IntAttention, IntBlock
+from qtool.nn.integer.block import IntAttention, IntBlock, IntCodedAttention
 from qtool.nn.integer.chain import IntChain, IntTiedLinear
 from qtool.nn.integer.embedding import IntEmbeddings, IntTableRows
 from qtool.nn.integer.linear import IntLinear
@@ -35,6 +35,7 @@ MODULES: dict[str, type[QModule]] = {
     "int_rows": IntTableRows,
     "int_block": IntBlock,
     "int_attention": IntAttention,
+    "int_coded_attention": IntCodedAttention,
     "int_linear": IntLinear,
     "int_tied_linear": IntTiedLinear,
     "int_norm": IntNorm,
@@ -46,8 +47,8 @@ MODULES: dict[str, type[QModule]] = {
 }
 
 __all__ = [
-    "MODULES", "CodedAttention", "IntModule", "QAttention", "QEmbedding", "QLinear", "QModule", "QTiedLinear",
-    "describe", "install", "parts_of",
+    "MODULES", "CodedAttention", "IntCodedAttention", "IntModule", "QAttention", "QEmbedding", "QLinear", "QModule",
+    "QTiedLinear", "describe", "install", "parts_of",
 ]  # fmt: skip
 
 

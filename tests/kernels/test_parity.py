@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qtool.kernels import native, reference
+from qtool.kernels.codebook import WholeCodebook
 from qtool.kernels.integer import Native
 from qtool.numerics import Dyadic, QTensor, QuantSpec
 from qtool.numerics.qtensor import tile
@@ -113,6 +114,46 @@ def test_integer_attention(tokens: int, heads: int, size: int) -> None:
         wanted = reference.integer_attention(*given, **widths)
         assert torch.equal(Native.integer_attention(*given, **widths), wanted)
         assert not wanted[1].any()
+
+
+@pytest.mark.parametrize(("tokens", "heads", "size"), [(1, 1, 4), (5, 3, 8), (33, 2, 32), (70, 1, 20)])
+@pytest.mark.parametrize("bits", [None, 2, 3, 8])
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_integer_attention_in_codes(
+    tokens: int, heads: int, size: int, bits: int | None, relative: bool, renormalize: bool
+) -> None:
+    draw = Draw(tokens)
+    query = draw.integers(-32767, 32767, 3, tokens, heads, size)
+    query[0, 0] = 0
+    key, value = (draw.integers(-127, 127, 3, tokens, heads, size) for _ in range(2))
+    real = draw.integers(0, 3, 3, tokens) > 0
+    real[1] = False
+    align = torch.tensor([max(0, (size * 127 * 127 * 32767).bit_length() - 30)])
+    count = 1 if bits is None else (1 << bits) - 1
+    edges = (1 << draw.integers(0, 20, heads, count)) + draw.integers(0, 1 << 14, heads, count)
+    levels = draw.integers(1, 127, heads, count + 1)
+    levels[0, -1] = 16383  # one head of two digits
+    levels[:, 0] = 0
+    book = WholeCodebook(edges.sort(-1).values, None if bits is None else levels, relative, renormalize)
+    seen = 0
+    for grid in (6, 10, 12):
+        for out in (-22, -9, 2):
+            given = (
+                query,
+                key,
+                value,
+                real,
+                align,
+                draw.ratios(-22, -14, heads, 1, 1),
+                draw.ratios(out, out, heads, 1, size),
+            )
+            widths: dict[str, Any] = {"grid": grid, "bits": 14, "context_bits": 16, "book": book}
+            wanted = reference.integer_attention(*given, **widths)
+            assert torch.equal(Native.integer_attention(*given, **widths), wanted)
+            assert not wanted[1].any()
+            seen += int(wanted.count_nonzero())
+    assert seen > 0
 
 
 WEIGHTS = ["int8:channel:sym", "int8:tensor:sym", "int6:rows:4:sym", "int8:group:8:sym", "int8:block:4x12:sym"]

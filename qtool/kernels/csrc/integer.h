@@ -31,11 +31,18 @@ struct IntActivation {
   std::int32_t kind, in_bits, multiplier, shift, shifted;
 };
 
+// WholeCodebook: `edges` are [heads][count], `levels` [heads][count + 1] or null; without edges probabilities are no codes.
+struct WholeCodebook {
+  const std::int32_t *edges, *levels;
+  std::int32_t count, relative, renormalize;
+};
+
 struct IntAttention {
   const std::int32_t *score_multiplier, *score_shift;  // [heads]
   const std::int32_t *multiplier, *shift;              // [heads * size]
   std::int32_t heads, size, align, grid, bits, out_bits;
   std::int32_t exp_b, exp_c;
+  WholeCodebook book;
 };
 
 struct IntBlock {

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "integer_rows.h"
 #include "schedule.h"
 
@@ -23,6 +25,7 @@ struct Head {
     digits_ = cutter.take<std::uint8_t>(padded * kRows * kDigits);
     query_ = cutter.take<std::uint8_t>(quads * kRows);
     context_ = cutter.take<std::int32_t>(panels * kRows);
+    limits_ = cutter.take<std::int32_t>(kMostEdges);
   }
 
   // All layers have heads of one shape.
@@ -89,10 +92,12 @@ struct Head {
                       }
                     }
                   });
-    const int digits = ceil_div(at.bits, 7);
+    const int digits = digits_of(head);
+    Quotient quotients[kRows] = {};
     for (int r = 0; r < count; ++r) {
-      for (int j = count_; j < padded_; ++j) scores_[r * padded_ + j] = kNoScore;
-      softmax_row<Isa>(at, scores_ + r * padded_, padded_, digits, digits_ + r * padded_, std::ptrdiff_t{kRows} * padded_);
+      std::int32_t* row = scores_ + r * padded_;
+      for (int j = count_; j < padded_; ++j) row[j] = kNoScore;
+      quotients[r] = weigh(head, row, Digits{digits_ + r * padded_, std::ptrdiff_t{kRows} * padded_, digits});
     }
     const int panels = ceil_div(size_, kTile);
     for (int d = digits - 1; d >= 0; --d) {
@@ -109,16 +114,49 @@ struct Head {
                     });
     }
     for (int r = 0; r < count; ++r) {
+      const Quotient quotient = quotients[r];
       sweep<Isa, Portable>(size_, [&](auto isa, int c) {
         using V = decltype(isa);
-        V::put(out + r * stride + c, V::rescale(V::load(context_ + r * panels * kTile + c), V::load(at.multiplier + channel + c),
-                                                V::load(at.shift + channel + c), limit));
+        auto x = V::load(context_ + r * panels * kTile + c);
+        if (quotient.factor != 0) x = V::scale_clamp(x, quotient.factor, quotient.places, kInt32Limit);
+        V::put(out + r * stride + c, V::rescale(x, V::load(at.multiplier + channel + c), V::load(at.shift + channel + c), limit));
       });
     }
   }
 
  private:
   static constexpr int kDigits = 3;  // of 7 bits, for probabilities of up to 16
+  static constexpr int kMostEdges = 255;
+
+  // How many digits what stands for a probability has: one is enough for levels up to 127.
+  int digits_of(int head) const {
+    const WholeCodebook& book = attention_->book;
+    if (book.count == 0 || book.levels == nullptr) return ceil_div(attention_->bits, 7);
+    const std::int32_t* levels = book.levels + head * (book.count + 1);
+    return *std::max_element(levels, levels + book.count + 1) > 127 ? 2 : 1;
+  }
+
+  // From scores of a row to the digits of its probabilities, or of what its codes stand for. Returns what the context is
+  // multiplied by; a factor of 0 is none.
+  Quotient weigh(int head, std::int32_t* row, const Digits& digits) {
+    const IntAttention& at = *attention_;
+    const WholeCodebook& book = at.book;
+    std::int64_t sum = weigh_row<Isa>(at, row, padded_);
+    if (book.count == 0) {
+      share_row<Isa>(at, row, padded_, sum, digits);
+      return {};
+    }
+    const std::int64_t largest = std::int64_t{at.exp_b} * at.exp_b + at.exp_c, whole = book.relative != 0 ? largest : sum;
+    for (int e = 0; e < book.count; ++e) limits_[e] = least_weight(book.edges[head * book.count + e], whole);
+    if (book.levels == nullptr) {
+      const std::int64_t kept = prune_row<Isa>(row, padded_, limits_[0]);
+      share_row<Isa>(at, row, padded_, book.renormalize != 0 ? kept : sum, digits);
+      return {};
+    }
+    const std::int64_t total = code_row<Isa>(row, padded_, limits_, book.count, book.levels + head * (book.count + 1), digits);
+    if (book.renormalize != 0) return {total, at.bits};
+    return book.relative != 0 ? Quotient(sum < largest ? largest : sum, bit_length(static_cast<std::uint64_t>(largest)) + 7) : Quotient();
+  }
 
   // Bytes c of four rows side by side, for 16 columns.
   static void interleave(const std::int8_t* const* rows, int column, std::int8_t* tile) {
@@ -134,7 +172,7 @@ struct Head {
   int size_;
   int count_ = 0, padded_ = 0;
   std::int8_t *keys_, *values_;
-  std::int32_t *corrections_, *scores_, *context_;
+  std::int32_t *corrections_, *scores_, *context_, *limits_;
   std::uint8_t *digits_, *query_;
 };
 

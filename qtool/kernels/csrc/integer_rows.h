@@ -18,6 +18,8 @@ constexpr int kNormBits = 30;
 constexpr int kRootBits = 60;
 constexpr int kScoreBits = 24;
 constexpr int kExpOctaves = 30;
+constexpr int kEdgeBits = 24;        // fixed-point places of a codebook's edges
+constexpr int kQuotientBits = 29;    // of a row's reciprocal beyond those of what it divides by
 constexpr std::int32_t kInt32Limit = 0x7fffffff;
 
 inline int bit_length(std::uint64_t n) {
@@ -204,10 +206,9 @@ QTOOL_INLINE void activate(const IntActivation& act, typename V::Int y, std::int
 // A score so low that its key gets no weight beside any real one: fills rows up to a multiple of kTile.
 constexpr std::int32_t kNoScore = -(1 << 30);
 
-// i-softmax of a row of scores (4.3, 6.1 to 6.3), in place, `count` being a multiple of kTile. Writes 7 bits of each
-// probability to each of `digits` rows of `out`, lowest first, `stride` bytes apart.
+// i-exp of a row's distances to its largest score (4.3), in place, `count` being a multiple of kTile. Returns their sum.
 template <class Isa>
-void softmax_row(const IntAttention& attention, std::int32_t* scores, int count, int digits, std::uint8_t* out, std::ptrdiff_t stride) {
+std::int64_t weigh_row(const IntAttention& attention, std::int32_t* scores, int count) {
   auto top = Isa::set(kNoScore);
   for (int i = 0; i < count; i += Isa::kLanes) top = Isa::max(top, Isa::load(scores + i));
   const auto largest = Isa::set(Isa::reduce_max(top));
@@ -221,19 +222,81 @@ void softmax_row(const IntAttention& attention, std::int32_t* scores, int count,
     Isa::put(scores + i, weight);
     wide = Isa::add_wide(wide, weight);
   }
-  const std::int64_t sum = Isa::reduce_wide(wide);
+  return Isa::reduce_wide(wide);
+}
 
-  // The largest score weighs E(0) > 2^14 (math.md, 4), so the reciprocal fits 32 bits.
+// What is written of a row of `count` numbers: 7 bits of each to each of `digits` rows, lowest first, `stride` bytes apart.
+struct Digits {
+  std::uint8_t* out;
+  std::ptrdiff_t stride;
+  int digits;
+
+  template <class Isa>
+  void put(int i, typename Isa::Int x) const {
+    for (int d = 0; d < digits; ++d) Isa::put(out + d * stride + i, Isa::mask(Isa::shift_right(x, 7 * d), Isa::set(127)));
+  }
+};
+
+// Weights as shares of their sum (6.1 to 6.3). The largest score weighs E(0) > 2^14 (math.md, 4), so that the reciprocal
+// fits 32 bits.
+template <class Isa>
+void share_row(const IntAttention& attention, const std::int32_t* weights, int count, std::int64_t sum, const Digits& out) {
   const auto reciprocal = static_cast<std::uint32_t>((std::int64_t{1} << kReciprocalBits) / (sum > 1 ? sum : 1));
   const int places = kReciprocalBits - attention.bits;
   const std::int32_t most = (1 << attention.bits) - 1;
   for (int i = 0; i < count; i += Isa::kLanes) {
-    const auto probability = Isa::min(Isa::scale_unsigned(Isa::load(scores + i), reciprocal, places), Isa::set(most));
-    for (int d = 0; d < digits; ++d) {
-      Isa::put(out + d * stride + i, Isa::mask(Isa::shift_right(probability, 7 * d), Isa::set(127)));
-    }
+    out.template put<Isa>(i, Isa::min(Isa::scale_unsigned(Isa::load(weights + i), reciprocal, places), Isa::set(most)));
   }
 }
+
+// The least weight that reaches an edge of a share of `whole` (9.1).
+inline std::int32_t least_weight(std::int32_t edge, std::int64_t whole) {
+  const std::int64_t least = (edge * whole + ((std::int64_t{1} << kEdgeBits) - 1)) >> kEdgeBits;
+  return static_cast<std::int32_t>(least < 1 ? 1 : least > kInt32Limit ? kInt32Limit : least);
+}
+
+// What the codes of a row of weights stand for; `limits` holds one number for each edge. Returns their sum.
+template <class Isa>
+std::int64_t code_row(const std::int32_t* weights, int count, const std::int32_t* limits, int edges, const std::int32_t* levels,
+                      const Digits& out) {
+  auto wide = Isa::zero_wide();
+  for (int i = 0; i < count; i += Isa::kLanes) {
+    const auto weight = Isa::load(weights + i);
+    auto level = Isa::set(0);
+    for (int e = 0; e < edges; ++e) {
+      level = Isa::add(level, Isa::at_least(weight, Isa::set(limits[e]), Isa::set(levels[e + 1] - levels[e])));
+    }
+    wide = Isa::add_wide(wide, level);
+    out.template put<Isa>(i, level);
+  }
+  return Isa::reduce_wide(wide);
+}
+
+// Weights below `limit` made 0, in place. Returns the sum of the others.
+template <class Isa>
+std::int64_t prune_row(std::int32_t* weights, int count, std::int32_t limit) {
+  auto wide = Isa::zero_wide();
+  for (int i = 0; i < count; i += Isa::kLanes) {
+    const auto weight = Isa::load(weights + i), kept = Isa::at_least(weight, Isa::set(limit), weight);
+    Isa::put(weights + i, kept);
+    wide = Isa::add_wide(wide, kept);
+  }
+  return Isa::reduce_wide(wide);
+}
+
+// One over a number, as sums are multiplied by it (9.1): |sum| * factor / 2^places in units of 2^-bits.
+struct Quotient {
+  Quotient() = default;
+  Quotient(std::int64_t total, int bits) {
+    const std::int64_t whole = total < 1 ? 1 : total;
+    const int wanted = bit_length(static_cast<std::uint64_t>(whole)) + kQuotientBits, length = wanted < 62 ? wanted : 62;
+    factor = static_cast<std::int32_t>((std::int64_t{1} << length) / whole);
+    places = length - bits;
+  }
+
+  std::int32_t factor = 0;
+  int places = 0;
+};
 
 }  // namespace
 }  // namespace qtool

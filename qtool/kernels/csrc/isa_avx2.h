@@ -54,6 +54,7 @@ struct Avx2 {
   static Int min(Int a, Int b) { return _mm256_min_epi32(a, b); }
   static Int max(Int a, Int b) { return _mm256_max_epi32(a, b); }
   static Int mask(Int a, Int b) { return _mm256_and_si256(a, b); }
+  static Int at_least(Int x, Int limit, Int value) { return _mm256_andnot_si256(_mm256_cmpgt_epi32(limit, x), value); }
   static Int shift_left(Int a, int places) { return _mm256_sll_epi32(a, _mm_cvtsi32_si128(places)); }
   static Int shift_right(Int a, int places) { return _mm256_sra_epi32(a, _mm_cvtsi32_si128(places)); }
   static Int shift_right_below(Int a, Int places, int end) {

@@ -44,6 +44,7 @@ struct Avx512Vnni {
   static Int min(Int a, Int b) { return _mm512_min_epi32(a, b); }
   static Int max(Int a, Int b) { return _mm512_max_epi32(a, b); }
   static Int mask(Int a, Int b) { return _mm512_and_si512(a, b); }
+  static Int at_least(Int x, Int limit, Int value) { return _mm512_maskz_mov_epi32(_mm512_cmpge_epi32_mask(x, limit), value); }
   static Int shift_left(Int a, int places) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128(places)); }
   static Int shift_right(Int a, int places) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128(places)); }
   static Int shift_right_below(Int a, Int places, int end) {

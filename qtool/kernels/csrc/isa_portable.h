@@ -70,6 +70,8 @@ struct Portable {
   static Int min(Int a, Int b) { return a < b ? a : b; }
   static Int max(Int a, Int b) { return a > b ? a : b; }
   static Int mask(Int a, Int b) { return a & b; }
+  // `value` by lane where x >= limit, and 0 elsewhere.
+  static Int at_least(Int x, Int limit, Int value) { return x >= limit ? value : 0; }
   static Int shift_left(Int a, int places) { return static_cast<Int>(static_cast<std::uint32_t>(a) << places); }
   static Int shift_right(Int a, int places) { return a >> places; }
   // a >> places by lane for a >= 0, and 0 where places >= end (end <= 31, places >= 0).

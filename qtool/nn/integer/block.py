@@ -8,7 +8,11 @@ import torch
 from torch import nn
 
 from qtool import kernels
+from qtool.kernels.codebook import EDGE_BITS, LEVEL_MAX, WholeCodebook, whole_edges, whole_levels
+from qtool.kernels.reference import exp_constants, share_bits
 from qtool.nn.integer.module import Bound, IntComposite, IntModule
+from qtool.numerics.codebook import Codebook
+from qtool.numerics.dyadic import Dyadic
 from qtool.numerics.grid import Grid
 
 
@@ -53,7 +57,13 @@ class IntAttention(IntModule):
             (self.score_multiplier.view(-1, 1, 1), self.score_shift.view(-1, 1, 1)),
             (self.multiplier.view(-1, 1, self.size), self.shift.view(-1, 1, self.size)),
             grid=self.words["grid"], bits=self.words["probability_bits"], context_bits=self.words["out_bits"],
+            book=self.book,
         )  # fmt: skip
+
+    @property
+    def book(self) -> WholeCodebook | None:
+        """The codebooks that stand in the place of probabilities; none here."""
+        return None
 
     def bounds(self) -> list[Bound]:
         """Q·K, its row product, and P·V for the longest text."""
@@ -77,6 +87,66 @@ class IntAttention(IntModule):
     ) -> "IntAttention":
         """See `QModule`."""
         return cls(description, device=device)
+
+
+class IntCodedAttention(IntAttention):
+    """`IntAttention` whose probabilities are codes of a few bits (math.md, 9.1).
+
+    Further buffers, int32: `edges` `[heads, codes - 1]` and `levels` `[heads, codes]`, as in `WholeCodebook`; `levels`
+    is None where probabilities are only pruned. Further words: `code_bits`, `relative`, `renormalize`.
+    """
+
+    edges: torch.Tensor
+    levels: torch.Tensor | None
+
+    def __init__(self, description: Mapping[str, Any], *, device: str) -> None:
+        super().__init__(description, device=device)
+        bits = self.words["code_bits"]
+        edges, levels = (1, 0) if bits is None else ((1 << bits) - 1, 1 << bits)
+        self.register_buffer("edges", torch.empty((self.heads, edges), dtype=torch.int32, device=device))
+        held = torch.empty((self.heads, levels), dtype=torch.int32, device=device) if levels else None
+        self.register_buffer("levels", held)
+
+    def fill(self, codebook: Codebook) -> None:
+        """Take a codebook of all heads, or one for all, once `lower` has filled the rest."""
+        self.edges = whole_edges(codebook.edges.expand(self.heads, -1))
+        if self.levels is None:
+            return
+        # Σ levels · values of the longest text must fit int32.
+        most = min(LEVEL_MAX, _INT32 // (127 * self.words["tokens"]))
+        self.levels, units = whole_levels(codebook.levels.expand(self.heads, -1), most)
+        if not self.words["renormalize"]:
+            self._scale(units)
+
+    def _scale(self, units: torch.Tensor) -> None:
+        """Let the context start from levels worth `units` `[heads]`, not from probabilities."""
+        grid = self.words["grid"]
+        b, c = exp_constants(grid)
+        worth = (b * b + c) / 2.0 ** share_bits(grid) if self.words["relative"] else 1.0
+        factor = (units * worth * 2.0 ** self.words["probability_bits"]).repeat_interleave(self.size)
+        self.fill_rescale("", Dyadic(self.multiplier, self.shift).to_float() * factor)
+
+    @property
+    def book(self) -> WholeCodebook:
+        """The codebooks of all heads."""
+        return WholeCodebook(self.edges, self.levels, self.words["relative"], self.words["renormalize"])
+
+    def bounds(self) -> list[Bound]:
+        """Those of attention, with levels for probabilities; and what edges are multiplied by."""
+        b, c = exp_constants(self.words["grid"])
+        sum_of_weights = self.words["tokens"] * (b * b + c)
+        shared = super().bounds()
+        if self.levels is not None:
+            shared = [bound for bound in shared if bound.what != "P·V"]
+            shared.append(Bound("levels·V", 127 * int(self.levels.max()) * self.words["tokens"], _INT32))
+        return [*shared, Bound("edge product", (sum_of_weights << EDGE_BITS) + (1 << EDGE_BITS), (1 << 63) - 1)]
+
+    def description(self) -> dict[str, Any]:
+        """Shape, widths, the grid of the scores, and what codes are."""
+        return {**super().description(), "type": "int_coded_attention"}
+
+
+_INT32 = (1 << 31) - 1
 
 
 class IntBlock(IntComposite):

@@ -46,6 +46,7 @@ class IntPlan(Plan):
     def _part(self, module: nn.Module) -> Any:
         makers: dict[str, Callable[[Any], Any]] = {
             "IntLinear": self._linear, "IntNorm": self._norm, "IntAttention": self._attention,
+            "IntCodedAttention": self._attention,
             "IntTable": self._activation, "IntGelu": self._activation, "IntRelu": self._activation,
         }  # fmt: skip
         return makers[type(module).__name__](module)
@@ -77,8 +78,15 @@ class IntPlan(Plan):
         return structs.IntAttention(
             *(self._address(getattr(attention, name)) for name in names),
             attention.heads, attention.size, int(attention.align), words["grid"], words["probability_bits"],
-            words["out_bits"], *reference.exp_constants(words["grid"]),
+            words["out_bits"], *reference.exp_constants(words["grid"]), self._codebook(attention),
         )  # fmt: skip
+
+    def _codebook(self, attention: Any) -> structs.WholeCodebook:
+        book = attention.book
+        if book is None:
+            return structs.WholeCodebook()
+        addresses = self._address(book.edges), None if book.levels is None else self._address(book.levels)
+        return structs.WholeCodebook(*addresses, book.edges.shape[1], book.relative, book.renormalize)
 
     def _activation(self, act: Any) -> structs.IntActivation:
         if isinstance(act, IntTable):

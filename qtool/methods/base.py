@@ -63,6 +63,9 @@ class Method(ABC):
     arithmetic: str = "int8 x int8 -> int32"
     """Which integer arithmetic its models execute, as their reports say it."""
 
+    beside: Sequence[str] = ()
+    """Paths that rules may name for the sake of the recipe's other methods: their `rule_paths`."""
+
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe, self.options = recipe, options
         self._report: dict[str, dict[str, float]] = {}
@@ -78,9 +81,17 @@ class Method(ABC):
         are."""
         return {}
 
+    def rule_paths(self, model: Any) -> Sequence[str]:
+        """Paths that are no modules of the skeleton, which rules may name where this method is one of several."""
+        return ()
+
     @abstractmethod
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
         """From the anatomy and the skeleton. Raises InputError naming the module for a spec that does not fit."""
+
+    def amend(self, plan: Plan) -> Plan:
+        """The plan of several methods together, with what this one adds to modules of the others."""
+        return plan
 
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
         """Module path → name of the observer that watches its input."""
@@ -124,6 +135,11 @@ class Method(ABC):
         self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None
     ) -> dict[str, QModule]:
         """Filled modules by path. `weights(name)` reads a float tensor of the source."""
+
+    def attach(  # noqa: B027 (most add nothing)
+        self, unit: Unit, plan: Plan, lowered: Mapping[str, QModule], statistics: Statistics | None
+    ) -> None:
+        """Fill in place what `amend` added to the modules of a unit that the others have just lowered."""
 
     def floats(self, unit: Unit) -> Mapping[str, torch.Tensor]:
         """Float tensors of a unit that was just lowered which differ from the source's, by name."""

@@ -1,6 +1,6 @@
 """The methods of a recipe as one: each plans, observes and lowers its share, in the order of their phases."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,14 +40,21 @@ class Combined(Method):
 
         Raises InputError where two replace the same module.
         """
+        for method in self.methods:
+            others = (other for other in self.methods if other is not method)
+            method.beside = [path for other in others for path in other.rule_paths(model)]
         plans = {method.name: method.plan(anatomy, model) for method in self.methods}
         modules = _united({name: plan.modules for name, plan in plans.items()}, "both replace {}")
         config = _united({name: plan.config for name, plan in plans.items()}, "both set {}")
         heads = _united({name: plan.heads for name, plan in plans.items()}, "both cut heads of layer {}")
         kept = {path: reason for plan in reversed(plans.values()) for path, reason in plan.kept_float.items()}
+        outside = {path: reason for path, reason in kept.items() if not _inside(path, modules)}
+        plan = Plan(modules, outside, config, heads)
+        for method in self.methods:
+            plan = method.amend(plan)
         computing = [method for method in self.methods if method.phase != "shape"] or self.methods
         self.arithmetic = "; ".join(dict.fromkeys(method.arithmetic for method in computing))
-        return Plan(modules, {path: reason for path, reason in kept.items() if path not in modules}, config, heads)
+        return plan
 
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
         """Raises InputError where two want to observe one site in different ways."""
@@ -101,6 +108,8 @@ class Combined(Method):
         lowered: dict[str, QModule] = {}
         for method in self.methods:
             lowered |= method.lower(unit, plan, weights, statistics, lesson if method.learns else None)
+        for method in self.methods:
+            method.attach(unit, plan, lowered, statistics)
         return lowered
 
     def floats(self, unit: Unit) -> Mapping[str, torch.Tensor]:
@@ -146,3 +155,9 @@ def _united(shares: Mapping[str, Mapping[Any, Any]], clash: str) -> dict[Any, An
 
 def _different(known: Mapping[Any, Any], share: Mapping[Any, Any]) -> Iterable[Any]:
     return (key for key, value in share.items() if key in known and known[key] != value)
+
+
+def _inside(path: str, modules: Collection[str]) -> bool:
+    """Whether a path is one of `modules` or lies in one."""
+    names = path.split(".")
+    return any(".".join(names[:end]) in modules for end in range(1, len(names) + 1))

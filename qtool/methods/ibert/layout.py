@@ -65,8 +65,10 @@ class Layer:
 class Layout:
     """The integer form of one model under one recipe."""
 
-    def __init__(self, anatomy: Anatomy, model: Any, recipe: Recipe, options: IBertOptions) -> None:
-        """Raises InputError for a model that has no integer form."""
+    def __init__(
+        self, anatomy: Anatomy, model: Any, recipe: Recipe, options: IBertOptions, beside: Sequence[str] = ()
+    ) -> None:
+        """`beside` are paths that rules may name too. Raises InputError for a model that has no integer form."""
         config = model.config
         family = FAMILIES.get(config.model_type)
         if family is None or not family.norms:
@@ -96,7 +98,8 @@ class Layout:
         self.base = "" if model.base_model is model else f"{model.base_model_prefix}."
         self.hidden, self.size = config.hidden_size, config.hidden_size // config.num_attention_heads
         linears = [layer.path for layer in self.head_layers() if layer.kind in LINEARS]
-        recipe.check_rules([part.path for _, part in anatomy.parts()] + linears)
+        paths = [part.path for _, part in anatomy.parts()]
+        recipe.check_rules([*paths, *linears, *beside], {"weights": beside, "activations": beside})
 
     def modules(self) -> dict[str, Description]:
         """Descriptions of everything that is replaced, by path."""

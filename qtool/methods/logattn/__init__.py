@@ -5,13 +5,14 @@ every other code stands for one level. The paper's bins are equally wide in the 
 default they are chosen for each head by what it does on calibration data.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 
-from qtool.anatomy import Anatomy, Unit
+from qtool.anatomy import Anatomy, Unit, max_tokens
 from qtool.calibrate.probabilities import Distribution
 from qtool.calibrate.statistics import Statistics
 from qtool.errors import InputError
@@ -20,8 +21,10 @@ from qtool.lesson import Lesson
 from qtool.methods.base import Method, Options, Plan
 from qtool.methods.logattn.codebooks import Wish, common_threshold, make
 from qtool.nn import CodedAttention, QModule
+from qtool.nn.attention import CHILD
 from qtool.nn.codes import CODES_CHILD
-from qtool.numerics.codebook import MAX_BITS, THRESHOLD
+from qtool.nn.integer.block import IntBlock
+from qtool.numerics.codebook import MAX_BITS, THRESHOLD, Codebook
 from qtool.pruning import is_headless
 from qtool.recipe import Recipe
 from qtool.stream import Reader
@@ -90,13 +93,17 @@ class LogAttn(Method):
         super().__init__(recipe, options)
         self._wish = self.options.wish()
         bits = self.options.bits
-        what = "pruned attention probabilities" if bits is None else f"attention probabilities in codes of {bits} bits"
-        self.arithmetic = f"{what}, float products"
+        self.arithmetic = f"{_named(bits)}, float products"
         self._words = "pruned" if bits is None else f"{bits}-bit codes"
+        self._sites: dict[str, str] = {}  # attention, and where its codes would lie
+        self._joined: dict[str, str] = {}  # attention, and the module of another method that computes it
+
+    def rule_paths(self, model: Any) -> Sequence[str]:
+        """Where codes would lie beside the projections of attention, wherever they do."""
+        return [f"{site.path}.{CODES_CHILD}" for site in attention_sites(model)]
 
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
-        """Raises InputError naming the architecture where attention is out of reach, and what cannot go together."""
-        self._refuse_others()
+        """Raises InputError naming the architecture where attention is out of reach."""
         described: dict[str, dict[str, Any]] = {}
         sites = attention_sites(model)
         for unit in anatomy.blocks:
@@ -111,19 +118,35 @@ class LogAttn(Method):
         if {other.name for other in self.recipe.methods} <= {"logattn", "headprune"}:  # who lowers knows more paths
             self.recipe.check_rules(list(described), {"weights": described, "activations": described})
         modules = {path: one for path, one in described.items() if not self.recipe.rule_for(path).keep_float}
+        self._sites = {path.removesuffix(f".{CODES_CHILD}"): path for path in modules}
+        self._tokens = max_tokens(model.config)
         kept = {path: "asked for by a rule" for path in described if path not in modules}
         for path, module in model.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
                 kept[path] = "logattn changes no weights"
         return Plan(modules, kept)
 
-    def _refuse_others(self) -> None:
-        """What would not come to the codes. Raises InputError naming the method."""
-        for other in self.recipe.methods:
-            if other.name == "ibert":
-                raise InputError("logattn cannot go with ibert, whose attention is in integers; choose one of them")
-            if other.options.get("attention") == "int8":
-                raise InputError(f"logattn and methods.{other.name}.attention int8 both replace attention; choose one")
+    def amend(self, plan: Plan) -> Plan:
+        """Attention that another method computes takes the codes: that of an integer block, and INT8 products."""
+        modules = dict(plan.modules)
+        for site, path in self._sites.items():
+            outer = next((outer for outer, one in modules.items() if _attends(outer, one, site)), None)
+            if outer is not None:
+                modules[outer] = self._coded(modules[outer])
+                self._joined[site] = outer
+                del modules[path]
+        if self._joined:
+            self.arithmetic = _named(self.options.bits)
+        return replace(plan, modules=modules)
+
+    def _coded(self, description: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The description of what attends, with codes for probabilities."""
+        words = {name: getattr(self.options, name) for name in ("relative", "renormalize")}
+        words = {**words, "code_bits": self.options.bits}
+        if "parts" not in description:
+            return {**description, **words, "type": "coded_attention", "tokens": self._tokens}
+        attention = {**description["parts"]["attention"], **words, "type": "int_coded_attention"}
+        return {**description, "parts": {**description["parts"], "attention": attention}}
 
     @property
     def _observer(self) -> str:
@@ -131,42 +154,64 @@ class LogAttn(Method):
 
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
         """Of the probabilities of every attention in the unit, where anything is calibrated."""
-        paths = self._owned(unit, plan) if self.options.calibrates else []
-        return {f"{path.removesuffix(f'.{CODES_CHILD}')}:probabilities": self._observer for path in paths}
+        sites = self._owned(unit) if self.options.calibrates else []
+        return {f"{site}:probabilities": self._observer for site in sites}
 
     def resolve(self, plan: Plan, statistics: Statistics | None) -> None:
         """The threshold of all heads, for zeros all over the model."""
         if self.options.sparsity is not None:
-            seen = [self._seen(path, statistics) for path, one in plan.modules.items() if one["type"] == _KIND]
+            seen = [self._seen(site, statistics) for site in self._sites]
             threshold = common_threshold([one for one in seen if one is not None], self.options.sparsity)
             self._wish = replace(self._wish, threshold=threshold)
 
     def lower(
         self, unit: Unit, plan: Plan, weights: Reader, statistics: Statistics | None, lesson: Lesson | None = None
     ) -> dict[str, QModule]:
-        """A codebook for each attention."""
+        """A codebook for each attention that stays in float."""
         lowered: dict[str, QModule] = {}
-        for path in self._owned(unit, plan):
-            module = CodedAttention.from_description(torch.nn.Module(), path, plan.modules[path], device="meta")
-            seen = self._seen(path, statistics)
-            book = make(self._wish, seen, self.options.lost_mass)
-            module.fill(book)
-            lowered[path] = module
-            if seen is not None:
-                first = book.edges[..., 0].expand(len(seen.counts))
-                self._report[path] = figures(seen, first)
+        for site in self._owned(unit):
+            path = self._sites[site]
+            if site not in self._joined:
+                module = CodedAttention.from_description(torch.nn.Module(), path, plan.modules[path], device="meta")
+                module.fill(self._book(site, path, statistics))
+                lowered[path] = module
         return lowered
 
-    def _seen(self, path: str, statistics: Statistics | None) -> Distribution | None:
+    def attach(self, unit: Unit, plan: Plan, lowered: Mapping[str, QModule], statistics: Statistics | None) -> None:
+        """A codebook for each attention of other methods."""
+        for site in self._owned(unit):
+            if outer := self._joined.get(site):
+                module: Any = lowered[outer]
+                attention = module.part("attention") if isinstance(module, IntBlock) else module
+                attention.fill(self._book(site, site, statistics))
+
+    def _book(self, site: str, path: str, statistics: Statistics | None) -> Codebook:
+        """Of the heads of an attention; what calibration saw is reported for `path`."""
+        seen = self._seen(site, statistics)
+        book = make(self._wish, seen, self.options.lost_mass)
+        if seen is not None:
+            self._report[path] = figures(seen, book.edges[..., 0].expand(len(seen.counts)))
+        return book
+
+    def _seen(self, site: str, statistics: Statistics | None) -> Distribution | None:
         if not self.options.calibrates:
             return None
         assert statistics is not None  # `observers` asked for them
-        site = f"{path.removesuffix(f'.{CODES_CHILD}')}:probabilities"
-        return Distribution.from_state(statistics.state(site, self._observer))
+        return Distribution.from_state(statistics.state(f"{site}:probabilities", self._observer))
 
-    @staticmethod
-    def _owned(unit: Unit, plan: Plan) -> list[str]:
-        return [path for path, one in plan.modules.items() if one["type"] == _KIND and unit.owns(path)]
+    def _owned(self, unit: Unit) -> list[str]:
+        return [site for site in self._sites if unit.owns(site)]
+
+
+def _named(bits: int | None) -> str:
+    return "pruned attention probabilities" if bits is None else f"attention probabilities in codes of {bits} bits"
+
+
+def _attends(path: str, description: Mapping[str, Any], site: str) -> bool:
+    """Whether the module described computes the attention at `site`."""
+    if description["type"] == "int_block":
+        return site.startswith(f"{path}.")
+    return bool(description["type"] == "attention" and path == f"{site}.{CHILD}")
 
 
 def figures(seen: Distribution, first: torch.Tensor) -> dict[str, float]:

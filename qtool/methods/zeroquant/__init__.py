@@ -15,7 +15,6 @@ from qtool.anatomy import Anatomy, Feed, Part, Unit, matrix_kind
 from qtool.calibrate.statistics import Statistics
 from qtool.distill import CHECK_STEPS, Schedule, distill
 from qtool.errors import InputError
-from qtool.hf import attention_sites
 from qtool.kernels.reference import QMAX
 from qtool.lesson import Lesson
 from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
@@ -25,7 +24,6 @@ from qtool.methods.zeroquant.kept import float_rest, irreplaceable, vocabulary_h
 from qtool.methods.zeroquant.migration import Migration
 from qtool.methods.zeroquant.specs import check_linear, check_table
 from qtool.nn import MODULES, QAttention, QEmbedding, QLinear, QModule
-from qtool.nn.codes import CODES_CHILD
 from qtool.numerics import QTensor, QuantSpec
 from qtool.recipe import ActivationSpec, Count, Recipe, Spec
 from qtool.rounding import DATA_ROUNDINGS, ROUNDINGS, Moments
@@ -107,8 +105,7 @@ class ZeroQuant(Method):
         whole = {part.path: (unit, part) for unit, part in anatomy.parts()}  # parts of a fused matrix share a module
         attention = plan_attention(anatomy, model) if self.options.attention == "int8" else {}
         tables = [path for path, (unit, _) in whole.items() if unit.kind == "embeddings"]
-        coded = self._coded(model)
-        bare = [*attention, *coded]
+        bare = [*attention, *self.beside]
         self.recipe.check_rules([*whole, *bare], {"weights": bare, "activations": [*tables, *bare]})
         modules: dict[str, dict[str, Any]] = {}
         kept: dict[str, str] = {}
@@ -172,12 +169,6 @@ class ZeroQuant(Method):
             "type": "linear", "shape": list(shape), "weights": str(weights), "activations": str(activations),
             "bias": module.bias is not None,
         }  # fmt: skip
-
-    def _coded(self, model: Any) -> list[str]:
-        """Paths of what logattn beside this method attends with, which rules may name too."""
-        if all(other.name != "logattn" for other in self.recipe.methods):
-            return []
-        return [f"{site.path}.{CODES_CHILD}" for site in attention_sites(model)]
 
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:
         """The input range of each Linear with static activations; the values of quantized attention."""

@@ -359,7 +359,6 @@ def test_an_architecture_outside_the_registry_is_refused_by_name(shelf: Any, arc
 NONSENSE = [
     (("ibert", "logattn"), (), "logattn cannot go with ibert"),
     (("zeroquant", "logattn"), ("methods.zeroquant.attention=int8",), r"zeroquant\.attention int8 both replace"),
-    (("logattn", "logattn"), (), "method logattn is there twice"),
     (("logattn",), options(threshold=0.1, sparsity=0.5), "threshold and sparsity say the same thing"),
     (("logattn",), options(pruned="false"), "pruned false is the paper's form"),
     (("logattn",), options(bits="null"), "bits null only prunes; say how much"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qtool.analysis.heads import Judge
 from qtool.errors import InterruptedRun
@@ -146,6 +147,17 @@ def test_nonsense_is_one_line(arguments: tuple[str, ...], code: int, said: str, 
     ended = analyze(*arguments)
     assert ended.code == code
     assert len(ended.errors) == 1 and said in ended.errors[0]
+
+
+def test_threads_are_as_they_were(analyze: Command) -> None:
+    """Also after an error."""
+    torch.set_num_threads(2)
+    assert analyze("--limit", "20", "--threads", "1").code == 0
+    assert torch.get_num_threads() == 2
+    used = json.loads(Path("study/evaluated.jsonl").read_text().splitlines()[0])["fingerprint"]["threads"]
+    assert used == 1
+    assert analyze("--threads", "1", data=Path("nowhere"), out="other").code == 3
+    assert torch.get_num_threads() == 2
 
 
 def test_other_files_are_left_alone(analyze: Command) -> None:

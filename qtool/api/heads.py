@@ -97,13 +97,15 @@ def analyze_heads(
         sides = _sides(str(model), exams, wanted.revision, report)
         judge = Judge(exams[0], sides[0], kind)
         _check_knows(judge, wanted.metric)
-        kept = Kept(folder / MEASURED, _fingerprint(sides[0], exams[0], wanted), judge, fresh=overwrite)
+        fingerprint = _fingerprint(sides[0], exams[0], wanted)
+        kept = Kept(folder / MEASURED, fingerprint, judge, fresh=overwrite)
         with closing(kept):
             if overwrite:
                 (folder / RESULT).unlink(missing_ok=True)
             found, importance = _searched(judge, kept, report, budget, wanted)
         asked = {"model": str(model), "metric": wanted.metric, "search": wanted.search, "max_drop": budget}
         body = outcome(asked, judge, found, kept.found, importance, exams[1], sides[1])
+    body["fingerprint"] = fingerprint  # `headprune` looks whether its model is this one
     write_json(folder / RESULT, body, sort=False)
     return body
 

@@ -48,7 +48,10 @@ class Kept:
 
     def _read(self, file: Path, fingerprint: Any) -> None:
         self._stream.seek(0)
-        whole, _, torn = self._stream.read().rpartition("\n")
+        try:
+            whole, _, torn = self._stream.read().rpartition("\n")
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}); start again with --overwrite") from error
         if torn:  # the process was killed while it wrote its last line
             self._stream.truncate(len(f"{whole}\n".encode()) if whole else 0)
         lines = whole.splitlines()
@@ -56,7 +59,7 @@ class Kept:
             self._write({"fingerprint": fingerprint})
             return
         try:
-            known = json.loads(lines[0])["fingerprint"]
+            known = dict(json.loads(lines[0])["fingerprint"])
             for line in map(json.loads, lines[1:]):
                 value = line["value"]
                 self.found[frozenset(map(tuple, line["heads"]))] = math.nan if value is None else float(value)

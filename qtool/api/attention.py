@@ -1,6 +1,5 @@
 """`analyze_attention`: what a model's attention is like and what it tolerates, as JSON and as a page."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,18 +88,14 @@ def analyze_attention(
 
 def _prepare(folder: Path, *, resume: bool, overwrite: bool) -> "Body | None":
     """What an earlier run left. Raises InputError for an output that is taken."""
+    from qtool.analysis.written import read_study
+
     there = folder / RESULT
     if not there.exists() or overwrite:
         return None
     if not resume:
         raise InputError(f"{folder} holds a study; go on with --resume, or start again with --overwrite")
-    try:
-        body = json.loads(there.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{there} cannot be read ({error}); start again with --overwrite") from error
-    if not isinstance(body, dict) or body.get("study") != "attention":
-        raise InputError(f"{there} is no study of attention; choose another -o")
-    return body
+    return read_study(there)
 
 
 def _fingerprint(variants: "Variants", wanted: AttentionRequest) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The study as a command: what it measures, against transformers' own attention; kills, resumption, errors."""
 
+import copy
 import json
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,17 @@ import transformers
 
 from qtool import api
 from qtool.analysis import study as studies
+from qtool.analysis.attention_page import page_of
+from qtool.analysis.page import html
 from qtool.analysis.sweep import Setting, settings
+from qtool.analysis.written import read_study
 from qtool.errors import InputError, UsageError
 
+ARTIFACT = {
+    "artifact": "out", "bits": 3, "digest": "0", "score": 88.0, "metrics": {}, "drop": 0.99, "interval": [0.5, 1.5],
+    "agreement": 99.0, "kl": 0.01, "seconds": 1.0,
+}  # fmt: skip
+LOST = object()
 SMALL = api.AttentionRequest(thresholds=(0.02, 0.1), bits=(2, 3), bits_thresholds=(0.02,))
 
 
@@ -154,6 +164,49 @@ def test_foreign_files_are_not_resumed(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "attention.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         run(tiny, tmp_path, resume=True)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where every value of a JSON value is, but of lists only the first and the last."""
+    inside = [*value.items()] if isinstance(value, dict) else [*enumerate(value)] if isinstance(value, list) else []
+    chosen = {id(one): one for one in (inside if isinstance(value, dict) else inside[:1] + inside[-1:])}.values()
+    return [path, *(deeper for key, one in chosen for deeper in places(one, (*path, key)))]
+
+
+def test_whatever_is_damaged_is_said_or_does_not_matter(study_body: Any, tmp_path: Path) -> None:
+    """Each value of a study is lost or becomes another: either that is refused in a line, or the page can be drawn."""
+    file, whole = tmp_path / "attention.json", study_body(layers=1, heads=2, artifacts=[ARTIFACT])
+    file.write_text(json.dumps(whole))
+    assert read_study(file) == whole
+    refused = 0
+    for *outer, key in places(whole)[1:]:
+        for change in (LOST, None, "text", -1, []):
+            body = copy.deepcopy(whole)
+            holder = reduce(lambda value, step: value[step], outer, body)
+            holder[key] = change
+            if change is LOST:
+                del holder[key]
+            file.write_text(json.dumps(body))
+            try:
+                known = read_study(file)
+            except InputError as error:
+                assert str(error).count("is damaged (") + str(error).count("is no study") == 1
+                assert "\n" not in str(error)
+                refused += 1
+            else:  # what the study builds on; the rest it says anew
+                kept = {name: known[name] for name in ("float", "distribution", "points", "artifacts")}
+                assert html(page_of({**whole, **kept}))
+    assert refused > 500
+
+
+def test_a_damaged_study_is_one_line(tiny: Any, tmp_path: Path, finished: Any, qtool_command: Any) -> None:
+    arguments = ["analyze", "attention", tiny.model, "--task", "sst2", "--data", tiny.data, "-o", tmp_path]
+    body = json.loads(json.dumps(finished[1]))
+    del body["points"][1]["bits"]
+    (tmp_path / "attention.json").write_text(json.dumps(body))
+    ended = qtool_command(*arguments, "--resume")
+    said = f"{tmp_path}/attention.json is damaged (points.1.bits: Field required); start again with --overwrite"
+    assert (ended.code, ended.errors) == (3, [said])
 
 
 @pytest.mark.parametrize(

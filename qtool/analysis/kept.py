@@ -1,6 +1,5 @@
 """Sets of heads that were measured, on disk, so that a search that was killed goes on where it was."""
 
-import fcntl
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from typing import IO, Any
 from qtool.analysis.search import Heads
 from qtool.artifact import writing_failed
 from qtool.errors import InputError
+from qtool.rundir import claim
 
 
 class Kept:
@@ -32,19 +32,13 @@ class Kept:
         except OSError as error:
             raise writing_failed(file, error) from error
         try:
-            self._lock(file)
+            claim(self._stream, file)
             if fresh:
                 self._stream.truncate(0)
             self._read(file, json.loads(json.dumps(fingerprint)))
         except BaseException:
             self.close()
             raise
-
-    def _lock(self, file: Path) -> None:
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another qtool process is writing {file}; wait for it to end") from None
 
     def _read(self, file: Path, fingerprint: Any) -> None:
         self._stream.seek(0)

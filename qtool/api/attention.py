@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from qtool.analysis.study import Asked, Body
     from qtool.evaluation.variants import Variants
 
-RESULT, PAGE = "attention.json", "attention.html"
+RESULT, PAGE, LOCK = "attention.json", "attention.html", "attention.lock"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ def analyze_attention(
     """Study the attention of a float model on a task; `out` gets attention.json and attention.html, `png` every figure.
 
     Both files are written anew after each part that is finished, so that a run that was killed goes on with `resume`.
+    `out` is locked against other processes meanwhile.
+
     Raises UsageError for what cannot be asked, InputError for a model, data or an output that cannot be used,
     UnavailableError where figures are wanted as PNG and the package for that is missing.
     """
@@ -64,13 +66,14 @@ def analyze_attention(
     from qtool.evaluation.runner import torch_threads
     from qtool.evaluation.tasks import task as task_named
     from qtool.evaluation.variants import Variants
+    from qtool.rundir import locked
 
     wanted, folder, chosen = request or AttentionRequest(), Path(out), task_named(task)
     asked = wanted.asked()
     if png:
         require_renderer()
-    known = _prepare(folder, resume=resume, overwrite=overwrite)
-    with torch_threads(wanted.threads):
+    with locked(folder / LOCK), torch_threads(wanted.threads):
+        known = _prepare(folder, resume=resume, overwrite=overwrite)
         variants = Variants(
             model,
             chosen,
@@ -80,9 +83,9 @@ def analyze_attention(
             progress=progress,
         )
         body = study(variants, asked, _fingerprint(variants, wanted), lambda part: _write(folder, part), known)
-    _write(folder, body)
-    if png:
-        _draw(folder, body)
+        _write(folder, body)
+        if png:
+            _draw(folder, body)
     return body
 
 

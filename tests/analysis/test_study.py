@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from qtool.analysis.attention_page import page_of
 from qtool.analysis.page import html
 from qtool.analysis.sweep import Setting, settings
 from qtool.analysis.written import read_study
-from qtool.errors import InputError, UsageError
+from qtool.errors import InputError, UnavailableError, UsageError
 
 ARTIFACT = {
     "artifact": "out", "bits": 3, "digest": "0", "score": 88.0, "metrics": {}, "drop": 0.99, "interval": [0.5, 1.5],
@@ -155,6 +157,41 @@ def test_other_settings_are_named(tiny: Any, tmp_path: Path) -> None:
         run(tiny, tmp_path)
     body = run(tiny, tmp_path, asked(tiny, sweep=False, exam={"limit": 10}), overwrite=True)
     assert body["points"] == [] and body["distribution"]["sequences"] == 10
+
+
+def test_one_study_at_a_time_writes_a_folder(tiny: Any, tmp_path: Path, finished: Any, qtool_command: Any) -> None:
+    """A second one, in this process or another, is told so and changes nothing; a lock that was left behind is none."""
+    out, refused = tmp_path / "out", []
+    arguments = ["analyze", "attention", tiny.model, "--task", "sst2", "--data", tiny.data, "-o", out]
+
+    def again(name: str, done: int, total: int) -> None:
+        if name == "pruned at 0.1" and done == total:
+            before = {path.name: path.read_bytes() for path in out.iterdir()}
+            for choice in ((), ("--resume",), ("--overwrite",)):
+                refused.append(qtool_command(*arguments, *choice))
+            assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+            take = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+            command = [sys.executable, "-c", take, out / "attention.lock"]
+            refused.append(subprocess.run(command, capture_output=True, check=False))
+
+    out.mkdir()
+    (out / "attention.lock").write_text("left by a killed run")
+    assert without_seconds(run(tiny, out, progress=again)) == without_seconds(finished[1])
+    *ended, other = refused
+    said = f"another qtool process is writing {out}; wait for it to end"
+    assert [(one.code, one.errors) for one in ended] == [(3, [said])] * 3
+    assert b"BlockingIOError" in other.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["attention.html", "attention.json"]
+    assert run(tiny, out, resume=True)["complete"]
+
+
+def test_a_study_that_never_began_leaves_no_folder(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        run(tiny, tmp_path / "out", asked(tiny, exam={"data": str(tmp_path / "nowhere")}))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnavailableError, match="cannot write"):
+        run(tiny, tmp_path / "file" / "out")
 
 
 def test_foreign_files_are_not_resumed(tiny: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from functools import reduce
@@ -290,6 +291,44 @@ def test_what_is_no_artifact_is_said_at_once(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a model that qtool quantized"):
         run(tiny, tmp_path / "out", asked(tiny, artifacts=(str(tiny.model),)))
     assert not (tmp_path / "out" / "attention.json").exists()
+
+
+def test_an_artifact_of_another_model_is_refused(tiny: Any, desk: Path, zoo: Any, qtool_command: Any) -> None:
+    """By the digest of its source, wherever that lies now; without one by its shape."""
+    import qtool
+
+    def studied(artifact: str, model: Any = tiny.model) -> Any:
+        chosen = ("--limit", 4, "--thresholds", "0.02", "--bits", "3", "--artifact", artifact, "--overwrite")
+        data = ("--task", "sst2", "--data", tiny.data, "--allow-weak-baseline")
+        return qtool_command("analyze", "attention", model, *data, "-o", "study", *chosen)
+
+    labels = ("negative", "positive")
+    others = {
+        "twin": zoo.make("twin", labels=labels, seed=1),
+        "deep": zoo.make("deep", labels=labels, num_hidden_layers=3),
+        "many": zoo.make("many", labels=labels, num_attention_heads=4),
+    }
+    for name, source in {"own": tiny.model, **others}.items():
+        qtool.quantize(str(source), method="zeroquant", output=f"{name}-out")
+    moved = Path(shutil.copytree(tiny.model, "moved"))
+    assert studied("own-out").code == 0 and studied("own-out", moved).code == 0
+    said = {}
+    for name in others:
+        ended = studied(f"{name}-out")
+        assert (ended.code, len(ended.errors)) == (3, 1), ended.err
+        said[name] = ended.errors[0]
+    assert "twin-out was made of other weights, or another config, than" in said["twin"]
+    assert f"(its source was {others['twin']})" in said["twin"]
+    assert "num_hidden_layers is 3 there, and 2 here" in said["deep"]
+    assert "num_attention_heads is 4 there, and 2 here" in said["many"]
+    for name in ("twin", "deep"):
+        Path(f"{name}-out/qtool.json").unlink()
+    assert studied("deep-out").errors == [said["deep"]]
+    assert studied("twin-out").code == 0  # nothing tells them apart any more
+    body = json.loads(Path("own-out/config.json").read_text())
+    body["quantization_config"]["modules"]["classifier"] = {"bits": 3}
+    Path("own-out/config.json").write_text(json.dumps(body))
+    assert studied("own-out").errors[0].startswith("own-out: quantization_config describes module 'classifier' wrongly")
 
 
 def test_a_decoder(zoo: Any, tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from qtool.errors import InputError
 from qtool.evaluation.exams.base import Batch
 from qtool.evaluation.result import Evaluation
 from qtool.evaluation.variants import Variants
-from qtool.numerics.codebook import Codebook, prune
+from qtool.numerics.codebook import Codebook, Spacing, prune
 
 THRESHOLDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BITS = (2, 3, 4, 5, 6, 7, 8)
-MAPPINGS = ("log", "linear")
+MAPPINGS: tuple[Spacing, ...] = ("log", "linear")
 _SHAPE = (
     "architectures", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
     "intermediate_size", "vocab_size",
@@ -35,7 +35,7 @@ class Setting:
 
     threshold: float | None
     bits: int | None = None
-    mapping: str | None = None
+    mapping: Spacing | None = None
 
     @property
     def key(self) -> str:
@@ -45,12 +45,9 @@ class Setting:
 
     def codebook(self) -> Codebook | None:
         """The codes; None where there is only pruning."""
-        if self.bits is None:
+        if self.bits is None or self.mapping is None:
             return None
-        if self.threshold is None:
-            return Codebook.log_unpruned(self.bits) if self.mapping == "log" else Codebook.linear_unpruned(self.bits)
-        make = Codebook.log if self.mapping == "log" else Codebook.linear
-        return make(self.bits, self.threshold)
+        return Codebook.even(self.mapping, self.bits, self.threshold)
 
     def to_json(self) -> dict[str, Any]:
         """By the names of the fields."""

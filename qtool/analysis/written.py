@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from qtool.analysis.attention import Summary, edges
 from qtool.errors import InputError
+from qtool.numerics.codebook import Spacing
 
 Limit = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0)]
@@ -36,7 +37,7 @@ class _Compared(BaseModel):
 
 class _Point(_Compared):
     threshold: Limit | None
-    mapping: Literal["log", "linear"] | None
+    mapping: Spacing | None
     zeros: float
     pairs: Count
 

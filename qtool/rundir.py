@@ -8,8 +8,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,7 +96,7 @@ class RunDirectory:
         the output is taken by something else than this very run."""
         self.out, self.path = out, beside(out, "run")
         self.fingerprint = dict(fingerprint)
-        self._lock = _lock(self.path)
+        self._lock = _lock(self.path / _LOCK)
         try:
             known = recorded(out)
             if known is not None and resume:
@@ -201,12 +201,31 @@ def _require_equal(known: Mapping[str, Any], wanted: Mapping[str, Any], where: P
         )
 
 
-def _lock(folder: Path) -> IO[str]:
-    """An exclusive lock inside `folder` that the system drops with the process. Raises InputError when it is taken."""
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """While active, no other process has the folder of `file`, a lock that is removed at the end.
+
+    A folder that is made for it and stays empty goes too. Raises InputError when another process has it.
+    """
+    made = not file.parent.exists()
+    stream = _lock(file)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):  # something was written there
+                file.parent.rmdir()
+        stream.close()
+
+
+def _lock(file: Path) -> IO[str]:
+    """An exclusive lock that the system drops with the process. Raises InputError when it is taken."""
+    folder = file.parent
     for _ in range(_LOCK_TRIES):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stream = (folder / _LOCK).open("w")
+            stream = file.open("w")
         except (FileNotFoundError, FileExistsError) as error:
             if folder.exists() and not folder.is_dir():
                 raise writing_failed(folder, error) from error
@@ -214,14 +233,22 @@ def _lock(folder: Path) -> IO[str]:
         except OSError as error:
             raise writing_failed(folder, error) from error
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            claim(stream, folder)
+        except InputError:
             stream.close()
-            raise InputError(f"another qtool process is writing {folder}; wait for it to end") from None
-        if _same_file(folder / _LOCK, stream):
+            raise
+        if _same_file(file, stream):
             return stream
         stream.close()  # a lock on a file that its owner has just removed is no lock
     raise UnavailableError(f"cannot make {folder}; choose another place with -o")
+
+
+def claim(stream: IO[str], what: Path) -> None:
+    """Lock an open file until it is closed. Raises InputError, which names `what`, when another process has it."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another qtool process is writing {what}; wait for it to end") from None
 
 
 def _same_file(path: Path, stream: IO[str]) -> bool:

@@ -1,6 +1,5 @@
 """Every class of every family, and classes nobody listed: quantized, loaded by plain transformers, run, generating."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from small_models import DATA, GROUPED, SHAPE, TIDY, batch, golden_check_here, load, save
 from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import qtool
-from qtool import golden, pipeline
 from qtool.anatomy import Part, anatomy
 from qtool.artifact import damaged_tensors, quantization_config
 from qtool.checkpoint import WEIGHTS
@@ -23,8 +22,6 @@ from qtool.nn import QLinear, QModule, QTiedLinear
 TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 ENCODERS = [f"{family}{head}" for family in ("DistilBert", "Electra") for head in (*TASKS, "ForMaskedLM", "Model")]
 ENCODERS += [f"{family}{head}" for family in ("Bert", "Roberta") for head in TASKS[1:]]
-TIDY = {"bos_token_id": 1, "eos_token_id": 2}
-GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, **TIDY}
 DECODERS: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": TIDY,
     "OPTForCausalLM": {**TIDY, "ffn_dim": 48, "init_std": 0.4, "word_embed_proj_dim": 16},
@@ -67,15 +64,10 @@ def quantized(shelf: Any) -> Quantized:
     """The artifact of a tiny model by its class, made once; the float model is beside it."""
     made: dict[str, Path] = {}
 
-    def check_here(run: Any, inputs: Any, outputs: Any) -> None:
-        assert golden.differences(outputs, golden.compute(run.staging, inputs)) == []
-
     def make(architecture: str) -> Path:
         if architecture not in made:
             folder = float_model(shelf, architecture)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(shelf.folder)
-                patch.setattr(pipeline, "_check_in_fresh_process", check_here)
+            with golden_check_here(shelf.folder):
                 made[architecture] = quantize(folder, folder.with_name(f"arch-{architecture}-int8"))
         return made[architecture]
 
@@ -83,48 +75,11 @@ def quantized(shelf: Any) -> Quantized:
 
 
 def float_model(shelf: Any, architecture: str, **options: Any) -> Path:
-    options = {**ALL.get(architecture, {}), **options}
-    sizes = {"num_attention_heads", "num_hidden_layers"} & options.keys()
-    given = {name: options.pop(name) for name in sizes}
-    cls = getattr(transformers, architecture)
-    config = cls.config_class(**{**SHAPE, **given}, **options)
-    torch.manual_seed(0)
-    folder: Path = shelf.folder / f"arch-{architecture}"
-    cls(config).eval().save_pretrained(folder)
-    return folder
-
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 65,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-    "initializer_range": 0.4,
-}
+    return save(shelf.folder / f"arch-{architecture}", architecture, **{**ALL.get(architecture, {}), **options})
 
 
 def quantize(folder: Path, out: Path, *sets: str) -> Path:
-    entries = ("calibration.source=random", "calibration.num_samples=8", "calibration.max_length=12", *sets)
-    return qtool.quantize(str(folder), method="zeroquant", output=out, set=entries).path
-
-
-def load(folder: Path) -> Any:
-    """The model by the class in its config; every tensor must have been found."""
-    cls = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
-    model, report = cls.from_pretrained(folder, output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    return model.eval()
-
-
-def batch(left: bool = False) -> dict[str, torch.Tensor]:
-    """Five prompts of 9, 5, 1, 7 and 3 tokens, padded."""
-    ids = torch.randint(5, 65, (5, 9), generator=torch.Generator().manual_seed(0))
-    lengths, places = torch.tensor([9, 5, 1, 7, 3])[:, None], torch.arange(9)
-    mask = (places >= 9 - lengths if left else places < lengths).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
+    return qtool.quantize(str(folder), method="zeroquant", output=out, set=(*DATA, *sets)).path
 
 
 @torch.no_grad()

@@ -1,18 +1,16 @@
 """Models with INT8 products in attention: planned, calibrated, loaded by plain transformers, generating, refusing."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
+from small_models import ATTENDING, DATA, DECODERS, GROUPED, NOT_ATTENDING, Artifacts, batch, load, outputs, source_of
 from transformers import AttentionInterface, AutoModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-import qtool
-from qtool import golden, kernels, pipeline
+from qtool import kernels
 from qtool.api import calibration_batches, open_job, resolve_recipe
 from qtool.artifact import quantization_config
 from qtool.errors import InputError
@@ -21,95 +19,30 @@ from qtool.nn import QAttention
 from qtool.nn.attention import CHILD
 from qtool.nn.plan import one_by_one
 
-TIDY = {"bos_token_id": 1, "eos_token_id": 2}
-GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, **TIDY}
-ENCODERS: dict[str, dict[str, Any]] = {
-    "BertForSequenceClassification": {},
-    "RobertaForQuestionAnswering": {},
-    "DistilBertForMaskedLM": {},
-    "ElectraForTokenClassification": {},
-}
-DECODERS: dict[str, dict[str, Any]] = {
-    "GPT2LMHeadModel": TIDY,
-    "OPTForCausalLM": {**TIDY, "ffn_dim": 48, "init_std": 0.4, "word_embed_proj_dim": 32},
-    "GPTNeoXForCausalLM": TIDY,
-    "LlamaForCausalLM": {**GROUPED, "tie_word_embeddings": True},
-    "MistralForCausalLM": {**GROUPED, "sliding_window": 6},
-    "Qwen2ForCausalLM": GROUPED,
-}
-ALL = {**ENCODERS, **DECODERS}
-SHAPE: dict[str, Any] = {
-    "vocab_size": 65, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-    "max_position_embeddings": 40, "pad_token_id": 0, "initializer_range": 0.4,
-}  # fmt: skip
-DATA = ("calibration.source=random", "calibration.num_samples=8", "calibration.max_length=12")
 INTEGER = "methods.zeroquant.attention=int8"
 Quantized = Callable[..., Path]
 
 
-def float_model(shelf: Any, architecture: str, **options: Any) -> Path:
-    options = {**SHAPE, **ALL.get(architecture, {}), **options}
-    sizes = {name: options.pop(name) for name in ("num_attention_heads", "num_hidden_layers")}
-    cls = getattr(transformers, architecture)
-    torch.manual_seed(0)
-    folder: Path = shelf.folder / f"attention-{architecture}"
-    cls(cls.config_class(**sizes, **options)).eval().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def quantized(shelf: Any) -> Quantized:
-    """The artifact of a tiny model by its class, made once; its golden check runs in this process."""
-    made: dict[Any, Path] = {}
+def artifacts(shelf: Any) -> Artifacts:
+    return Artifacts(shelf.folder, "attention")
 
-    def check_here(run: Any, inputs: Any, outputs: Any) -> None:
-        assert golden.differences(outputs, golden.compute(run.staging, inputs)) == []
+
+@pytest.fixture
+def quantized(artifacts: Artifacts) -> Quantized:
+    """The artifact of a tiny model by its class; `attention` is how it attends."""
 
     def make(architecture: str, *sets: str, attention: str = INTEGER) -> Path:
-        key = (architecture, attention, *sets)
-        if key not in made:
-            source = float_model(shelf, architecture)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(shelf.folder)
-                patch.setattr(pipeline, "_check_in_fresh_process", check_here)
-                out = shelf.folder / f"attention-{len(made)}-out"
-                entries = (*DATA, *((attention,) if attention else ()), *sets)
-                made[key] = qtool.quantize(str(source), method="zeroquant", output=out, set=entries).path
-        return made[key]
+        return artifacts.make(architecture, ("zeroquant",), *((attention,) if attention else ()), *sets)
 
     return make
-
-
-def load(folder: Path, **options: Any) -> Any:
-    """By the class in the config; every tensor must have been found."""
-    cls = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
-    model, report = cls.from_pretrained(folder, output_loading_info=True, **options)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    return model.eval()
-
-
-def batch(left: bool = False) -> dict[str, torch.Tensor]:
-    """Texts of 9, 5, 1, 7 and 3 tokens, padded."""
-    ids = torch.randint(5, 65, (5, 9), generator=torch.Generator().manual_seed(0))
-    lengths, places = torch.tensor([9, 5, 1, 7, 3])[:, None], torch.arange(9)
-    mask = (places >= 9 - lengths if left else places < lengths).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-@torch.no_grad()
-def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """All scores of real tokens (or of texts) in a row."""
-    found = model(**inputs, use_cache=False) if model.can_generate() else model(**inputs)
-    values = [value for value in found.values() if isinstance(value, torch.Tensor)]
-    real = inputs["attention_mask"].bool()
-    return torch.cat([(x[real] if x.shape[:2] == real.shape else x).flatten() for x in values])
 
 
 def products(model: Any) -> dict[str, QAttention]:
     return {path: module for path, module in model.named_modules() if isinstance(module, QAttention)}
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("architecture", ATTENDING)
 def test_every_block_attends_on_codes_near_float(quantized: Quantized, architecture: str) -> None:
     """Next to the same integers with float attention, with padding and, for a decoder, its causal mask and window."""
     model, near = load(quantized(architecture)), load(quantized(architecture, attention=""))
@@ -120,13 +53,13 @@ def test_every_block_attends_on_codes_near_float(quantized: Quantized, architect
     assert model.config._attn_implementation == CODES
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("architecture", ATTENDING)
 def test_value_scales_are_those_of_the_values_that_attention_gets(
     quantized: Quantized, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where values are a part of a fused matrix, side by side or head by head, and where heads are grouped."""
     folder = quantized(architecture)
-    source = Path(json.loads((folder / "qtool.json").read_text())["source"]["name"])
+    source = source_of(folder)
     job = open_job(str(source), resolve_recipe(methods=["zeroquant"], sets=(*DATA, INTEGER)))
     peaks: dict[str, torch.Tensor] = {}
     model = load(source)
@@ -291,22 +224,14 @@ def test_what_would_change_the_result_is_refused(quantized: Quantized) -> None:
         model(**batch())
 
 
-REFUSED = {
-    "GPTJForCausalLM": {**TIDY, "rotary_dim": 8},
-    "BloomForCausalLM": TIDY,
-    "MPNetForMaskedLM": {},
-    "DebertaV2ForMaskedLM": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
-}
-
-
-@pytest.mark.parametrize("architecture", REFUSED)
-def test_an_architecture_outside_the_registry_is_refused_by_name(shelf: Any, architecture: str) -> None:
-    source = float_model(shelf, architecture, **REFUSED[architecture])
+@pytest.mark.parametrize("architecture", NOT_ATTENDING)
+def test_an_architecture_outside_the_registry_is_refused_by_name(artifacts: Artifacts, architecture: str) -> None:
+    source = artifacts.source(architecture, **NOT_ATTENDING[architecture])
     with pytest.raises(InputError, match=f"{architecture} does not attend through transformers' registry"):
         open_job(str(source), resolve_recipe(methods=["zeroquant"], sets=(*DATA, INTEGER)))
 
 
-def test_values_that_are_not_known_are_refused(shelf: Any) -> None:
-    source = float_model(shelf, "Qwen3ForCausalLM", **{**GROUPED, "head_dim": 8})
+def test_values_that_are_not_known_are_refused(artifacts: Artifacts) -> None:
+    source = artifacts.source("Qwen3ForCausalLM", **{**GROUPED, "head_dim": 8})
     with pytest.raises(InputError, match=r"Qwen3ForCausalLM: block\.0 has no attention whose values are known"):
         open_job(str(source), resolve_recipe(methods=["zeroquant"], sets=(*DATA, INTEGER)))

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from small_models import golden_check_here
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModel,
@@ -23,7 +24,6 @@ from transformers import (
 )
 
 import qtool
-from qtool import golden, pipeline
 from qtool.artifact import check_manifest, damaged_tensors, quantization_config
 from qtool.checkpoint import WEIGHTS, WEIGHTS_INDEX, weight_files
 from qtool.errors import InputError, UnavailableError
@@ -50,18 +50,13 @@ def quantized(shelf: Any) -> Iterator[Quantized]:
     """The artifact of a tiny model, by architecture and recipe entries; made once. Its source is beside it."""
     made: dict[Any, Path] = {}
 
-    def check_here(run: Any, inputs: Any, outputs: Any) -> None:
-        assert golden.differences(outputs, golden.compute(run.staging, inputs)) == []
-
     def make(architecture: str = BERT, *sets: str) -> Path:
         key = (architecture, *sets)
         if key not in made:
             name = f"hf-{len(made)}"
             options = {"labels": ("bad", "good")} if architecture.endswith("Classification") else {}
             source = shelf.make(name, architecture, type_vocab_size=3, **options)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(shelf.folder)
-                patch.setattr(pipeline, "_check_in_fresh_process", check_here)  # a new process takes seconds
+            with golden_check_here(shelf.folder):
                 entries = ("calibration.source=random", "calibration.num_samples=8", *sets)
                 made[key] = qtool.quantize(
                     str(source), method="zeroquant", output=shelf.folder / f"{name}-int8", set=entries

@@ -15,6 +15,7 @@ from qtool import cli, recipe
 from qtool.api import calibration_texts, resolve_recipe
 from qtool.errors import InputError, UsageError
 from qtool.methods import METHODS, Entry
+from qtool.methods import build as build_methods
 from qtool.numerics import QuantSpec
 from qtool.recipe import Recipe
 
@@ -222,6 +223,23 @@ def test_unknown_names_are_usage_on_the_command_line_and_input_in_a_file(write: 
         resolve_recipe(config=file)
     with pytest.raises(InputError, match=r"methods\.zeroquan: unknown method"):
         resolve_recipe(methods=["zeroquant"], sets=["methods.zeroquan.word_embeddings=float"])
+
+
+@pytest.mark.parametrize("name", ["headprune", "zeroquant"])
+def test_a_method_that_is_there_twice_is_refused(name: str, write: Write) -> None:
+    """Also where options are set, which are merged by name: the second one must not vanish among them."""
+    sets = ("--set", "methods.headprune.heads={0: [1]}") if name == "headprune" else ()
+    said = f"method {name} is there twice; name it once"
+    with pytest.raises(UsageError, match=said):
+        typed("--method", name, "--method", "logattn", "--method", name, *sets)
+    for spelling in (f"[{name}, {name}]", f"[{{name: {name}, heads: {{0: [1]}}}}, logattn, {name}]"):
+        file = write(f"methods: {spelling}")
+        with pytest.raises(InputError, match=rf"recipe\.yaml: {said}"):
+            typed("-c", file, *sets)
+        with pytest.raises(InputError, match=said):
+            typed("-c", file, "--method", name, *sets)
+    with pytest.raises(InputError, match=f"method {name} is there twice"):
+        build_methods(built({"methods": [name, name]}).with_options(name, {"heads": {0: [1]}} if sets else {}))
 
 
 REMOTE = [

@@ -14,19 +14,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from qtool.calibrate.probabilities import OCTAVES
+from qtool.calibrate.probabilities import bins
+from qtool.calibrate.probabilities import edges as ends_of_bins
 from qtool.errors import InputError
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
+_PARTS = 1  # bins of an octave
 
 
 def edges() -> Floats:
-    """Edges of the histogram, float64 `[OCTAVES + 1]`: a bin for each factor of 2 from 2^-24 to 1, closed below.
+    """Edges of the histogram, float64 `[25]`: a bin for each factor of 2 from 2^-24 to 1, closed below.
 
     They are the octaves of `calibrate.probabilities`; what is smaller, zero too, has a count of its own.
     """
-    return np.exp2(np.arange(-OCTAVES, 1, dtype=np.float64))
+    ends: Floats = ends_of_bins(_PARTS)[1:].numpy()
+    return ends
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,8 @@ class HeadTally:
 
     def _count(self, head: int, rows: NDArray[np.float32], unseen: int) -> None:
         """The histogram; pairs that do not exist are zeros, and taken off again."""
-        bins = bin_numbers(rows)
-        found = np.bincount(bins.ravel(), minlength=self.counts.shape[1])
+        places = bins(torch.from_numpy(rows), _PARTS)
+        found = np.bincount(places.numpy().ravel(), minlength=self.counts.shape[1])
         found[0] -= unseen
         self.counts[head] += found
         for index, limit in enumerate(self.thresholds):
@@ -171,16 +174,6 @@ def _median(counts: Counts) -> float:
     total, upto = int(counts.sum()), np.cumsum(counts)
     low, high = (int(np.searchsorted(upto, place, side="right")) for place in ((total - 1) // 2, total // 2))
     return (low + high) / 2
-
-
-def bin_numbers(values: NDArray[np.float32]) -> NDArray[np.int32]:
-    """The bin of each value of `[0, 1]`, 1 for the lowest; 0 is below all edges; what rounding puts beyond 1 is on top.
-
-    By the exponent, which is exact where a logarithm would not be.
-    """
-    places = values.view(np.int32) >> 23
-    places -= 127 - OCTAVES - 1
-    return places.clip(0, OCTAVES, out=places)
 
 
 def largest_float32(limit: float) -> np.float32:

@@ -1,6 +1,5 @@
 """Sets of heads that were measured, on disk, so that a search that was killed goes on where it was."""
 
-import fcntl
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from typing import IO, Any
 from qtool.analysis.search import Heads
 from qtool.artifact import writing_failed
 from qtool.errors import InputError
+from qtool.rundir import claim
 
 
 class Kept:
@@ -32,7 +32,7 @@ class Kept:
         except OSError as error:
             raise writing_failed(file, error) from error
         try:
-            self._lock(file)
+            claim(self._stream, file)
             if fresh:
                 self._stream.truncate(0)
             self._read(file, json.loads(json.dumps(fingerprint)))
@@ -40,15 +40,12 @@ class Kept:
             self.close()
             raise
 
-    def _lock(self, file: Path) -> None:
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another qtool process is writing {file}; wait for it to end") from None
-
     def _read(self, file: Path, fingerprint: Any) -> None:
         self._stream.seek(0)
-        whole, _, torn = self._stream.read().rpartition("\n")
+        try:
+            whole, _, torn = self._stream.read().rpartition("\n")
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}); start again with --overwrite") from error
         if torn:  # the process was killed while it wrote its last line
             self._stream.truncate(len(f"{whole}\n".encode()) if whole else 0)
         lines = whole.splitlines()
@@ -56,7 +53,7 @@ class Kept:
             self._write({"fingerprint": fingerprint})
             return
         try:
-            known = json.loads(lines[0])["fingerprint"]
+            known = dict(json.loads(lines[0])["fingerprint"])
             for line in map(json.loads, lines[1:]):
                 value = line["value"]
                 self.found[frozenset(map(tuple, line["heads"]))] = math.nan if value is None else float(value)

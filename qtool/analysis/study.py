@@ -17,7 +17,7 @@ from qtool.analysis.sweep import (
     THRESHOLDS,
     Setting,
     artifact_digest,
-    coded_bits,
+    check_artifact,
     measure,
     measure_artifact,
     scores,
@@ -70,13 +70,13 @@ def study(
 ) -> Body:
     """Measure what `known` (what an earlier run wrote) does not have yet, and return all that was asked for.
 
-    Raises InputError where `known` was measured under another fingerprint, naming what differs, and for a model whose
-    attention cannot be looked at.
+    Raises InputError where `known` was measured under another fingerprint, naming what differs, for an artifact of
+    another model, and for a model whose attention cannot be looked at.
     """
     if known is not None:
         require_equal(known.get("fingerprint", {}), fingerprint)
     for artifact in asked.artifacts:
-        coded_bits(artifact)  # what is no artifact is said before hours of work
+        check_artifact(artifact, variants, str(fingerprint["model"]))  # said before hours of work
     attending = Attending(variants.model)
     body = _begin(variants, asked, fingerprint, known or {})
     if body["distribution"] is None:

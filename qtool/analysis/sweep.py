@@ -10,16 +10,22 @@ import torch
 
 from qtool.analysis.attending import Attending
 from qtool.analysis.coding import Coding
-from qtool.artifact import quantization_config
-from qtool.checkpoint import locate, sha256, weight_files
+from qtool.artifact import REPORT, checked_quantization, quantization_config, report
+from qtool.checkpoint import load_config, locate, sha256, weight_files
+from qtool.errors import InputError
 from qtool.evaluation.exams.base import Batch
 from qtool.evaluation.result import Evaluation
 from qtool.evaluation.variants import Variants
-from qtool.numerics.codebook import Codebook, prune
+from qtool.numerics.codebook import Codebook, Spacing, prune
 
 THRESHOLDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BITS = (2, 3, 4, 5, 6, 7, 8)
-MAPPINGS = ("log", "linear")
+MAPPINGS: tuple[Spacing, ...] = ("log", "linear")
+_SHAPE = (
+    "architectures", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size",
+    "intermediate_size", "vocab_size",
+)  # fmt: skip
+"""What a config says of a model that is the same in every artifact of it."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Setting:
 
     threshold: float | None
     bits: int | None = None
-    mapping: str | None = None
+    mapping: Spacing | None = None
 
     @property
     def key(self) -> str:
@@ -39,12 +45,9 @@ class Setting:
 
     def codebook(self) -> Codebook | None:
         """The codes; None where there is only pruning."""
-        if self.bits is None:
+        if self.bits is None or self.mapping is None:
             return None
-        if self.threshold is None:
-            return Codebook.log_unpruned(self.bits) if self.mapping == "log" else Codebook.linear_unpruned(self.bits)
-        make = Codebook.log if self.mapping == "log" else Codebook.linear
-        return make(self.bits, self.threshold)
+        return Codebook.even(self.mapping, self.bits, self.threshold)
 
     def to_json(self) -> dict[str, Any]:
         """By the names of the fields."""
@@ -96,10 +99,35 @@ def measure_artifact(artifact: str, variants: Variants) -> dict[str, Any]:
     return {"artifact": artifact, "bits": bits, "digest": artifact_digest(artifact), **scores(found)}
 
 
+def check_artifact(artifact: str, variants: Variants, digest: str) -> None:
+    """Raises InputError for a folder that is no artifact, or one that was made of another model than is studied.
+
+    Where the source was does not matter, for it may have moved: its digest does (`digest` is the studied model's), and
+    without a record, which a re-save drops, what the config says of its shape.
+    """
+    coded_bits(artifact)
+    folder, name = locate(artifact), variants.about()["model"]
+    own, studied = load_config(folder), variants.model.config
+    for fact in _SHAPE:
+        found, wanted = getattr(own, fact, None), getattr(studied, fact, None)
+        if found != wanted:
+            raise InputError(f"{artifact} was not made of {name}: {fact} is {found} there, and {wanted} here")
+    source = report(folder)["source"] if (folder / REPORT).exists() else {}
+    if source.get("sha256", digest) != digest:
+        raise InputError(
+            f"{artifact} was made of other weights, or another config, than {name} has now (its source was "
+            f"{source.get('name', 'not recorded')}); study that, or quantize {name}"
+        )
+
+
 def coded_bits(artifact: str) -> int | None:
     """Bits of the attention codes of an artifact. Raises InputError for a folder that holds something else."""
-    modules = quantization_config(locate(artifact)).get("modules", {}).values()
-    widths = {module["bits"] for module in modules if module["type"] == "attention_codes"}
+    found = quantization_config(locate(artifact))
+    try:
+        modules = checked_quantization(found)["modules"].values()
+    except InputError as error:
+        raise InputError(f"{artifact}: {error}") from error
+    widths = {module.get("bits") for module in modules if module["type"] == "attention_codes"}
     return widths.pop() if len(widths) == 1 else None
 
 

@@ -1,6 +1,5 @@
 """`analyze_attention`: what a model's attention is like and what it tolerates, as JSON and as a page."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ if TYPE_CHECKING:
     from qtool.analysis.study import Asked, Body
     from qtool.evaluation.variants import Variants
 
-RESULT, PAGE = "attention.json", "attention.html"
+RESULT, PAGE, LOCK = "attention.json", "attention.html", "attention.lock"
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ def analyze_attention(
     """Study the attention of a float model on a task; `out` gets attention.json and attention.html, `png` every figure.
 
     Both files are written anew after each part that is finished, so that a run that was killed goes on with `resume`.
+    `out` is locked against other processes meanwhile.
+
     Raises UsageError for what cannot be asked, InputError for a model, data or an output that cannot be used,
     UnavailableError where figures are wanted as PNG and the package for that is missing.
     """
@@ -65,13 +66,14 @@ def analyze_attention(
     from qtool.evaluation.runner import torch_threads
     from qtool.evaluation.tasks import task as task_named
     from qtool.evaluation.variants import Variants
+    from qtool.rundir import locked
 
     wanted, folder, chosen = request or AttentionRequest(), Path(out), task_named(task)
     asked = wanted.asked()
     if png:
         require_renderer()
-    known = _prepare(folder, resume=resume, overwrite=overwrite)
-    with torch_threads(wanted.threads):
+    with locked(folder / LOCK), torch_threads(wanted.threads):
+        known = _prepare(folder, resume=resume, overwrite=overwrite)
         variants = Variants(
             model,
             chosen,
@@ -81,26 +83,22 @@ def analyze_attention(
             progress=progress,
         )
         body = study(variants, asked, _fingerprint(variants, wanted), lambda part: _write(folder, part), known)
-    _write(folder, body)
-    if png:
-        _draw(folder, body)
+        _write(folder, body)
+        if png:
+            _draw(folder, body)
     return body
 
 
 def _prepare(folder: Path, *, resume: bool, overwrite: bool) -> "Body | None":
     """What an earlier run left. Raises InputError for an output that is taken."""
+    from qtool.analysis.written import read_study
+
     there = folder / RESULT
     if not there.exists() or overwrite:
         return None
     if not resume:
         raise InputError(f"{folder} holds a study; go on with --resume, or start again with --overwrite")
-    try:
-        body = json.loads(there.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{there} cannot be read ({error}); start again with --overwrite") from error
-    if not isinstance(body, dict) or body.get("study") != "attention":
-        raise InputError(f"{there} is no study of attention; choose another -o")
-    return body
+    return read_study(there)
 
 
 def _fingerprint(variants: "Variants", wanted: AttentionRequest) -> dict[str, Any]:

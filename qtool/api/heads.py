@@ -33,7 +33,8 @@ class HeadsRequest:
 
     `max_drop` is in the unit of the metric (None: `analysis.heads.BUDGETS`), `limit` how many examples are searched on
     from the start of `split` (None: the split that calibrates), `protected` heads that stay (None: all of a layer).
-    `max_evaluations` of None are as many as it takes to rank all heads and to remove them one by one.
+    `max_evaluations` of None are as many as it takes to rank all heads and to remove them one by one; `threads` are
+    torch's while it lasts (None: as they are).
     """
 
     metric: str = "score"
@@ -52,6 +53,7 @@ class HeadsRequest:
     max_length: int | None = None
     batch_size: int | None = None
     revision: str | None = None
+    threads: int | None = None
 
     def exam_request(self, data: str | None, split: "Split | None", limit: int | None) -> "Request":
         """What exams are asked for on one part of the data."""
@@ -82,6 +84,7 @@ def analyze_heads(
     from qtool.analysis.kept import Kept
     from qtool.analysis.outcome import outcome
     from qtool.artifact import write_json
+    from qtool.evaluation.runner import torch_threads
     from qtool.evaluation.tasks import task as task_named
 
     wanted, folder, chosen = request or HeadsRequest(), Path(out), task_named(task)
@@ -89,17 +92,20 @@ def analyze_heads(
     budget = BUDGETS[kind] if wanted.max_drop is None else wanted.max_drop
     _prepare(folder, resume=resume, overwrite=overwrite)  # what is there goes only when all else was found right
     report = progress or (lambda stage, done, total: None)
-    exams = _exams(chosen, wanted, folder)
-    sides = _sides(str(model), exams, wanted.revision, report)
-    judge = Judge(exams[0], sides[0], kind)
-    _check_knows(judge, wanted.metric)
-    kept = Kept(folder / MEASURED, _fingerprint(sides[0], exams[0], wanted), judge, fresh=overwrite)
-    with closing(kept):
-        if overwrite:
-            (folder / RESULT).unlink(missing_ok=True)
-        found, importance = _searched(judge, kept, report, budget, wanted)
-    asked = {"model": str(model), "metric": wanted.metric, "search": wanted.search, "max_drop": budget}
-    body = outcome(asked, judge, found, kept.found, importance, exams[1], sides[1])
+    with torch_threads(wanted.threads):
+        exams = _exams(chosen, wanted, folder)
+        sides = _sides(str(model), exams, wanted.revision, report)
+        judge = Judge(exams[0], sides[0], kind)
+        _check_knows(judge, wanted.metric)
+        fingerprint = _fingerprint(sides[0], exams[0], wanted)
+        kept = Kept(folder / MEASURED, fingerprint, judge, fresh=overwrite)
+        with closing(kept):
+            if overwrite:
+                (folder / RESULT).unlink(missing_ok=True)
+            found, importance = _searched(judge, kept, report, budget, wanted)
+        asked = {"model": str(model), "metric": wanted.metric, "search": wanted.search, "max_drop": budget}
+        body = outcome(asked, judge, found, kept.found, importance, exams[1], sides[1])
+    body["fingerprint"] = fingerprint  # `headprune` looks whether its model is this one
     write_json(folder / RESULT, body, sort=False)
     return body
 

@@ -25,13 +25,16 @@ def resolve_recipe(
 
     `config` is a recipe file or a preset; with `file`, its content, only a label for messages.
 
-    Raises UsageError for an unknown method or task among the arguments, InputError for one in the recipe file.
+    Raises UsageError for an unknown method or task among the arguments, or a method that is there twice, InputError for
+    one in the recipe file.
     """
     from qtool.evaluation.tasks import task
     from qtool.methods import entry, preset_keys
 
     for name in methods:
         entry(name)
+    if said := _twice(methods):
+        raise UsageError(said)
     given = _recipe_keys(flags or {})
     if "evaluate.task" in given:
         task(given["evaluate.task"])
@@ -45,6 +48,8 @@ def resolve_recipe(
             entry(item["name"])
         except UsageError as error:
             raise InputError(f"{config}: {error}") from error
+    if said := _twice([item["name"] for item in listed]):
+        raise InputError(f"{config}: {said}")
     names = methods or [item["name"] for item in listed]
     layers: list[tuple[str, Mapping[str, Any]]] = []
     if "weights" not in file and "activations" not in file:
@@ -94,6 +99,12 @@ def _recipe_keys(flags: Mapping[str, Any]) -> dict[str, Any]:
         plain = list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
         keys |= dict.fromkeys(FLAG_KEYS[name], plain)
     return keys
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """What is wrong with a list that names a method twice; found here, for the options of both become those of one."""
+    found = next((name for name in names if names.count(name) > 1), None)
+    return found and f"method {found} is there twice; name it once, with all of its options"
 
 
 def _chosen(methods: Sequence[str], known: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

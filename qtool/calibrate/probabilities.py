@@ -14,21 +14,28 @@ OCTAVES = 24
 PARTS = 16
 """Bins of an octave."""
 BINS = 1 + OCTAVES * PARTS
-_DROPPED = 23 - 4  # bits of a mantissa that do not decide the bin
-_FIRST = (127 - OCTAVES) << 4  # exponent and leading mantissa bits of 2^-24
+_MANTISSA = 23  # bits of a float32 below its exponent
 
 
-def edges() -> torch.Tensor:
-    """The ends of all bins, float64 `[BINS + 1]`: 0, 2^-24, 2^-24 · 17/16, …, 1. Bin i is closed below."""
+def edges(parts: int = PARTS) -> torch.Tensor:
+    """The ends of all bins, float64 `[OCTAVES · parts + 2]`: 0, 2^-24, 2^-24 · 17/16, …, 1. Bin i is closed below.
+
+    `parts` of an octave is a power of 2.
+    """
     octaves = torch.arange(-OCTAVES, 0, dtype=torch.float64).exp2()
-    parts = 1 + torch.arange(PARTS, dtype=torch.float64) / PARTS
-    return torch.cat([torch.zeros(1), (octaves[:, None] * parts).flatten(), torch.ones(1)]).double()
+    steps = 1 + torch.arange(parts, dtype=torch.float64) / parts
+    return torch.cat([torch.zeros(1), (octaves[:, None] * steps).flatten(), torch.ones(1)]).double()
 
 
-def bins(probabilities: torch.Tensor) -> torch.Tensor:
-    """int64 places 0 … BINS - 1 of float probabilities of any shape; 1 and what rounding puts beyond it in the last."""
-    leading = probabilities.float().contiguous().view(torch.int32).bitwise_right_shift(_DROPPED)
-    return leading.sub_(_FIRST - 1).clamp_(0, BINS - 1).long()
+def bins(probabilities: torch.Tensor, parts: int = PARTS) -> torch.Tensor:
+    """int64 places 0 … OCTAVES · parts of float probabilities of any shape; 1 and what is beyond in the last.
+
+    By exponent and leading bits, which are exact where a logarithm would not be; float rounding goes beyond 1.
+    """
+    kept = parts.bit_length() - 1  # leading bits of the mantissa that decide the bin
+    first = (127 - OCTAVES) << kept  # 2^-24
+    leading = probabilities.float().contiguous().view(torch.int32).bitwise_right_shift(_MANTISSA - kept)
+    return leading.sub_(first - 1).clamp_(0, OCTAVES * parts).long()
 
 
 @dataclass(frozen=True)

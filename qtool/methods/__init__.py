@@ -135,10 +135,10 @@ def build(recipe: "Recipe") -> "Sequence[Method]":
             methods.append(cls(recipe, cls.options_class(**wanted.options)))
         except ValidationError as error:
             raise InputError(f"methods.{wanted.name}.{first_problem(error, cls.options_class)}") from error
-    lowering = [method.name for method in methods if method.phase == "lower"]
-    if len(lowering) > 1:
-        raise InputError(f"only one method can lower the model, not {' and '.join(lowering)}")
     names = [method.name for method in methods]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"method {twice} is there twice; give it all of its options in one place")
+    lowering = [method.name for method in methods if method.phase == "lower"]
+    if len(lowering) > 1:
+        raise InputError(f"only one method can lower the model, not {' and '.join(lowering)}")
     return sorted(methods, key=lambda method: PHASES.index(method.phase))

@@ -51,7 +51,7 @@ class HeadPrune(Method):
         wanted = self.options.heads
         if wanted is None:
             assert self.options.file is not None  # one of the two
-            wanted = read_heads(self.options.file)
+            wanted = read_heads(self.options.file, checkpoint)
         try:
             self._gone = checked(wanted, attentions(model))
         except InputError as error:
@@ -76,8 +76,11 @@ class HeadPrune(Method):
         return {}
 
 
-def read_heads(file: Path) -> dict[int, list[int]]:
-    """`heads` of a file that `qtool analyze heads` wrote. Raises InputError for anything else."""
+def read_heads(file: Path, checkpoint: Checkpoint | None = None) -> dict[int, list[int]]:
+    """`heads` of a file that `qtool analyze heads` wrote. Raises InputError for anything else.
+
+    With a `checkpoint`, also for a file that was made for another model; one that does not say for which is taken.
+    """
     try:
         body = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
@@ -89,7 +92,19 @@ def read_heads(file: Path) -> dict[int, list[int]]:
         raise InputError(f"methods.headprune.file: {file} has no heads by layer; it is made by `qtool analyze heads`")
     if not heads:
         raise InputError(f"methods.headprune.file: the search in {file} found no head that could go")
+    if checkpoint is not None and "fingerprint" in body:
+        _check_model(file, body["fingerprint"], checkpoint)
     return {int(layer): own for layer, own in heads.items()}
+
+
+def _check_model(file: Path, fingerprint: Any, checkpoint: Checkpoint) -> None:
+    """Which heads can go is known of the very weights that were searched, not of all that have their shape."""
+    known = fingerprint.get("model") if isinstance(fingerprint, Mapping) else None
+    if known != checkpoint.digest():
+        raise InputError(
+            f"methods.headprune.file: {file} is not about {checkpoint.folder} as it is now; search it with "
+            "`qtool analyze heads`, or name heads under methods.headprune.heads"
+        )
 
 
 def _is_layer(layer: Any, heads: Any) -> bool:

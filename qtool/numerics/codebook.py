@@ -10,7 +10,7 @@ Edges are written down and compared with: a floor of logarithms is unreliable ne
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +21,8 @@ THRESHOLD = 1e-3
 FLOOR = 1e-10
 """Where the bins of a log codebook without pruning begin."""
 MAX_BITS = 8
+Spacing = Literal["log", "linear"]
+"""In what bins are equally wide."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,13 @@ class Codebook:
             raise InputError("the edges of a codebook are positive and rise")
         if (levels[..., 0] != 0).any() or not (levels.isfinite() & (levels >= 0)).all():
             raise InputError("level 0 of a codebook is 0, and all are finite and not negative")
+
+    @classmethod
+    def even(cls, mapping: Spacing, bits: int, threshold: float | None) -> "Codebook":
+        """The form with equally wide bins, in log2 or linear: pruned at `threshold`, or (None) over the whole range."""
+        if threshold is None:
+            return cls.log_unpruned(bits) if mapping == "log" else cls.linear_unpruned(bits)
+        return cls.log(bits, threshold) if mapping == "log" else cls.linear(bits, threshold)
 
     @classmethod
     def log(cls, bits: int, threshold: float = THRESHOLD) -> "Codebook":

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qtool.analysis.attention import HeadTally, bin_numbers, edges, largest_float32, summarise
+from qtool.analysis.attention import HeadTally, edges, largest_float32, summarise
 from qtool.calibrate.probabilities import bins
 from qtool.errors import InputError
 
@@ -125,8 +125,9 @@ def test_nothing_and_nan_are_said() -> None:
 @given(st.lists(st.floats(0, 1.0000001192092896, width=32), min_size=1))
 def test_octaves(values: list[float]) -> None:
     single = np.asarray(values, dtype=np.float32)
-    found = bin_numbers(single).tolist()
-    ends = edges().tolist()
+    found = bins(torch.from_numpy(single), 1).tolist()
+    ends = [2.0**power for power in range(-24, 1)]
+    assert edges().tolist() == ends
     assert found == [min(sum(value >= end for end in ends), len(ends) - 1) for value in values]
     # The octaves are those of calibration, whose bins are 16 to one.
     assert found == ((bins(torch.from_numpy(single)) + 15) // 16).tolist()

@@ -2,11 +2,14 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from qtool.analysis.heads import Judge
 from qtool.errors import InterruptedRun
@@ -146,6 +149,47 @@ def test_nonsense_is_one_line(arguments: tuple[str, ...], code: int, said: str, 
     ended = analyze(*arguments)
     assert ended.code == code
     assert len(ended.errors) == 1 and said in ended.errors[0]
+
+
+def test_threads_are_as_they_were(analyze: Command) -> None:
+    """Also after an error."""
+    torch.set_num_threads(2)
+    assert analyze("--limit", "20", "--threads", "1").code == 0
+    assert torch.get_num_threads() == 2
+    used = json.loads(Path("study/evaluated.jsonl").read_text().splitlines()[0])["fingerprint"]["threads"]
+    assert used == 1
+    assert analyze("--threads", "1", data=Path("nowhere"), out="other").code == 3
+    assert torch.get_num_threads() == 2
+
+
+def test_headprune_takes_what_was_found_of_this_model_alone(
+    analyze: Command, qtool_command: Command, tiny: Any
+) -> None:
+    """Not of one with the same shapes; a file that does not say of which is taken."""
+    assert analyze("--metric", "kl", "--max-drop", "100", "--target", "1", "--limit", "20").code == 0
+    file = Path("study/heads.json")
+
+    def prune(model: Path) -> Any:
+        chosen = ("--method", "headprune", "--set", f"methods.headprune.file={file}")
+        return qtool_command("quantize", model, *chosen, "--dry-run")
+
+    moved = Path(shutil.copytree(tiny.model, "moved"))
+    for model in (tiny.model, moved):
+        ended = prune(model)
+        assert ended.code == 0, ended.err
+    weights = load_file(moved / "model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][7, 3] += 0.5
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    ended = prune(moved)
+    assert ended.code == 3 and len(ended.errors) == 1
+    assert "study/heads.json is not about moved as it is now; search it with `qtool analyze heads`" in ended.errors[0]
+    body = json.loads(file.read_text())
+    for record in (None, {}, {"model": 3}):
+        file.write_text(json.dumps({**body, "fingerprint": record}))
+        assert prune(tiny.model).code == 3
+    del body["fingerprint"]
+    file.write_text(json.dumps(body))
+    assert prune(moved).code == 0
 
 
 def test_other_files_are_left_alone(analyze: Command) -> None:

@@ -189,6 +189,22 @@ def test_kept_values_are_not_measured_again(tmp_path: Path) -> None:
     assert [json.loads(line) for line in file.read_text().splitlines()][-1]["heads"] == [[5, 5]]
     with pytest.raises(InputError, match="different model"):
         Kept(file, {"model": "b", "rows": 3}, metric)
-    file.write_text("no json\n")
-    with pytest.raises(InputError, match="damaged"):
-        Kept(file, {"model": "a", "rows": 3}, metric)
+
+
+DAMAGES = [
+    b"no json\n", b"\xff\xfe\n", b"[]\n", b"{}\n", b'{"fingerprint": 3}\n', b'{"fingerprint": null}\n',
+    b'{"fingerprint": {}}\n{"heads": [[0, 1]]}\n', b'{"fingerprint": {}}\n{"heads": 3, "value": 1}\n',
+    b'{"fingerprint": {}}\n{"heads": [], "value": "x"}\n',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_of_sets_is_said_and_left(damage: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "evaluated.jsonl"
+    file.write_bytes(damage)
+    with pytest.raises(InputError, match=r"evaluated\.jsonl is damaged .*--overwrite"):
+        Kept(file, {}, len)
+    assert file.read_bytes() == damage
+    fresh = Kept(file, {}, len, fresh=True)
+    assert fresh(frozenset({(0, 1)})) == 1
+    fresh.close()

@@ -1,6 +1,11 @@
 """The study as a command: what it measures, against transformers' own attention; kills, resumption, errors."""
 
+import copy
 import json
+import shutil
+import subprocess
+import sys
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,17 @@ import transformers
 
 from qtool import api
 from qtool.analysis import study as studies
+from qtool.analysis.attention_page import page_of
+from qtool.analysis.page import html
 from qtool.analysis.sweep import Setting, settings
-from qtool.errors import InputError, UsageError
+from qtool.analysis.written import read_study
+from qtool.errors import InputError, UnavailableError, UsageError
 
+ARTIFACT = {
+    "artifact": "out", "bits": 3, "digest": "0", "score": 88.0, "metrics": {}, "drop": 0.99, "interval": [0.5, 1.5],
+    "agreement": 99.0, "kl": 0.01, "seconds": 1.0,
+}  # fmt: skip
+LOST = object()
 SMALL = api.AttentionRequest(thresholds=(0.02, 0.1), bits=(2, 3), bits_thresholds=(0.02,))
 
 
@@ -147,6 +160,41 @@ def test_other_settings_are_named(tiny: Any, tmp_path: Path) -> None:
     assert body["points"] == [] and body["distribution"]["sequences"] == 10
 
 
+def test_one_study_at_a_time_writes_a_folder(tiny: Any, tmp_path: Path, finished: Any, qtool_command: Any) -> None:
+    """A second one, in this process or another, is told so and changes nothing; a lock that was left behind is none."""
+    out, refused = tmp_path / "out", []
+    arguments = ["analyze", "attention", tiny.model, "--task", "sst2", "--data", tiny.data, "-o", out]
+
+    def again(name: str, done: int, total: int) -> None:
+        if name == "pruned at 0.1" and done == total:
+            before = {path.name: path.read_bytes() for path in out.iterdir()}
+            for choice in ((), ("--resume",), ("--overwrite",)):
+                refused.append(qtool_command(*arguments, *choice))
+            assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+            take = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+            command = [sys.executable, "-c", take, out / "attention.lock"]
+            refused.append(subprocess.run(command, capture_output=True, check=False))
+
+    out.mkdir()
+    (out / "attention.lock").write_text("left by a killed run")
+    assert without_seconds(run(tiny, out, progress=again)) == without_seconds(finished[1])
+    *ended, other = refused
+    said = f"another qtool process is writing {out}; wait for it to end"
+    assert [(one.code, one.errors) for one in ended] == [(3, [said])] * 3
+    assert b"BlockingIOError" in other.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["attention.html", "attention.json"]
+    assert run(tiny, out, resume=True)["complete"]
+
+
+def test_a_study_that_never_began_leaves_no_folder(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        run(tiny, tmp_path / "out", asked(tiny, exam={"data": str(tmp_path / "nowhere")}))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnavailableError, match="cannot write"):
+        run(tiny, tmp_path / "file" / "out")
+
+
 def test_foreign_files_are_not_resumed(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "attention.json").write_text('{"study": "heads"}')
     with pytest.raises(InputError, match="is no study of attention"):
@@ -154,6 +202,49 @@ def test_foreign_files_are_not_resumed(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "attention.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read"):
         run(tiny, tmp_path, resume=True)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where every value of a JSON value is, but of lists only the first and the last."""
+    inside = [*value.items()] if isinstance(value, dict) else [*enumerate(value)] if isinstance(value, list) else []
+    chosen = {id(one): one for one in (inside if isinstance(value, dict) else inside[:1] + inside[-1:])}.values()
+    return [path, *(deeper for key, one in chosen for deeper in places(one, (*path, key)))]
+
+
+def test_whatever_is_damaged_is_said_or_does_not_matter(study_body: Any, tmp_path: Path) -> None:
+    """Each value of a study is lost or becomes another: either that is refused in a line, or the page can be drawn."""
+    file, whole = tmp_path / "attention.json", study_body(layers=1, heads=2, artifacts=[ARTIFACT])
+    file.write_text(json.dumps(whole))
+    assert read_study(file) == whole
+    refused = 0
+    for *outer, key in places(whole)[1:]:
+        for change in (LOST, None, "text", -1, []):
+            body = copy.deepcopy(whole)
+            holder = reduce(lambda value, step: value[step], outer, body)
+            holder[key] = change
+            if change is LOST:
+                del holder[key]
+            file.write_text(json.dumps(body))
+            try:
+                known = read_study(file)
+            except InputError as error:
+                assert str(error).count("is damaged (") + str(error).count("is no study") == 1
+                assert "\n" not in str(error)
+                refused += 1
+            else:  # what the study builds on; the rest it says anew
+                kept = {name: known[name] for name in ("float", "distribution", "points", "artifacts")}
+                assert html(page_of({**whole, **kept}))
+    assert refused > 500
+
+
+def test_a_damaged_study_is_one_line(tiny: Any, tmp_path: Path, finished: Any, qtool_command: Any) -> None:
+    arguments = ["analyze", "attention", tiny.model, "--task", "sst2", "--data", tiny.data, "-o", tmp_path]
+    body = json.loads(json.dumps(finished[1]))
+    del body["points"][1]["bits"]
+    (tmp_path / "attention.json").write_text(json.dumps(body))
+    ended = qtool_command(*arguments, "--resume")
+    said = f"{tmp_path}/attention.json is damaged (points.1.bits: Field required); start again with --overwrite"
+    assert (ended.code, ended.errors) == (3, [said])
 
 
 @pytest.mark.parametrize(
@@ -200,6 +291,44 @@ def test_what_is_no_artifact_is_said_at_once(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a model that qtool quantized"):
         run(tiny, tmp_path / "out", asked(tiny, artifacts=(str(tiny.model),)))
     assert not (tmp_path / "out" / "attention.json").exists()
+
+
+def test_an_artifact_of_another_model_is_refused(tiny: Any, desk: Path, zoo: Any, qtool_command: Any) -> None:
+    """By the digest of its source, wherever that lies now; without one by its shape."""
+    import qtool
+
+    def studied(artifact: str, model: Any = tiny.model) -> Any:
+        chosen = ("--limit", 4, "--thresholds", "0.02", "--bits", "3", "--artifact", artifact, "--overwrite")
+        data = ("--task", "sst2", "--data", tiny.data, "--allow-weak-baseline")
+        return qtool_command("analyze", "attention", model, *data, "-o", "study", *chosen)
+
+    labels = ("negative", "positive")
+    others = {
+        "twin": zoo.make("twin", labels=labels, seed=1),
+        "deep": zoo.make("deep", labels=labels, num_hidden_layers=3),
+        "many": zoo.make("many", labels=labels, num_attention_heads=4),
+    }
+    for name, source in {"own": tiny.model, **others}.items():
+        qtool.quantize(str(source), method="zeroquant", output=f"{name}-out")
+    moved = Path(shutil.copytree(tiny.model, "moved"))
+    assert studied("own-out").code == 0 and studied("own-out", moved).code == 0
+    said = {}
+    for name in others:
+        ended = studied(f"{name}-out")
+        assert (ended.code, len(ended.errors)) == (3, 1), ended.err
+        said[name] = ended.errors[0]
+    assert "twin-out was made of other weights, or another config, than" in said["twin"]
+    assert f"(its source was {others['twin']})" in said["twin"]
+    assert "num_hidden_layers is 3 there, and 2 here" in said["deep"]
+    assert "num_attention_heads is 4 there, and 2 here" in said["many"]
+    for name in ("twin", "deep"):
+        Path(f"{name}-out/qtool.json").unlink()
+    assert studied("deep-out").errors == [said["deep"]]
+    assert studied("twin-out").code == 0  # nothing tells them apart any more
+    body = json.loads(Path("own-out/config.json").read_text())
+    body["quantization_config"]["modules"]["classifier"] = {"bits": 3}
+    Path("own-out/config.json").write_text(json.dumps(body))
+    assert studied("own-out").errors[0].startswith("own-out: quantization_config describes module 'classifier' wrongly")
 
 
 def test_a_decoder(zoo: Any, tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from small_models import ATTENDING, DATA, NOT_ATTENDING, Artifacts, batch, load, outputs, source_of
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 import qtool
-from qtool import golden, pipeline
+from qtool import pipeline
 from qtool.api import calibration_batches, open_job, resolve_recipe
 from qtool.artifact import quantization_config, write_tensors
 from qtool.calibrate.probabilities import Distribution
@@ -25,27 +25,6 @@ from qtool.nn import CodedAttention
 from qtool.nn.codes import CODES_CHILD
 from qtool.numerics.codebook import Codebook
 
-TIDY = {"bos_token_id": 1, "eos_token_id": 2}
-GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2, **TIDY}
-ENCODERS: dict[str, dict[str, Any]] = {
-    "BertForSequenceClassification": {},
-    "RobertaForQuestionAnswering": {},
-    "DistilBertForMaskedLM": {},
-    "ElectraForTokenClassification": {},
-}
-DECODERS: dict[str, dict[str, Any]] = {
-    "GPT2LMHeadModel": TIDY,
-    "OPTForCausalLM": {**TIDY, "ffn_dim": 48, "init_std": 0.4, "word_embed_proj_dim": 32},
-    "GPTNeoXForCausalLM": TIDY,
-    "LlamaForCausalLM": {**GROUPED, "tie_word_embeddings": True},
-    "MistralForCausalLM": {**GROUPED, "sliding_window": 6},
-}
-ALL = {**ENCODERS, **DECODERS}
-SHAPE: dict[str, Any] = {
-    "vocab_size": 65, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-    "max_position_embeddings": 40, "pad_token_id": 0, "initializer_range": 0.25,
-}  # fmt: skip
-DATA = ("calibration.source=random", "calibration.num_samples=8", "calibration.max_length=12")
 BERT = "BertForSequenceClassification"
 PAPER = {"mapping": "log", "levels": "midpoint", "relative": "false", "threshold": "0.02", "renormalize": "false"}
 SITES = tuple(f"bert.encoder.layer.{layer}.attention.self" for layer in range(2))
@@ -56,64 +35,19 @@ def options(**values: Any) -> tuple[str, ...]:
     return tuple(f"methods.logattn.{name}={value}" for name, value in values.items())
 
 
-def float_model(shelf: Any, architecture: str, **changes: Any) -> Path:
-    shape = {**SHAPE, **ALL.get(architecture, {}), **changes}
-    sizes = {name: shape.pop(name) for name in ("num_attention_heads", "num_hidden_layers")}
-    cls = getattr(transformers, architecture)
-    torch.manual_seed(0)
-    folder: Path = shelf.folder / f"logattn-{architecture}"
-    cls(cls.config_class(**sizes, **shape)).eval().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def coded(shelf: Any) -> Coded:
-    """The artifact of a tiny model by its class, made once; its golden check runs in this process."""
-    made: dict[Any, Path] = {}
+def artifacts(shelf: Any) -> Artifacts:
+    return Artifacts(shelf.folder, "logattn", initializer_range=0.25)
 
-    def check_here(run: Any, inputs: Any, outputs: Any) -> None:
-        assert golden.differences(outputs, golden.compute(run.staging, inputs)) == []
+
+@pytest.fixture
+def coded(artifacts: Artifacts) -> Coded:
+    """The artifact of a tiny model by its class."""
 
     def make(architecture: str, *sets: str, methods: tuple[str, ...] = ("logattn",)) -> Path:
-        key = (architecture, methods, *sets)
-        if key not in made:
-            source = float_model(shelf, architecture)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.chdir(shelf.folder)
-                patch.setattr(pipeline, "_check_in_fresh_process", check_here)
-                out = shelf.folder / f"logattn-{len(made)}-out"
-                made[key] = qtool.quantize(str(source), method=methods, output=out, set=(*DATA, *sets)).path
-        return made[key]
+        return artifacts.make(architecture, methods, *sets)
 
     return make
-
-
-def load(folder: Path, **changes: Any) -> Any:
-    """By the class in the config; every tensor must have been found."""
-    cls = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
-    model, report = cls.from_pretrained(folder, output_loading_info=True, **changes)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
-    return model.eval()
-
-
-def source_of(folder: Path) -> Path:
-    return Path(json.loads((folder / "qtool.json").read_text())["source"]["name"])
-
-
-def batch() -> dict[str, torch.Tensor]:
-    """Texts of 9, 5, 1, 7 and 3 tokens, padded."""
-    ids = torch.randint(5, 65, (5, 9), generator=torch.Generator().manual_seed(0))
-    mask = (torch.arange(9) < torch.tensor([9, 5, 1, 7, 3])[:, None]).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-@torch.no_grad()
-def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """All scores of real tokens (or of texts) in a row."""
-    found = model(**inputs, use_cache=False) if model.can_generate() else model(**inputs)
-    values = [value for value in found.values() if isinstance(value, torch.Tensor)]
-    real = inputs["attention_mask"].bool()
-    return torch.cat([(x[real] if x.shape[:2] == real.shape else x).flatten() for x in values])
 
 
 def attending(model: Any) -> dict[str, CodedAttention]:
@@ -138,7 +72,7 @@ def eager(model: Any, change: Callable[[Any, torch.Tensor], torch.Tensor]) -> It
     model.set_attn_implementation(before)
 
 
-@pytest.mark.parametrize("architecture", ALL)
+@pytest.mark.parametrize("architecture", ATTENDING)
 def test_every_block_attends_on_codes_near_float(coded: Coded, architecture: str) -> None:
     """Six bits are near; with padding, causal masks, windows, grouped heads, scaled queries."""
     folder = coded(architecture, *options(bits=6))
@@ -334,31 +268,22 @@ def test_a_rule_keeps_the_attention_of_a_block_float(coded: Coded) -> None:
     assert list(attending(model)) == [f"{SITES[0]}.{CODES_CHILD}"]
 
 
-def test_a_rule_reaches_attention_beside_zeroquant(shelf: Any) -> None:
+def test_a_rule_reaches_attention_beside_zeroquant(artifacts: Artifacts) -> None:
     rule = f"rules={{'*.1.*{CODES_CHILD}': float}}"
     recipe = resolve_recipe(methods=["zeroquant", "logattn"], sets=(*DATA, rule))
-    job = open_job(str(float_model(shelf, BERT)), recipe)
+    job = open_job(str(artifacts.source(BERT)), recipe)
     assert f"{SITES[0]}.{CODES_CHILD}" in job.plan.modules and f"{SITES[1]}.{CODES_CHILD}" not in job.plan.modules
 
 
-OUTSIDE = {
-    "GPTJForCausalLM": {**TIDY, "rotary_dim": 8},
-    "BloomForCausalLM": TIDY,
-    "MPNetForMaskedLM": {},
-    "DebertaV2ForMaskedLM": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
-}
-
-
-@pytest.mark.parametrize("architecture", OUTSIDE)
-def test_an_architecture_outside_the_registry_is_refused_by_name(shelf: Any, architecture: str) -> None:
-    source = float_model(shelf, architecture, **OUTSIDE[architecture])
+@pytest.mark.parametrize("architecture", NOT_ATTENDING)
+def test_an_architecture_outside_the_registry_is_refused_by_name(artifacts: Artifacts, architecture: str) -> None:
+    source = artifacts.source(architecture, **NOT_ATTENDING[architecture])
     with pytest.raises(InputError, match=f"{architecture} does not attend through transformers' registry"):
         open_job(str(source), resolve_recipe(methods=["logattn"], sets=DATA))
 
 
 NONSENSE = [
     (("zeroquant", "logattn"), ("methods.zeroquant.attention=int8",), r"zeroquant\.attention int8 both replace"),
-    (("logattn", "logattn"), (), "method logattn is there twice"),
     (("logattn",), options(threshold=0.1, sparsity=0.5), "threshold and sparsity say the same thing"),
     (("logattn",), options(pruned="false"), "pruned false is the paper's form"),
     (("logattn",), options(bits="null"), "bits null only prunes; say how much"),
@@ -378,9 +303,9 @@ NONSENSE = [
 
 @pytest.mark.parametrize(("methods", "sets", "said"), NONSENSE)
 def test_what_makes_no_sense_is_refused_by_name(
-    methods: tuple[str, ...], sets: tuple[str, ...], said: str, shelf: Any
+    methods: tuple[str, ...], sets: tuple[str, ...], said: str, artifacts: Artifacts
 ) -> None:
-    source = float_model(shelf, BERT)
+    source = artifacts.source(BERT)
     with pytest.raises(InputError, match=said):
         open_job(str(source), resolve_recipe(methods=list(methods), sets=(*DATA, *sets)))
 

@@ -67,7 +67,10 @@ def float64(values: object) -> torch.Tensor:
     [("log", LOG), ("log unpruned", LOG_UNPRUNED), ("linear", LINEAR), ("linear unpruned", LINEAR_UNPRUNED)],
 )
 def test_edges_and_levels_are_the_papers(kind: str, bits: int, expected: dict[int, tuple[list[float], ...]]) -> None:
+    mapping, threshold = kind.removesuffix(" unpruned"), None if kind.endswith("unpruned") else 1e-3
+    even = Codebook.even(mapping, bits, threshold)  # type: ignore[arg-type]
     codebook = KINDS[kind](bits)
+    assert even.edges.equal(codebook.edges) and even.levels.equal(codebook.levels)
     edges, levels = expected[bits]
     assert codebook.edges.tolist() == pytest.approx(edges, rel=2e-6, abs=0)
     assert codebook.levels.tolist() == [0, *(pytest.approx(level, rel=2e-6, abs=0) for level in levels)]

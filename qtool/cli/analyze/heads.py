@@ -67,10 +67,6 @@ def heads(context: click.Context, /, model: str, **params: Any) -> None:
     console.check_json_target(params["json_file"])
     request = _request(params)
     with screen_of(context) as screen:
-        if params["threads"]:
-            import torch
-
-            torch.set_num_threads(params["threads"])
         choices = {key: params[key] for key in ("resume", "overwrite")}
         found = api.analyze_heads(
             model,
@@ -91,7 +87,7 @@ def _request(params: "Mapping[str, Any]") -> Any:
 
     names = (
         "metric", "max_drop", "search", "branching", "max_evaluations", "max_seconds", "target", "data", "limit",
-        "split", "text_columns", "label_column", "batch_size", "max_length", "revision",
+        "split", "text_columns", "label_column", "batch_size", "max_length", "revision", "threads",
     )  # fmt: skip
     protected = [_place(text) for text in params["kept"]]
     return HeadsRequest(**{name: params[name] for name in names}, protected=protected)

@@ -42,7 +42,7 @@ def make(wish: Wish, seen: Distribution | None, lost: float | None) -> Codebook:
         assert seen is not None
         at_least = [0.0 if value is None else value for value in thresholds]
         return fitted(seen, wish.bits, torch.tensor(at_least, dtype=torch.float64).expand(len(seen.counts)))
-    heads = [_even(wish.mapping, wish.bits, value) for value in thresholds]
+    heads = [Codebook.even(wish.mapping, wish.bits, value) for value in thresholds]
     book = Codebook(*(torch.stack([getattr(head, name) for head in heads]) for name in ("edges", "levels")))
     return with_means(book, seen) if wish.means and seen is not None else book
 
@@ -52,12 +52,6 @@ def _pruning(thresholds: Sequence[float], *, strict: bool) -> Codebook:
     edges = [[math.nextafter(value, 1) if strict else value] for value in thresholds]
     ones = [[0.0, 1.0]] * len(thresholds)
     return Codebook(torch.tensor(edges, dtype=torch.float64), torch.tensor(ones, dtype=torch.float64))
-
-
-def _even(mapping: Literal["log", "linear"], bits: int, threshold: float | None) -> Codebook:
-    if threshold is None:
-        return Codebook.log_unpruned(bits) if mapping == "log" else Codebook.linear_unpruned(bits)
-    return Codebook.log(bits, threshold) if mapping == "log" else Codebook.linear(bits, threshold)
 
 
 def common_threshold(seen: Sequence[Distribution], sparsity: float) -> float:

@@ -51,9 +51,9 @@ METHODS: dict[str, Entry] = {
     ),
     "logattn": Entry(
         "qtool.methods.logattn:LogAttn",
-        "attention probabilities pruned and kept as codes of 2 to 8 bits; alone or with zeroquant",
+        "attention probabilities pruned and kept as codes of 2 to 8 bits; alone, with ibert or with zeroquant",
         "logattn",
-        "codes of probabilities; products in float, not faster",
+        "real in integer attention (ibert); else codes with float products, not faster",
     ),
 }
 """The built-in methods by the name that recipes and `--method` use."""

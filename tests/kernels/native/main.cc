@@ -240,6 +240,29 @@ IntNorm norm_of(Draw& draw, Heap& heap, int size, int out_bits, int low, int hig
   return made;
 }
 
+// Edges from none of a row to all of it, levels of one digit and of two; without levels there is one edge.
+WholeCodebook codebook_of(Draw& draw, Heap& heap, int heads) {
+  constexpr int kCounts[] = {1, 3, 7, 255};
+  WholeCodebook made = {};
+  const bool pruning = draw.integer(0, 3) == 0;
+  made.count = pruning ? 1 : kCounts[draw.integer(0, 3)];
+  made.relative = draw.coin(), made.renormalize = draw.coin();
+  auto* edges = heap.take<int32_t>(std::int64_t{heads} * made.count);
+  for (int h = 0; h < heads; ++h) {
+    for (int e = 0; e < made.count; ++e) edges[h * made.count + e] = static_cast<int32_t>(draw.integer(0, 1) << draw.integer(0, 24));
+    std::sort(edges + h * made.count, edges + (h + 1) * made.count);
+  }
+  made.edges = edges;
+  if (pruning) return made;
+  auto* levels = heap.take<int32_t>(std::int64_t{heads} * (made.count + 1));
+  for (int h = 0; h < heads; ++h) {
+    const int64_t most = draw.coin() ? 127 : 16383;
+    for (int c = 0; c <= made.count; ++c) levels[h * (made.count + 1) + c] = c == 0 ? 0 : static_cast<int32_t>(draw.integer(1, most));
+  }
+  made.levels = levels;
+  return made;
+}
+
 IntAttention attention_of(Draw& draw, Heap& heap, int heads, int size) {
   constexpr int kGrids[] = {6, 8, 10, 12}, kBits[] = {8, 14, 15, 16};
   IntAttention made = {};
@@ -251,6 +274,7 @@ IntAttention attention_of(Draw& draw, Heap& heap, int heads, int size) {
   const double unit = std::log(2.0) / (1 << made.grid);  // docs/math.md, 4
   made.exp_b = static_cast<int32_t>(1.3536624322664372 / unit + 0.5);
   made.exp_c = static_cast<int32_t>(0.3437225370424528 / (0.35815147 * unit * unit) + 0.5);
+  if (draw.coin()) made.book = codebook_of(draw, heap, heads);
   return made;
 }
 

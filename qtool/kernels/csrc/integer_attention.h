@@ -15,7 +15,8 @@ struct Head {
   static constexpr int kRows = Isa::kRows;
 
   // Packed keys and values of up to `keys` keys, and what a block of query rows needs.
-  Head(const IntAttention& attention, int keys, Cutter& cutter) : attention_(&attention), size_(attention.size) {
+  Head(const IntAttention& attention, int keys, Cutter& cutter)
+      : attention_(&attention), size_(attention.size), ladder_(cutter) {
     const std::int64_t padded = ceil_div(keys, kTile) * kTile, quads = ceil_div(size_, kQuad) * kQuad;
     const std::int64_t panels = ceil_div(size_, kTile) * kTile;
     keys_ = cutter.take<std::int8_t>(padded * quads);
@@ -25,7 +26,6 @@ struct Head {
     digits_ = cutter.take<std::uint8_t>(padded * kRows * kDigits);
     query_ = cutter.take<std::uint8_t>(quads * kRows);
     context_ = cutter.take<std::int32_t>(panels * kRows);
-    limits_ = cutter.take<std::int32_t>(kMostEdges);
   }
 
   // All layers have heads of one shape.
@@ -93,6 +93,7 @@ struct Head {
                     }
                   });
     const int digits = digits_of(head);
+    if (at.book.levels != nullptr) ladder_.serve(at.book.levels + head * (at.book.count + 1), at.book.count);
     Quotient quotients[kRows] = {};
     for (int r = 0; r < count; ++r) {
       std::int32_t* row = scores_ + r * padded_;
@@ -126,7 +127,6 @@ struct Head {
 
  private:
   static constexpr int kDigits = 3;  // of 7 bits, for probabilities of up to 16
-  static constexpr int kMostEdges = 255;
 
   // How many digits what stands for a probability has: one is enough for levels up to 127.
   int digits_of(int head) const {
@@ -147,13 +147,14 @@ struct Head {
       return {};
     }
     const std::int64_t largest = std::int64_t{at.exp_b} * at.exp_b + at.exp_c, whole = book.relative != 0 ? largest : sum;
-    for (int e = 0; e < book.count; ++e) limits_[e] = least_weight(book.edges[head * book.count + e], whole);
+    const std::int32_t* edges = book.edges + head * book.count;
     if (book.levels == nullptr) {
-      const std::int64_t kept = prune_row<Isa>(row, padded_, limits_[0]);
+      const std::int64_t kept = prune_row<Isa>(row, padded_, least_weight(edges[0], whole));
       share_row<Isa>(at, row, padded_, book.renormalize != 0 ? kept : sum, digits);
       return {};
     }
-    const std::int64_t total = code_row<Isa>(row, padded_, limits_, book.count, book.levels + head * (book.count + 1), digits);
+    ladder_.limit(edges, whole);
+    const std::int64_t total = ladder_.row(row, padded_, digits);
     if (book.renormalize != 0) return {total, at.bits};
     return book.relative != 0 ? Quotient(sum < largest ? largest : sum, bit_length(static_cast<std::uint64_t>(largest)) + 7) : Quotient();
   }
@@ -170,9 +171,10 @@ struct Head {
 
   const IntAttention* attention_;
   int size_;
+  Ladder<Isa> ladder_;
   int count_ = 0, padded_ = 0;
   std::int8_t *keys_, *values_;
-  std::int32_t *corrections_, *scores_, *context_, *limits_;
+  std::int32_t *corrections_, *scores_, *context_;
   std::uint8_t *digits_, *query_;
 };
 

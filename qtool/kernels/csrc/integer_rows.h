@@ -7,6 +7,7 @@
 #include "integer.h"
 #include "isa_portable.h"
 #include "matrix.h"
+#include "schedule.h"
 
 namespace qtool {
 namespace {  // compiled for each instruction set apart: no copy may serve another
@@ -255,22 +256,78 @@ inline std::int32_t least_weight(std::int32_t edge, std::int64_t whole) {
   return static_cast<std::int32_t>(least < 1 ? 1 : least > kInt32Limit ? kInt32Limit : least);
 }
 
-// What the codes of a row of weights stand for; `limits` holds one number for each edge. Returns their sum.
+// The codebook of a head, as rows of weights are looked up in it. `limits` are the least weights of codes 1 and up in a row.
 template <class Isa>
-std::int64_t code_row(const std::int32_t* weights, int count, const std::int32_t* limits, int edges, const std::int32_t* levels,
-                      const Digits& out) {
-  auto wide = Isa::zero_wide();
-  for (int i = 0; i < count; i += Isa::kLanes) {
-    const auto weight = Isa::load(weights + i);
-    auto level = Isa::set(0);
-    for (int e = 0; e < edges; ++e) {
-      level = Isa::add(level, Isa::at_least(weight, Isa::set(limits[e]), Isa::set(levels[e + 1] - levels[e])));
-    }
-    wide = Isa::add_wide(wide, level);
-    out.template put<Isa>(i, level);
+class Ladder {
+ public:
+  static constexpr int kMostEdges = 255, kFew = 15;  // comparisons that are faster than a search
+
+  explicit Ladder(Cutter& cutter) : limits_(cutter.take<std::int32_t>(kRoom)), rises_(cutter.take<std::int32_t>(kRoom)) {}
+
+  // Takes levels, count + 1 of them.
+  void serve(const std::int32_t* levels, int count) {
+    levels_ = levels, count_ = count;
+    for (int e = 0; few() && e < count; ++e) Isa::put(rises_ + e * Isa::kLanes, Isa::set(levels[e + 1] - levels[e]));
   }
-  return Isa::reduce_wide(wide);
-}
+
+  void limit(const std::int32_t* edges, std::int64_t whole) {
+    if (few()) {
+      for (int e = 0; e < count_; ++e) Isa::put(limits_ + e * Isa::kLanes, Isa::set(least_weight(edges[e], whole)));
+      return;
+    }
+    for (int e = 0; e < kMostEdges; ++e) limits_[e] = e < count_ ? least_weight(edges[e], whole) : kInt32Limit;
+  }
+
+  // What the codes of a row of weights stand for, and their sum; `count` is a multiple of kTile.
+  std::int64_t row(const std::int32_t* weights, int count, const Digits& out) const {
+    if (count_ == 3) return row(weights, count, out, [this](auto x) { return climb<3>(x); });
+    if (count_ == 7) return row(weights, count, out, [this](auto x) { return climb<7>(x); });
+    if (count_ == 15) return row(weights, count, out, [this](auto x) { return climb<15>(x); });
+    return row(weights, count, out, [this](auto x) { return search(x); });
+  }
+
+ private:
+  using Int = typename Isa::Int;
+  static constexpr int kRoom = 256;
+  static_assert(kFew * Isa::kLanes <= kRoom, "a vector for each edge");
+
+  bool few() const { return count_ == 3 || count_ == 7 || count_ == 15; }
+
+  template <class Find>
+  static std::int64_t row(const std::int32_t* weights, int count, const Digits& out, const Find& find) {
+    auto wide = Isa::zero_wide();
+    for (int i = 0; i < count; i += Isa::kLanes) {
+      const Int level = find(Isa::load(weights + i));
+      wide = Isa::add_wide(wide, level);
+      out.template put<Isa>(i, level);
+    }
+    return Isa::reduce_wide(wide);
+  }
+
+  template <int E>
+  Int climb(Int weight) const {
+    Int level = Isa::set(0);
+#pragma GCC unroll 15
+    for (int e = 0; e < E; ++e) {
+      level = Isa::add(level, Isa::at_least(weight, Isa::load(limits_ + e * Isa::kLanes), Isa::load(rises_ + e * Isa::kLanes)));
+    }
+    return level;
+  }
+
+  Int search(Int weight) const {
+    Int code = Isa::set(0);
+    for (int step = (kMostEdges + 1) / 2; step > 0; step /= 2) {
+      if (step > count_) continue;
+      const Int limit = Isa::look_up(limits_, Isa::add(code, Isa::set(step - 1)));
+      code = Isa::add(code, Isa::at_least(weight, limit, Isa::set(step)));
+    }
+    return Isa::look_up(levels_, code);
+  }
+
+  const std::int32_t* levels_ = nullptr;
+  int count_ = 0;
+  std::int32_t *limits_, *rises_;
+};
 
 // Weights below `limit` made 0, in place. Returns the sum of the others.
 template <class Isa>

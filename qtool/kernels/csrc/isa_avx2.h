@@ -47,6 +47,9 @@ struct Avx2 {
     const Int found = _mm256_i32gather_epi32(reinterpret_cast<const int*>(table), index, 2);
     return _mm256_srai_epi32(_mm256_slli_epi32(found, 16), 16);  // the low halves
   }
+  static Int look_up(const std::int32_t* table, Int index) {
+    return _mm256_i32gather_epi32(reinterpret_cast<const int*>(table), index, 4);
+  }
   static Int set(std::int32_t x) { return _mm256_set1_epi32(x); }
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int sub(Int a, Int b) { return _mm256_sub_epi32(a, b); }

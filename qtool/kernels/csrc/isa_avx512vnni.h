@@ -37,6 +37,7 @@ struct Avx512Vnni {
   }
   static void put(std::int8_t* p, Int x) { put(reinterpret_cast<std::uint8_t*>(p), x); }
   static Int look_up(const std::int16_t* table, Int index) { return _mm512_i32gather_epi32(index, table, 2); }  // the low halves
+  static Int look_up(const std::int32_t* table, Int index) { return _mm512_i32gather_epi32(index, table, 4); }
   static Int set(std::int32_t x) { return _mm512_set1_epi32(x); }
   static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Int sub(Int a, Int b) { return _mm512_sub_epi32(a, b); }

@@ -63,6 +63,7 @@ struct Portable {
   static void put(std::int8_t* p, Int x) { put(reinterpret_cast<std::uint8_t*>(p), x); }
   // table[index], from a table with one entry more than there are indices.
   static Int look_up(const std::int16_t* table, Int index) { return table[index]; }
+  static Int look_up(const std::int32_t* table, Int index) { return table[index]; }
   static Int set(std::int32_t x) { return x; }
   static Int add(Int a, Int b) { return static_cast<Int>(static_cast<std::uint32_t>(a) + static_cast<std::uint32_t>(b)); }
   static Int sub(Int a, Int b) { return static_cast<Int>(static_cast<std::uint32_t>(a) - static_cast<std::uint32_t>(b)); }

@@ -26,6 +26,7 @@ struct Head {
     query_ = cutter.take<std::uint8_t>(quads * kRows);
     context_ = cutter.take<std::int32_t>(panels * kRows);
     limits_ = cutter.take<std::int32_t>(kMostEdges);
+    steps_ = cutter.take<std::int32_t>(kMostEdges);
   }
 
   // All layers have heads of one shape.
@@ -153,7 +154,8 @@ struct Head {
       share_row<Isa>(at, row, padded_, book.renormalize != 0 ? kept : sum, digits);
       return {};
     }
-    const std::int64_t total = code_row<Isa>(row, padded_, limits_, book.count, book.levels + head * (book.count + 1), digits);
+    level_steps(book.levels + head * (book.count + 1), book.count, steps_);
+    const std::int64_t total = level_row<Isa>(row, padded_, limits_, steps_, book.count, digits);
     if (book.renormalize != 0) return {total, at.bits};
     return book.relative != 0 ? Quotient(sum < largest ? largest : sum, bit_length(static_cast<std::uint64_t>(largest)) + 7) : Quotient();
   }
@@ -172,7 +174,7 @@ struct Head {
   int size_;
   int count_ = 0, padded_ = 0;
   std::int8_t *keys_, *values_;
-  std::int32_t *corrections_, *scores_, *context_, *limits_;
+  std::int32_t *corrections_, *scores_, *context_, *limits_, *steps_;
   std::uint8_t *digits_, *query_;
 };
 

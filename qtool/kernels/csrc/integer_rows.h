@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "code_rows.h"
 #include "integer.h"
 #include "isa_portable.h"
 #include "matrix.h"
@@ -18,8 +19,7 @@ constexpr int kNormBits = 30;
 constexpr int kRootBits = 60;
 constexpr int kScoreBits = 24;
 constexpr int kExpOctaves = 30;
-constexpr int kEdgeBits = 24;        // fixed-point places of a codebook's edges
-constexpr int kQuotientBits = 29;    // of a row's reciprocal beyond those of what it divides by
+constexpr int kQuotientBits = 29;  // of a row's reciprocal beyond those of what it divides by
 constexpr std::int32_t kInt32Limit = 0x7fffffff;
 
 inline int bit_length(std::uint64_t n) {
@@ -225,18 +225,6 @@ std::int64_t weigh_row(const IntAttention& attention, std::int32_t* scores, int 
   return Isa::reduce_wide(wide);
 }
 
-// What is written of a row of `count` numbers: 7 bits of each to each of `digits` rows, lowest first, `stride` bytes apart.
-struct Digits {
-  std::uint8_t* out;
-  std::ptrdiff_t stride;
-  int digits;
-
-  template <class Isa>
-  void put(int i, typename Isa::Int x) const {
-    for (int d = 0; d < digits; ++d) Isa::put(out + d * stride + i, Isa::mask(Isa::shift_right(x, 7 * d), Isa::set(127)));
-  }
-};
-
 // Weights as shares of their sum (6.1 to 6.3). The largest score weighs E(0) > 2^14 (math.md, 4), so that the reciprocal
 // fits 32 bits.
 template <class Isa>
@@ -247,41 +235,6 @@ void share_row(const IntAttention& attention, const std::int32_t* weights, int c
   for (int i = 0; i < count; i += Isa::kLanes) {
     out.template put<Isa>(i, Isa::min(Isa::scale_unsigned(Isa::load(weights + i), reciprocal, places), Isa::set(most)));
   }
-}
-
-// The least weight that reaches an edge of a share of `whole` (9.1).
-inline std::int32_t least_weight(std::int32_t edge, std::int64_t whole) {
-  const std::int64_t least = (edge * whole + ((std::int64_t{1} << kEdgeBits) - 1)) >> kEdgeBits;
-  return static_cast<std::int32_t>(least < 1 ? 1 : least > kInt32Limit ? kInt32Limit : least);
-}
-
-// What the codes of a row of weights stand for; `limits` holds one number for each edge. Returns their sum.
-template <class Isa>
-std::int64_t code_row(const std::int32_t* weights, int count, const std::int32_t* limits, int edges, const std::int32_t* levels,
-                      const Digits& out) {
-  auto wide = Isa::zero_wide();
-  for (int i = 0; i < count; i += Isa::kLanes) {
-    const auto weight = Isa::load(weights + i);
-    auto level = Isa::set(0);
-    for (int e = 0; e < edges; ++e) {
-      level = Isa::add(level, Isa::at_least(weight, Isa::set(limits[e]), Isa::set(levels[e + 1] - levels[e])));
-    }
-    wide = Isa::add_wide(wide, level);
-    out.template put<Isa>(i, level);
-  }
-  return Isa::reduce_wide(wide);
-}
-
-// Weights below `limit` made 0, in place. Returns the sum of the others.
-template <class Isa>
-std::int64_t prune_row(std::int32_t* weights, int count, std::int32_t limit) {
-  auto wide = Isa::zero_wide();
-  for (int i = 0; i < count; i += Isa::kLanes) {
-    const auto weight = Isa::load(weights + i), kept = Isa::at_least(weight, Isa::set(limit), weight);
-    Isa::put(weights + i, kept);
-    wide = Isa::add_wide(wide, kept);
-  }
-  return Isa::reduce_wide(wide);
 }
 
 // One over a number, as sums are multiplied by it (9.1): |sum| * factor / 2^places in units of 2^-bits.

@@ -46,7 +46,7 @@ _FRACTION_BITS = 8  # places behind the point that a probability has while its r
 _CODED_BITS = 14  # the same where a codebook looks at it; half a unit more is still exact in float32
 _LARGEST = LEVELS << _CODED_BITS
 _DIGIT_BITS = 7
-_INT32 = (1 << 31) - 1
+INT32 = (1 << 31) - 1
 LOG2_E = math.log2(math.e)
 _LOWEST = -24.0  # 2^-24 of the largest weight is less than half a unit of either
 _EXP2 = (0.6931471880, 0.2402265092, 0.0555035710, 0.0096180567, 0.0013390867, 0.0001546145)  # (2^x - 1) / x
@@ -77,7 +77,7 @@ def int8_attention(
     query, or in a key or value that it may look at, makes its context NaN. Raises InputError beyond `MAX_KEYS` and
     `MAX_SIZE`, and with a book beyond `MAX_CODED_KEYS` or for levels that are too large for as many keys.
     """
-    check_codebook(book, key.shape[2])
+    check_codebook(book, level_unit, key.shape[2])
     (q, k, v), unit, k_unit = quantized(query, key, value, value_scale, scaling)
     batch, heads, queries, size = query.shape
     groups, keys = key.shape[1:3]
@@ -104,17 +104,18 @@ def int8_attention(
     return context.flatten(1, 2).transpose(1, 2), codes.flatten(1, 2)
 
 
-def check_codebook(book: WholeCodebook | None, keys: int) -> None:
+def check_codebook(book: WholeCodebook | None, level_unit: torch.Tensor | None, keys: int) -> None:
     """Raises InputError for more keys than sums of weights, and of levels by values, have room for."""
     if book is None:
         return
+    assert book.levels is None or book.renormalize or level_unit is not None
     if keys > MAX_CODED_KEYS:
         raise InputError(f"INT8 attention with a codebook adds up {keys} weights; sums are exact for {MAX_CODED_KEYS}")
     if book.levels is None:
         return
     largest = int(book.levels.max())
-    if QMAX * largest * keys > _INT32:
-        most = _INT32 // (QMAX * largest)
+    if QMAX * largest * keys > INT32:
+        most = INT32 // (QMAX * largest)
         raise InputError(f"INT8 attention adds up {keys} levels of up to {largest}; int32 has room for {most} of them")
 
 
@@ -216,7 +217,7 @@ class _Coder(NamedTuple):
         mine = slice(group * heads, (group + 1) * heads)
         if book.levels is None or book.renormalize:
             return cls(book[mine], None)
-        assert level_unit is not None
+        assert level_unit is not None  # see check_codebook
         return cls(book[mine], level_unit[mine].view(-1, 1, 1) * float(_LARGEST if book.relative else 1))
 
     def encode(self, weights: torch.Tensor, values: _Values) -> tuple[torch.Tensor, torch.Tensor]:

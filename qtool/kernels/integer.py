@@ -297,7 +297,7 @@ class Native(Reference):
         if softcap is not None or (mask is not None and mask.dtype != torch.bool):
             options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "book": book, "level_unit": level_unit}
             return Reference.int8_attention(query, key, value, value_scale, mask, **options)
-        attention.check_codebook(book, key.shape[2])
+        attention.check_codebook(book, level_unit, key.shape[2])
         codes, unit, k_unit = attention.quantized(query, key, value, value_scale, scaling)
         kept = [tensor.contiguous() for tensor in (*codes, unit, k_unit, value_scale)]
         (batch, heads, queries, size), (groups, keys) = query.shape, key.shape[1:3]

@@ -100,7 +100,7 @@ class CodeHead {
       std::uint8_t *multiplied = codes_ + std::ptrdiff_t{r} * padded_, *plain = codes + std::ptrdiff_t{r} * count_;
       const float spoiled = weigh(row, mask(r), book_.count > 0 ? kCodedFraction : kFraction);
       if (book_.count == 0) {
-        rows[r] = {static_cast<float>(diffuse(kFraction, multiplied, plain)), 1.0f, spoiled};
+        rows[r] = {static_cast<float>(diffuse<kFraction>(multiplied, plain)), 1.0f, spoiled};
       } else {
         rows[r] = encode(head(r), Digits{multiplied, std::ptrdiff_t{kRows} * padded_, digits}, plain);
         rows[r].spoiled = spoiled;
@@ -167,19 +167,20 @@ class CodeHead {
     for (int e = 0; e < book_.count; ++e) limits_[e] = least_weight(book_.edges[std::ptrdiff_t{head} * book_.count + e], whole);
     if (!by_levels()) {
       const std::int64_t kept = prune_row<Isa>(weights_, padded_, limits_[0]);
-      const auto total = static_cast<float>(diffuse(kCodedFraction, multiplied.out, plain));
+      const auto total = static_cast<float>(diffuse<kCodedFraction>(multiplied.out, plain));
       return {total, book_.renormalize != 0 ? 1.0f : static_cast<float>(kept) / positive(sum), 0.0f};
     }
     level_steps(levels_of(head), book_.count, steps_);
     for (int e = 0; e < book_.count; ++e) steps_[e] += 1 << kCodePlace;
     auto wide = Isa::zero_wide();
-    code_row<Isa>(weights_, padded_, limits_, steps_, book_.count, [&](int i, auto both) {
+    std::uint8_t* found = found_;
+    code_row<Isa>(weights_, padded_, limits_, steps_, book_.count, [&wide, found, multiplied](int i, auto both) {
       const auto level = Isa::mask(both, Isa::set((1 << kCodePlace) - 1));
       wide = Isa::add_wide(wide, level);
       multiplied.put<Isa>(i, level);
-      Isa::put(found_ + i, Isa::shift_right(both, kCodePlace));
+      Isa::put(found + i, Isa::shift_right(both, kCodePlace));
     });
-    std::memcpy(plain, found_, count_);
+    std::memcpy(plain, found, count_);
     if (book_.renormalize != 0) return {positive(Isa::reduce_wide(wide)), 1.0f, 0.0f};
     if (book_.relative != 0) return {positive(sum), level_unit_[head] * static_cast<float>(kLargest), 0.0f};
     return {1.0f, level_unit_[head], 0.0f};
@@ -203,27 +204,32 @@ class CodeHead {
       std::memset(weights_, 0, sizeof(std::int32_t) * padded_);
       return Isa::reduce_add_float(spoiled);
     }
-    for (int j = 0; j < padded_; j += Isa::kLanes) {
+    std::int32_t* weights = weights_;
+    const int padded = padded_;
+    for (int j = 0; j < padded; j += Isa::kLanes) {
       auto x = Isa::sub_float(Isa::load_float(row + j), Isa::set_float(largest));
       x = Isa::min_float(Isa::max_float(x, Isa::set_float(kLowest)), Isa::set_float(0.0f));
       const auto weight = Isa::mul_float(power_of_two<Isa>(x), Isa::set_float(static_cast<float>(kLevels << fraction)));
-      Isa::put(weights_ + j, Isa::to_int(Isa::floor_float(Isa::add_float(weight, Isa::set_float(0.5f)))));
+      Isa::put(weights + j, Isa::to_int(Isa::floor_float(Isa::add_float(weight, Isa::set_float(0.5f)))));
     }
     return Isa::reduce_add_float(spoiled);
   }
 
   // Rounds the running sum of weights_ to codes, as they are multiplied and as they are. Returns their sum, at least 1.
-  std::int32_t diffuse(int fraction, std::uint8_t* multiplied, std::uint8_t* plain) const {
-    std::int64_t sum = 1 << (fraction - 1);
+  template <int F>
+  std::int32_t diffuse(std::uint8_t* multiplied, std::uint8_t* plain) const {
+    const std::int32_t* weights = weights_;  // what is stored here cannot change that
+    const int count = count_;
+    std::int64_t sum = 1 << (F - 1);
     std::int32_t before = 0;
-    for (int j = 0; j < count_; ++j) {
-      sum += weights_[j];
-      const auto now = static_cast<std::int32_t>(sum >> fraction);
+    for (int j = 0; j < count; ++j) {
+      sum += weights[j];
+      const auto now = static_cast<std::int32_t>(sum >> F);
       plain[j] = static_cast<std::uint8_t>(now - before);
-      multiplied[j] = static_cast<std::uint8_t>(now - before - kMiddle + Isa::kOffset);
       before = now;
     }
-    for (int j = count_; j < padded_; ++j) multiplied[j] = 0;  // their values are 0
+    for (int j = 0; j < count; ++j) multiplied[j] = static_cast<std::uint8_t>(plain[j] - kMiddle + Isa::kOffset);
+    std::memset(multiplied + count, 0, padded_ - count);  // their values are 0
     return before > 0 ? before : 1;
   }
 

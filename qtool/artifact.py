@@ -54,7 +54,11 @@ _DESCRIPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "tied_linear": {"table": str, "bias": bool},
     "attention": _ATTENTION,
     "coded_attention": {
-        **_ATTENTION, "code_bits": (int, type(None)), "relative": bool, "renormalize": bool, "tokens": int,
+        **_ATTENTION,
+        "code_bits": (int, type(None)),
+        "relative": bool,
+        "renormalize": bool,
+        "tokens": int,
     },
     "int_embeddings": {"parts": dict, "padding_idx": (int, type(None))},
     "int_block": {"parts": dict},

@@ -8,10 +8,11 @@ Rounding each probability by itself would lose the many small ones of a long row
 draws nine tenths, hundreds of others round to zero. So each key's rounding error is carried to the next (error
 diffusion along the row), in integers: the codes of a row then add up to the rounded sum of its probabilities.
 
-With a codebook (`codebook.WholeCodebook`, a few bits a weight) the codes are its codes. A key's weight is then the whole
-number floor(2^(score - largest) · 254 · 2^14 + 1/2), and the sum of a row is exact: a weight reaches an edge when it is
-at least that share of the sum, or with `relative` of 254 · 2^14, what the row's largest weighs. What is multiplied by
-the values is the level of each code, an integer, in one digit of 7 bits or two; the sum, exact in int32, is then
+With a codebook (`codebook.WholeCodebook`, a few bits a weight) the codes are its codes. A key's weight is then the
+whole number floor(2^(score - largest) · 254 · 2^14 + 1/2), and the sum of a row is exact: a weight reaches an edge when
+it is at least that share of the sum, or with `relative` of 254 · 2^14, what the row's largest weighs. What is
+multiplied by the values is the level of each code, an integer, in one digit of 7 bits or two; the sum, exact in int32,
+is then
 
 - with `renormalize` divided by the sum of the row's levels,
 - else with `relative` divided by the row's sum of weights, and multiplied by `level_unit` · 254 · 2^14,

@@ -48,8 +48,8 @@ MODULES: dict[str, type[QModule]] = {
 }
 
 __all__ = [
-    "MODULES", "CodedAttention", "IntCodedAttention", "IntModule", "QAttention", "QCodedAttention", "QEmbedding", "QLinear",
-    "QModule", "QTiedLinear", "describe", "install", "parts_of",
+    "MODULES", "CodedAttention", "IntCodedAttention", "IntModule", "QAttention", "QCodedAttention", "QEmbedding",
+    "QLinear", "QModule", "QTiedLinear", "describe", "install", "parts_of",
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from qtool.numerics.codebook import MAX_BITS, Codebook
 CHILD = "int8_products"
 """Name that the module has inside the attention module that it serves."""
 _ACTIVATIONS = "int8:token:sym"
+_WORDS = ("code_bits", "relative", "renormalize", "tokens")
 
 
 class QAttention(QModule):
@@ -26,7 +27,7 @@ class QAttention(QModule):
     are scaled by token and head as they come, so that a key has the same codes whenever they are made.
     """
 
-    _scales = ("value_scale",)
+    _scales: tuple[str, ...] = ("value_scale",)
     value_scale: torch.Tensor
 
     def __init__(self, heads: int, groups: int, size: int, *, device: str = "cpu") -> None:
@@ -81,9 +82,9 @@ class QAttention(QModule):
 class QCodedAttention(QAttention):
     """`QAttention` whose probabilities are codes of a few bits, by a codebook of each head.
 
-    Words: `code_bits`, None where probabilities are only pruned; `relative`, `renormalize`; `tokens` of the longest text.
-    Buffers: `edges` int32 `[heads, codes - 1]` and `levels` int32 `[heads, codes]`, as in `WholeCodebook`, `levels` None
-    for pruning; `level_unit` float32 `[heads]`, what one of a level is worth, None where that cancels.
+    `code_bits` are 2 … 8, or None where probabilities are only pruned; `tokens` are those of the longest text. Buffers:
+    `edges` int32 `[heads, codes - 1]` and `levels` int32 `[heads, codes]`, as in `WholeCodebook`, levels None for
+    pruning; `level_unit` float32 `[heads]`, what one of a level is worth, None where that cancels.
     """
 
     _scales = ("value_scale", "level_unit")
@@ -106,7 +107,7 @@ class QCodedAttention(QAttention):
         super().__init__(heads, groups, size, device=device)
         if code_bits is not None and not 2 <= code_bits <= MAX_BITS:
             raise InputError(f"attention codes have 2 to {MAX_BITS} bits, not {code_bits}")
-        self.words = {"code_bits": code_bits, "relative": relative, "renormalize": renormalize, "tokens": tokens}
+        self.code_bits, self.relative, self.renormalize, self.tokens = code_bits, relative, renormalize, tokens
         edges, levels = (1, 0) if code_bits is None else ((1 << code_bits) - 1, 1 << code_bits)
         self.register_buffer("edges", torch.empty((heads, edges), dtype=torch.int32, device=device))
         held = torch.empty((heads, levels), dtype=torch.int32, device=device) if levels else None
@@ -120,13 +121,13 @@ class QCodedAttention(QAttention):
         if self.levels is None:
             return
         # Σ levels · values of the longest text must fit int32.
-        most = min(LEVEL_MAX, INT32 // (QMAX * min(self.words["tokens"], MAX_CODED_KEYS)))
+        most = min(LEVEL_MAX, INT32 // (QMAX * min(self.tokens, MAX_CODED_KEYS)))
         self.levels, units = whole_levels(codebook.levels.expand(self.heads, -1), most)
         if self.level_unit is not None:
             self.level_unit = units.float()
 
     def _coding(self) -> dict[str, Any]:
-        book = WholeCodebook(self.edges, self.levels, self.words["relative"], self.words["renormalize"])
+        book = WholeCodebook(self.edges, self.levels, self.relative, self.renormalize)
         return {"book": book, "level_unit": self.level_unit}
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
@@ -141,7 +142,10 @@ class QCodedAttention(QAttention):
 
     def description(self) -> dict[str, Any]:
         """That of `QAttention`, and what codes are."""
-        return {**super().description(), "type": "coded_attention", **self.words}
+        return {**super().description(), "type": "coded_attention", **self._words()}
+
+    def _words(self) -> dict[str, Any]:
+        return {word: getattr(self, word) for word in _WORDS}
 
     @classmethod
     def from_description(
@@ -150,12 +154,11 @@ class QCodedAttention(QAttention):
         """See `QModule`."""
         _check_activations(path, description)
         shape = (description[word] for word in ("heads", "groups", "size"))
-        words = {word: description[word] for word in ("code_bits", "relative", "renormalize", "tokens")}
-        return cls(*shape, **words, device=device)
+        return cls(*shape, **{word: description[word] for word in _WORDS}, device=device)
 
     def extra_repr(self) -> str:
         """Shown by `print(model)`."""
-        return ", ".join([super().extra_repr(), *(f"{key}={value}" for key, value in self.words.items())])
+        return ", ".join([super().extra_repr(), *(f"{key}={value}" for key, value in self._words().items())])
 
 
 def _check_activations(path: str, description: Mapping[str, Any]) -> None:

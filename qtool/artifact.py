@@ -47,11 +47,19 @@ _INT_LINEAR: dict[str, type | tuple[type, ...]] = {
     "shape": list, "weights": str, "activations": str, "in_bits": int, "out_bits": int, "rescales": bool,
     "unsigned": bool, "output": bool,
 }  # fmt: skip
+_ATTENTION: dict[str, type | tuple[type, ...]] = {"heads": int, "groups": int, "size": int, "activations": str}
 _DESCRIPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "linear": {"shape": list, "weights": str, "activations": str, "bias": bool},
     "embedding": {"shape": list, "weights": str, "padding_idx": (int, type(None))},
     "tied_linear": {"table": str, "bias": bool},
-    "attention": {"heads": int, "groups": int, "size": int, "activations": str},
+    "attention": _ATTENTION,
+    "coded_attention": {
+        **_ATTENTION,
+        "code_bits": (int, type(None)),
+        "relative": bool,
+        "renormalize": bool,
+        "tokens": int,
+    },
     "int_embeddings": {"parts": dict, "padding_idx": (int, type(None))},
     "int_block": {"parts": dict},
     "int_chain": {"parts": dict, "order": list, "first": bool},

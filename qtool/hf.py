@@ -45,7 +45,7 @@ _WITHOUT_MEANING = frozenset(
 """What attention functions are also given: known to them in other ways (the mask holds causality and windows), or
 nothing that changes a number."""
 
-_ATTENDING = ("attention", "attention_codes")
+_ATTENDING = ("attention", "coded_attention", "attention_codes")
 """Types of modules that attend."""
 
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")

@@ -15,9 +15,10 @@ from qtool.api import calibration_batches, open_job, resolve_recipe
 from qtool.artifact import quantization_config
 from qtool.errors import InputError
 from qtool.hf import CODES
-from qtool.nn import QAttention
+from qtool.nn import QAttention, QCodedAttention
 from qtool.nn.attention import CHILD
 from qtool.nn.plan import one_by_one
+from qtool.numerics.codebook import Codebook
 
 INTEGER = "methods.zeroquant.attention=int8"
 Quantized = Callable[..., Path]
@@ -177,6 +178,42 @@ def test_saved_again_and_taken_out_of_its_head(quantized: Quantized, tmp_path: P
         wanted = model.bert(**inputs).last_hidden_state
         assert torch.equal(bare(**inputs).last_hidden_state, wanted)
         assert torch.equal(other(**inputs).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "LlamaForCausalLM"])
+def test_products_in_codes_of_a_codebook(quantized: Quantized, architecture: str, tmp_path: Path) -> None:
+    """Put in by hand: near the products without, saved and loaded; attentions are levels; the cache changes nothing."""
+    model, inputs = load(quantized(architecture)), batch()
+    plain = outputs(model, inputs)
+    for path, old in products(model).items():
+        words = {"code_bits": 4, "relative": True, "renormalize": True, "tokens": 40}
+        module = QCodedAttention(old.heads, old.groups, old.size, **words)
+        module.value_scale = old.value_scale
+        module.fill(Codebook.log(4, 1e-3))
+        model.set_submodule(path, module)
+    found = outputs(model, inputs)
+    assert 0 < (found - plain).norm() < 0.2 * plain.norm()
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert torch.equal(outputs(again, inputs), found)
+    path, kept = next(iter(products(again).items()))
+    assert isinstance(kept, QCodedAttention) and kept.levels is not None
+    assert quantization_config(tmp_path)["modules"][path]["type"] == "coded_attention"
+    assert quantization_config(tmp_path)["tensors"][f"{path}.levels"][:2] == ["I32", [kept.heads, 16]]
+    with pytest.raises(InputError, match="attn_implementation='eager' cannot run this model"):
+        load(tmp_path, attn_implementation="eager")
+    with torch.no_grad():
+        shown = again(**inputs, output_attentions=True).attentions
+        seen = inputs["attention_mask"].bool()[:, None, None]
+        assert len(shown) == 2
+        for rows in shown:
+            assert len(rows[0, 0, 0].unique()) <= 16 and not rows[(~seen).expand_as(rows)].any()
+            torch.testing.assert_close(rows[0].sum(-1), torch.ones(rows.shape[1:3]))
+        if again.can_generate():
+            options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+            prompts = batch(left=True)
+            cached, uncached = (again.generate(**prompts, **options, use_cache=cache) for cache in (True, False))
+            assert torch.equal(cached, uncached)
 
 
 def test_the_manifest_covers_the_scales(quantized: Quantized) -> None:

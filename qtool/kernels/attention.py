@@ -8,17 +8,32 @@ Rounding each probability by itself would lose the many small ones of a long row
 draws nine tenths, hundreds of others round to zero. So each key's rounding error is carried to the next (error
 diffusion along the row), in integers: the codes of a row then add up to the rounded sum of its probabilities.
 
+With a codebook (`codebook.WholeCodebook`, a few bits a weight) the codes are its codes. A key's weight is then the
+whole number floor(2^(score - largest) · 254 · 2^14 + 1/2), and the sum of a row is exact: a weight reaches an edge when
+it is at least that share of the sum, or with `relative` of 254 · 2^14, what the row's largest weighs. What is
+multiplied by the values is the level of each code, an integer, in one digit of 7 bits or two; the sum, exact in int32,
+is then
+
+- with `renormalize` divided by the sum of the row's levels,
+- else with `relative` divided by the row's sum of weights, and multiplied by `level_unit` · 254 · 2^14,
+- else multiplied by `level_unit`, what one of a head's levels is worth,
+
+in float32. A codebook without levels only prunes: the weights that reach its edge become codes 0 … 254 as they do
+without one, and their mean is multiplied by what they are of the row's sum, unless `renormalize`.
+
 Everything is decided by single IEEE operations in a fixed order or by integers: a row's codes depend on nothing but its
 own query and the keys that it may see, whatever else is in the batch, and are the same with a key-value cache.
 """
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
 from qtool.errors import InputError
-from qtool.kernels.reference import QMAX, int8_gemm, operand, quantize_static, quantize_tokens
+from qtool.kernels.codebook import WholeCodebook
+from qtool.kernels.reference import QMAX, Operand, int8_gemm, operand, quantize_static, quantize_tokens
 
 LEVELS = 2 * QMAX
 """The code of a row's largest probability; codes less 127 are what is multiplied."""
@@ -26,9 +41,15 @@ MAX_KEYS = (2**31 - 1) // (LEVELS * QMAX)
 """Keys that a row may have: |Σ code · value| ≤ 254 · 127 · keys must stay within int32."""
 MAX_SIZE = 133_144
 """Channels that a head may have: |Σ query · key| ≤ 127² · size within int32."""
+MAX_CODED_KEYS = 1 << 16
+"""Keys that a row may have with a codebook: its sum of weights must stay within 2^38."""
 _FRACTION_BITS = 8  # places behind the point that a probability has while its rounding error is carried
+_CODED_BITS = 14  # the same where a codebook looks at it; half a unit more is still exact in float32
+_LARGEST = LEVELS << _CODED_BITS
+_DIGIT_BITS = 7
+INT32 = (1 << 31) - 1
 LOG2_E = math.log2(math.e)
-_LOWEST = -24.0  # 2^-24 of the largest weight is less than half a unit of those places
+_LOWEST = -24.0  # 2^-24 of the largest weight is less than half a unit of either
 _EXP2 = (0.6931471880, 0.2402265092, 0.0555035710, 0.0096180567, 0.0013390867, 0.0001546145)  # (2^x - 1) / x
 _PIECE = 1 << 16  # scores at a time: their copies stay in the cache
 
@@ -42,6 +63,8 @@ def int8_attention(
     *,
     scaling: float,
     softcap: float | None = None,
+    book: WholeCodebook | None = None,
+    level_unit: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Context float32 `[batch, queries, heads, size]` and probability codes uint8 `[batch, heads, queries, keys]`.
 
@@ -50,9 +73,12 @@ def int8_attention(
     look, or what is added to the scores (what is less than half of its type's lowest number forbids), and broadcasts
     to `[batch, heads, queries, keys]`. A query that may look nowhere gets zeros. Scores are multiplied by `scaling`
     and, with `softcap`, become `softcap · tanh(score / softcap)`.
-    Probabilities are `codes / codes.sum(-1)`. NaN or infinity in a row of the query, or in a key or value that it may
-    look at, makes its context NaN. Raises InputError beyond `MAX_KEYS` and `MAX_SIZE`.
+    Probabilities are `codes / codes.sum(-1)`, or what the codes of a `book` of all heads stand for, where it has
+    levels; `level_unit` float32 `[heads]` is read where they are not renormalised. NaN or infinity in a row of the
+    query, or in a key or value that it may look at, makes its context NaN. Raises InputError beyond `MAX_KEYS` and
+    `MAX_SIZE`, and with a book beyond `MAX_CODED_KEYS` or for levels that are too large for as many keys.
     """
+    check_codebook(book, level_unit, key.shape[2])
     (q, k, v), unit, k_unit = quantized(query, key, value, value_scale, scaling)
     batch, heads, queries, size = query.shape
     groups, keys = key.shape[1:3]
@@ -62,18 +88,36 @@ def int8_attention(
     context = torch.empty((batch, groups, heads // groups, queries, size), dtype=torch.float32)
     for at in ((b, g) for b in range(batch) for g in range(groups)):
         products = int8_gemm(q[at], operand(k[at])).view(-1, queries, keys)
-        units = unit[at].view(-1, queries, 1)
-        alive = torch.empty_like(units)
+        units, values = unit[at].view(-1, queries, 1), _Values.of(v[at])
+        coder = None if book is None else _Coder.of(book, level_unit, at[1], heads // groups)
         for rows in _pieces(len(products), queries, keys):
             part = slice(None), rows
             scores = products[part].float().mul_(units[part]).mul_(k_unit[at])
             scores = capped(scores, softcap) if softcap is not None else scores
             scores = scores if allowed is None else masked(scores, allowed[at][part])
-            codes[at][part], alive[part] = _probabilities(scores)
-        context[at] = (
-            _weighted(codes[at].flatten(0, 1), v[at]).view_as(context[at]).mul_(value_scale[at[1]]).add_(alive)
-        )
+            weights, alive = _weights(scores, _FRACTION_BITS if coder is None else _CODED_BITS)
+            if coder is None:
+                codes[at][part] = found = _diffused(weights, _FRACTION_BITS)
+                mixed = values.mean(found)
+            else:
+                codes[at][part], mixed = coder.encode(weights, values)
+            context[at][part] = mixed.mul_(value_scale[at[1]]).add_(alive)
     return context.flatten(1, 2).transpose(1, 2), codes.flatten(1, 2)
+
+
+def check_codebook(book: WholeCodebook | None, level_unit: torch.Tensor | None, keys: int) -> None:
+    """Raises InputError for more keys than sums of weights, and of levels by values, have room for."""
+    if book is None:
+        return
+    assert book.levels is None or book.renormalize or level_unit is not None
+    if keys > MAX_CODED_KEYS:
+        raise InputError(f"INT8 attention with a codebook adds up {keys} weights; sums are exact for {MAX_CODED_KEYS}")
+    if book.levels is None:
+        return
+    largest = int(book.levels.max())
+    if QMAX * largest * keys > INT32:
+        most = INT32 // (QMAX * largest)
+        raise InputError(f"INT8 attention adds up {keys} levels of up to {largest}; int32 has room for {most} of them")
 
 
 def quantized(
@@ -114,29 +158,87 @@ def masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return scores.add_(mask.float().mul(LOG2_E)).masked_fill_(forbidden, -torch.inf)
 
 
-def _probabilities(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes 0 … 254 of rows of scores in octaves (consumed), and 0 a row, or NaN where one is not a number.
+def _weights(scores: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights int32 of rows of scores in octaves (consumed), and 0 a row, or NaN where one is not a number.
 
-    With weights w = 2^(score - largest) in units of 1/256 code and S their running sum, the code of a key is the
-    difference of round(S / 256) before and behind it.
+    They are 2^(score - largest) in units of 2^-`bits` of a code.
     """
     top = scores.amax(-1, keepdim=True)
     top.masked_fill_(top == -torch.inf, 0)
     alive = top.mul(0)
-    weights = exp2(scores.sub_(top).nan_to_num_(0).clamp_(_LOWEST, 0)).mul_(LEVELS << _FRACTION_BITS).add_(0.5)
-    sums = weights.floor_().int().cumsum(-1).add_(1 << (_FRACTION_BITS - 1)).bitwise_right_shift_(_FRACTION_BITS)
+    weights = exp2(scores.sub_(top).nan_to_num_(0).clamp_(_LOWEST, 0)).mul_(LEVELS << bits).add_(0.5)
+    return weights.floor_().int(), alive
+
+
+def _diffused(weights: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes 0 … 254 of rows of weights in units of 2^-`bits` of a code.
+
+    With S their running sum, the code of a key is the difference of round(S / 2^`bits`) before and behind it.
+    """
+    sums = weights.cumsum(-1).add_(1 << (bits - 1)).bitwise_right_shift_(bits)
     codes = sums.clone()
     codes[..., 1:] -= sums[..., :-1]
-    return codes.to(torch.uint8), alive
+    return codes.to(torch.uint8)
 
 
-def _weighted(codes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The mean of int8 `values` `[keys, size]` under uint8 `codes` `[rows, keys]`: float32 `[rows, size]`."""
-    signed = (codes.to(torch.int16) - QMAX).to(torch.int8)
-    acc = int8_gemm(signed, operand(values.t().contiguous()))
-    acc += QMAX * values.sum(0, dtype=torch.int32)
-    total = codes.sum(-1, keepdim=True, dtype=torch.int32).clamp_min_(1)
-    return acc.float().div_(total)
+class _Values(NamedTuple):
+    """int8 values `[keys, size]` as they are multiplied, and their sums `[size]`."""
+
+    columns: Operand
+    sums: torch.Tensor
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> "_Values":
+        return cls(operand(values.t().contiguous()), values.sum(0, dtype=torch.int32))
+
+    def products(self, codes: torch.Tensor) -> torch.Tensor:
+        """int8 `codes` `[..., keys]` times values: int32 `[..., size]`."""
+        return int8_gemm(codes.flatten(0, -2), self.columns).view(*codes.shape[:-1], -1)
+
+    def mean(self, codes: torch.Tensor) -> torch.Tensor:
+        """The mean under uint8 `codes` `[..., keys]`: float32 `[..., size]`."""
+        acc = self.products((codes.to(torch.int16) - QMAX).to(torch.int8)).add_(self.sums, alpha=QMAX)
+        return acc.float().div_(_sum(codes).clamp_min_(1).float())
+
+    def under(self, levels: torch.Tensor) -> torch.Tensor:
+        """The sum of int32 `levels` `[..., keys]` of up to two digits by values: float32 `[..., size]`."""
+        low, high = levels & ((1 << _DIGIT_BITS) - 1), levels >> _DIGIT_BITS
+        acc = self.products(low.to(torch.int8))
+        return (acc.add_(self.products(high.to(torch.int8)), alpha=1 << _DIGIT_BITS) if high.any() else acc).float()
+
+
+class _Coder(NamedTuple):
+    """The codebooks of the heads of a group, and what a sum of levels by values is multiplied by in each."""
+
+    book: WholeCodebook
+    factor: torch.Tensor | None
+
+    @classmethod
+    def of(cls, book: WholeCodebook, level_unit: torch.Tensor | None, group: int, heads: int) -> "_Coder":
+        mine = slice(group * heads, (group + 1) * heads)
+        if book.levels is None or book.renormalize:
+            return cls(book[mine], None)
+        assert level_unit is not None  # see check_codebook
+        return cls(book[mine], level_unit[mine].view(-1, 1, 1) * float(_LARGEST if book.relative else 1))
+
+    def encode(self, weights: torch.Tensor, values: _Values) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 codes of int32 weights `[heads, rows, keys]`, and what they stand for times values."""
+        book, total = self.book, _sum(weights)
+        found = book.codes(weights, torch.full_like(total, _LARGEST) if book.relative else total)
+        standing = book.standing(found, weights)
+        kept = _sum(standing)
+        if book.levels is None:
+            codes = _diffused(standing, _CODED_BITS)
+            mean = values.mean(codes)
+            return codes, mean if book.renormalize else mean.mul_(kept.float() / total.clamp_min(1).float())
+        mixed = values.under(standing)
+        if book.renormalize or book.relative:
+            mixed.div_((kept if book.renormalize else total).clamp_min(1).float())
+        return found.to(torch.uint8), mixed if self.factor is None else mixed.mul_(self.factor)
+
+
+def _sum(row: torch.Tensor) -> torch.Tensor:
+    return row.sum(-1, keepdim=True, dtype=torch.int64)
 
 
 def exp2(x: torch.Tensor) -> torch.Tensor:

@@ -290,11 +290,14 @@ class Native(Reference):
         *,
         scaling: float,
         softcap: float | None = None,
+        book: WholeCodebook | None = None,
+        level_unit: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `attention.int8_attention`; the same bits. Soft caps and masks that are added are the reference's."""
         if softcap is not None or (mask is not None and mask.dtype != torch.bool):
-            options: dict[str, Any] = {"scaling": scaling, "softcap": softcap}
+            options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "book": book, "level_unit": level_unit}
             return Reference.int8_attention(query, key, value, value_scale, mask, **options)
+        attention.check_codebook(book, level_unit, key.shape[2])
         codes, unit, k_unit = attention.quantized(query, key, value, value_scale, scaling)
         kept = [tensor.contiguous() for tensor in (*codes, unit, k_unit, value_scale)]
         (batch, heads, queries, size), (groups, keys) = query.shape, key.shape[1:3]
@@ -303,8 +306,9 @@ class Native(Reference):
         where = None if seen is None else seen.data_ptr()
         steps = (0, 0, 0) if seen is None else seen.stride()[:3]
         struct = structs.Int8Attention(
-            *(address(tensor) for tensor in kept), where, *steps, batch, heads, groups, queries, keys, size
-        )
+            *(address(tensor) for tensor in kept), where, *steps, batch, heads, groups, queries, keys, size,
+            codebook(book), address(level_unit),
+        )  # fmt: skip
         context = torch.empty((batch, heads, queries, size), dtype=torch.float32)
         found = torch.empty((batch, heads, queries, keys), dtype=torch.uint8)
         native.call(

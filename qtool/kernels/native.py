@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from qtool.errors import QtoolError, UnavailableError, one_of
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 """What `qtool_abi_version()` must answer; raised together with `kAbiVersion` in csrc/interface.cc."""
 
 FEATURES = (

@@ -177,12 +177,14 @@ class DecoderBack(ctypes.Structure):
 
 
 class Int8Attention(ctypes.Structure):
-    """Codes of queries, keys and values, what they are worth, and who may look where."""
+    """Codes of queries, keys and values, what they are worth, who may look where, and codebooks of weights."""
 
     _fields_ = (
         *[(name, _P) for name in ("query", "key", "value", "unit", "key_unit", "value_scale", "mask")],
         *[(name, ctypes.c_int64) for name in ("mask_batch", "mask_head", "mask_query")],
         *[(name, _I32) for name in ("batch", "heads", "groups", "queries", "keys", "size")],
+        ("book", WholeCodebook),
+        ("level_unit", _P),
     )
 
 

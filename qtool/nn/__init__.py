@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from qtool.errors import InputError, one_of
-from qtool.nn.attention import QAttention
+from qtool.nn.attention import QAttention, QCodedAttention
 from qtool.nn.codes import CodedAttention
 from qtool.nn.embedding import QEmbedding
 from qtool.nn.integer.activation import IntGelu, IntRelu, IntTable, IntTanh
@@ -30,6 +30,7 @@ MODULES: dict[str, type[QModule]] = {
     "embedding": QEmbedding,
     "tied_linear": QTiedLinear,
     "attention": QAttention,
+    "coded_attention": QCodedAttention,
     "attention_codes": CodedAttention,
     "int_embeddings": IntEmbeddings,
     "int_rows": IntTableRows,
@@ -47,8 +48,8 @@ MODULES: dict[str, type[QModule]] = {
 }
 
 __all__ = [
-    "MODULES", "CodedAttention", "IntCodedAttention", "IntModule", "QAttention", "QEmbedding", "QLinear", "QModule",
-    "QTiedLinear", "describe", "install", "parts_of",
+    "MODULES", "CodedAttention", "IntCodedAttention", "IntModule", "QAttention", "QCodedAttention", "QEmbedding",
+    "QLinear", "QModule", "QTiedLinear", "describe", "install", "parts_of",
 ]  # fmt: skip
 
 

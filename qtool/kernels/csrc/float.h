@@ -89,13 +89,16 @@ struct Rotation {
 
 // Codes of queries [batch][groups][heads / groups * queries][size], keys and values [batch][groups][keys][size] and what a
 // code is worth: of a row of queries (with the scale of the scores, in octaves), of a key, of the values of a group. `mask`
-// is null, or bytes of which a row is `mask_batch`, `mask_head` and `mask_query` further for the next of those.
+// is null, or bytes of which a row is `mask_batch`, `mask_head` and `mask_query` further for the next of those. With edges in
+// `book`, weights are its codes; `level_unit` [heads] is what a level is worth, null where that does not matter.
 struct Int8Attention {
   const std::int8_t *query, *key, *value;
   const float *unit, *key_unit, *value_scale;
   const std::uint8_t* mask;
   std::int64_t mask_batch, mask_head, mask_query;
   std::int32_t batch, heads, groups, queries, keys, size;
+  WholeCodebook book;
+  const float* level_unit;
 };
 
 // One query of each of `heads`, keys and values of `groups`, with distances in elements between sequences, heads and

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "code_rows.h"
 #include "integer_rows.h"
 #include "schedule.h"
 
@@ -154,7 +155,7 @@ struct Head {
       return {};
     }
     ladder_.limit(edges, whole);
-    const std::int64_t total = ladder_.row(row, padded_, digits);
+    const std::int64_t total = ladder_.row(row, padded_, [&digits](int i, auto level, auto) { digits.put<Isa>(i, level); });
     if (book.renormalize != 0) return {total, at.bits};
     return book.relative != 0 ? Quotient(sum < largest ? largest : sum, bit_length(static_cast<std::uint64_t>(largest)) + 7) : Quotient();
   }

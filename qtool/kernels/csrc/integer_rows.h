@@ -4,10 +4,10 @@
 
 #include <cstdint>
 
+#include "code_rows.h"
 #include "integer.h"
 #include "isa_portable.h"
 #include "matrix.h"
-#include "schedule.h"
 
 namespace qtool {
 namespace {  // compiled for each instruction set apart: no copy may serve another
@@ -19,8 +19,7 @@ constexpr int kNormBits = 30;
 constexpr int kRootBits = 60;
 constexpr int kScoreBits = 24;
 constexpr int kExpOctaves = 30;
-constexpr int kEdgeBits = 24;        // fixed-point places of a codebook's edges
-constexpr int kQuotientBits = 29;    // of a row's reciprocal beyond those of what it divides by
+constexpr int kQuotientBits = 29;  // of a row's reciprocal beyond those of what it divides by
 constexpr std::int32_t kInt32Limit = 0x7fffffff;
 
 inline int bit_length(std::uint64_t n) {
@@ -226,18 +225,6 @@ std::int64_t weigh_row(const IntAttention& attention, std::int32_t* scores, int 
   return Isa::reduce_wide(wide);
 }
 
-// What is written of a row of `count` numbers: 7 bits of each to each of `digits` rows, lowest first, `stride` bytes apart.
-struct Digits {
-  std::uint8_t* out;
-  std::ptrdiff_t stride;
-  int digits;
-
-  template <class Isa>
-  void put(int i, typename Isa::Int x) const {
-    for (int d = 0; d < digits; ++d) Isa::put(out + d * stride + i, Isa::mask(Isa::shift_right(x, 7 * d), Isa::set(127)));
-  }
-};
-
 // Weights as shares of their sum (6.1 to 6.3). The largest score weighs E(0) > 2^14 (math.md, 4), so that the reciprocal
 // fits 32 bits.
 template <class Isa>
@@ -248,97 +235,6 @@ void share_row(const IntAttention& attention, const std::int32_t* weights, int c
   for (int i = 0; i < count; i += Isa::kLanes) {
     out.template put<Isa>(i, Isa::min(Isa::scale_unsigned(Isa::load(weights + i), reciprocal, places), Isa::set(most)));
   }
-}
-
-// The least weight that reaches an edge of a share of `whole` (9.1).
-inline std::int32_t least_weight(std::int32_t edge, std::int64_t whole) {
-  const std::int64_t least = (edge * whole + ((std::int64_t{1} << kEdgeBits) - 1)) >> kEdgeBits;
-  return static_cast<std::int32_t>(least < 1 ? 1 : least > kInt32Limit ? kInt32Limit : least);
-}
-
-// The codebook of a head, as rows of weights are looked up in it. `limits` are the least weights of codes 1 and up in a row.
-template <class Isa>
-class Ladder {
- public:
-  static constexpr int kMostEdges = 255, kFew = 15;  // comparisons that are faster than a search
-
-  explicit Ladder(Cutter& cutter) : limits_(cutter.take<std::int32_t>(kRoom)), rises_(cutter.take<std::int32_t>(kRoom)) {}
-
-  // Takes levels, count + 1 of them.
-  void serve(const std::int32_t* levels, int count) {
-    levels_ = levels, count_ = count;
-    for (int e = 0; few() && e < count; ++e) Isa::put(rises_ + e * Isa::kLanes, Isa::set(levels[e + 1] - levels[e]));
-  }
-
-  void limit(const std::int32_t* edges, std::int64_t whole) {
-    if (few()) {
-      for (int e = 0; e < count_; ++e) Isa::put(limits_ + e * Isa::kLanes, Isa::set(least_weight(edges[e], whole)));
-      return;
-    }
-    for (int e = 0; e < kMostEdges; ++e) limits_[e] = e < count_ ? least_weight(edges[e], whole) : kInt32Limit;
-  }
-
-  // What the codes of a row of weights stand for, and their sum; `count` is a multiple of kTile.
-  std::int64_t row(const std::int32_t* weights, int count, const Digits& out) const {
-    if (count_ == 3) return row(weights, count, out, [this](auto x) { return climb<3>(x); });
-    if (count_ == 7) return row(weights, count, out, [this](auto x) { return climb<7>(x); });
-    if (count_ == 15) return row(weights, count, out, [this](auto x) { return climb<15>(x); });
-    return row(weights, count, out, [this](auto x) { return search(x); });
-  }
-
- private:
-  using Int = typename Isa::Int;
-  static constexpr int kRoom = 256;
-  static_assert(kFew * Isa::kLanes <= kRoom, "a vector for each edge");
-
-  bool few() const { return count_ == 3 || count_ == 7 || count_ == 15; }
-
-  template <class Find>
-  static std::int64_t row(const std::int32_t* weights, int count, const Digits& out, const Find& find) {
-    auto wide = Isa::zero_wide();
-    for (int i = 0; i < count; i += Isa::kLanes) {
-      const Int level = find(Isa::load(weights + i));
-      wide = Isa::add_wide(wide, level);
-      out.template put<Isa>(i, level);
-    }
-    return Isa::reduce_wide(wide);
-  }
-
-  template <int E>
-  Int climb(Int weight) const {
-    Int level = Isa::set(0);
-#pragma GCC unroll 15
-    for (int e = 0; e < E; ++e) {
-      level = Isa::add(level, Isa::at_least(weight, Isa::load(limits_ + e * Isa::kLanes), Isa::load(rises_ + e * Isa::kLanes)));
-    }
-    return level;
-  }
-
-  Int search(Int weight) const {
-    Int code = Isa::set(0);
-    for (int step = (kMostEdges + 1) / 2; step > 0; step /= 2) {
-      if (step > count_) continue;
-      const Int limit = Isa::look_up(limits_, Isa::add(code, Isa::set(step - 1)));
-      code = Isa::add(code, Isa::at_least(weight, limit, Isa::set(step)));
-    }
-    return Isa::look_up(levels_, code);
-  }
-
-  const std::int32_t* levels_ = nullptr;
-  int count_ = 0;
-  std::int32_t *limits_, *rises_;
-};
-
-// Weights below `limit` made 0, in place. Returns the sum of the others.
-template <class Isa>
-std::int64_t prune_row(std::int32_t* weights, int count, std::int32_t limit) {
-  auto wide = Isa::zero_wide();
-  for (int i = 0; i < count; i += Isa::kLanes) {
-    const auto weight = Isa::load(weights + i), kept = Isa::at_least(weight, Isa::set(limit), weight);
-    Isa::put(weights + i, kept);
-    wide = Isa::add_wide(wide, kept);
-  }
-  return Isa::reduce_wide(wide);
 }
 
 // One over a number, as sums are multiplied by it (9.1): |sum| * factor / 2^places in units of 2^-bits.

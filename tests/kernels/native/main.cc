@@ -445,6 +445,52 @@ void attentions(const std::vector<Isa>& all) {
   }
 }
 
+// Attention on int8 products: without a codebook, pruned, and in codes of 1 to 8 bits with levels of one digit or two.
+void code_attentions(const std::vector<Isa>& all) {
+  for (int size = 1; size <= 70; size += 3) {
+    for (int keys = 1; keys <= 37; keys += size % 4 == 1 ? 1 : 5) {
+      Draw draw(static_cast<std::uint64_t>(100 * size + keys));
+      Heap heap;
+      Int8Attention at = {};
+      at.groups = 1 + keys % 2, at.heads = at.groups * (1 + size % 3), at.batch = 1 + size % 2;
+      at.queries = static_cast<int32_t>(draw.integer(1, 11)), at.keys = keys, at.size = size;
+      const int64_t rows = int64_t{at.batch} * at.heads * at.queries, held = int64_t{at.batch} * at.groups * keys;
+      at.query = heap.integers<int8_t>(draw, rows * size, -127, 127);
+      at.key = heap.integers<int8_t>(draw, held * size, -127, 127);
+      at.value = heap.integers<int8_t>(draw, held * size, -127, 127);
+      at.unit = heap.reals(draw, rows, 0, 0.01f), at.key_unit = heap.reals(draw, held, 0, 0.1f);
+      at.value_scale = heap.reals(draw, at.groups, 0.01f, 1);
+      if (draw.coin()) {
+        at.mask = heap.integers<uint8_t>(draw, rows * keys, 0, 1);
+        at.mask_query = keys, at.mask_head = int64_t{at.queries} * keys, at.mask_batch = at.heads * at.mask_head;
+      }
+      const int bits = static_cast<int>(draw.integer(-1, 8));
+      if (bits >= 0) {
+        const int edges = std::max(1, (1 << bits) - 1);
+        auto* shares = heap.integers<int32_t>(draw, int64_t{at.heads} * edges, 0, 1 << draw.integer(0, 24));
+        for (int h = 0; h < at.heads; ++h) std::sort(shares + h * edges, shares + (h + 1) * edges);
+        int32_t* levels = bits == 0 ? nullptr : heap.take<int32_t>(int64_t{at.heads} * (edges + 1));
+        for (int i = 0; levels != nullptr && i < at.heads * (edges + 1); ++i) {
+          const bool wide = i / (edges + 1) % 2 == 1;
+          levels[i] = i % (edges + 1) == 0 ? 0 : static_cast<int32_t>(draw.integer(1, wide ? 16383 : 127));
+        }
+        at.book = {shares, levels, edges, draw.coin(), draw.coin()};
+        at.level_unit = heap.reals(draw, at.heads, 0, 0.01f);
+      }
+      same_everywhere<float>(all, 1 + keys % 4, text("attention on codes", size, keys, bits), [&](const Isa& isa, int threads, int filling) {
+        Heap own;
+        auto* out = own.take<float>(rows * size);
+        auto* codes = own.take<uint8_t>(rows * keys);
+        const Memory memory(isa.floating->attention_bytes(at) * threads, filling);
+        isa.floating->attention(at, out, codes, threads, memory.get());
+        std::vector<float> found = taken(out, rows * size);
+        found.insert(found.end(), codes, codes + rows * keys);
+        return found;
+      });
+    }
+  }
+}
+
 // Where sequences of up to `longest` rows start; some have none.
 std::vector<int32_t> ragged(Draw& draw, int sequences, int longest) {
   std::vector<int32_t> starts = {0};
@@ -857,6 +903,7 @@ int main(int count, char** arguments) {
   products(all);
   integer_linears(all);
   attentions(all);
+  code_attentions(all);
   integer_encoders(all, 60);
   float_linears(all);
   float_encoders(all, 60);

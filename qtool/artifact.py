@@ -48,27 +48,29 @@ _INT_LINEAR: dict[str, type | tuple[type, ...]] = {
     "unsigned": bool, "output": bool,
 }  # fmt: skip
 _ATTENTION: dict[str, type | tuple[type, ...]] = {"heads": int, "groups": int, "size": int, "activations": str}
+_INT_ATTENTION: dict[str, type | tuple[type, ...]] = dict.fromkeys(
+    ("heads", "hidden", "tokens", "query_bits", "probability_bits", "grid", "out_bits"), int
+)
+_CODES: dict[str, type | tuple[type, ...]] = {
+    "code_bits": (int, type(None)),
+    "relative": bool,
+    "renormalize": bool,
+}
 _DESCRIPTIONS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "linear": {"shape": list, "weights": str, "activations": str, "bias": bool},
     "embedding": {"shape": list, "weights": str, "padding_idx": (int, type(None))},
     "tied_linear": {"table": str, "bias": bool},
     "attention": _ATTENTION,
-    "coded_attention": {
-        **_ATTENTION,
-        "code_bits": (int, type(None)),
-        "relative": bool,
-        "renormalize": bool,
-        "tokens": int,
-    },
+    "coded_attention": {**_ATTENTION, **_CODES, "tokens": int},
+    "attention_codes": {"heads": int, "bits": (int, type(None)), "relative": bool, "renormalize": bool},
     "int_embeddings": {"parts": dict, "padding_idx": (int, type(None))},
     "int_block": {"parts": dict},
     "int_chain": {"parts": dict, "order": list, "first": bool},
     "int_rows": {"shape": list, "weights": str},
     "int_linear": _INT_LINEAR,
     "int_tied_linear": {**_INT_LINEAR, "table": str},
-    "int_attention": dict.fromkeys(
-        ("heads", "hidden", "tokens", "query_bits", "probability_bits", "grid", "out_bits"), int
-    ),
+    "int_attention": _INT_ATTENTION,
+    "int_coded_attention": {**_INT_ATTENTION, **_CODES},
     "int_norm": {"size": int, "in_bits": int, "out_bits": int},
     "int_table": {"in_bits": int},
     "int_gelu": {"in_bits": int, "shifted": bool},

@@ -1,4 +1,4 @@
-"""logattn's codes inside ibert: integers from ids to logits, the same everywhere, from codebooks of float attention."""
+"""logattn's codes in the attention of other methods: ibert's integers, the same everywhere, and INT8 products."""
 
 import json
 from collections.abc import Callable
@@ -14,6 +14,8 @@ import qtool
 from qtool import audit, golden, kernels, pipeline, purity
 from qtool.errors import InputError
 from qtool.kernels.codebook import whole_edges
+from qtool.nn import CodedAttention, QAttention
+from qtool.nn.attention import QCodedAttention
 from qtool.nn.integer.block import IntAttention, IntCodedAttention
 from qtool.nn.integer.plan import IntPlan
 from qtool.numerics.codebook import Codebook
@@ -174,3 +176,26 @@ def test_the_report_says_what_was_done(made: Made) -> None:
     assert (block["type"], block["code_bits"], block["relative"]) == ("int_coded_attention", 3, True)
     layer = report["figures"][SITES[0]]
     assert 0 < layer["zeros_percent"] < 100 and layer["mean_keys"] > 1 and layer["spare_bits"] >= 0
+
+
+@pytest.mark.parametrize("architecture", [BERT, "LlamaForCausalLM"])
+def test_int8_products_take_the_codes_too(made: Made, architecture: str) -> None:
+    int8 = "methods.zeroquant.attention=int8"
+    network = load(made(architecture, int8, methods=("zeroquant", "logattn")))
+    modules = [module for module in network.modules() if isinstance(module, QAttention)]
+    assert [type(module) for module in modules] == [QCodedAttention] * 2
+    assert not any(isinstance(module, CodedAttention) for module in network.modules())
+    floats = load(made(architecture, methods=("logattn",)))
+    books = [module for module in floats.modules() if isinstance(module, CodedAttention)]
+    for module, book in zip(modules, books, strict=True):
+        assert torch.equal(module.edges, whole_edges(book.edges))
+    plain = outputs(load(made(architecture, int8, methods=("zeroquant",))), batch())
+    found = outputs(network, batch())
+    assert 0 < (found - plain).norm() < 0.3 * plain.norm()
+
+
+def test_a_rule_takes_the_int8_products_away(made: Made) -> None:
+    sets = ("methods.zeroquant.attention=int8", 'rules={"*.0.attention.self.int8_products": "float"}')
+    network = load(made(BERT, *sets, methods=("zeroquant", "logattn")))
+    kinds = (QAttention, CodedAttention)
+    assert [type(m) for m in network.modules() if isinstance(m, kinds)] == [CodedAttention, QCodedAttention]

@@ -283,7 +283,6 @@ def test_an_architecture_outside_the_registry_is_refused_by_name(artifacts: Arti
 
 
 NONSENSE = [
-    (("zeroquant", "logattn"), ("methods.zeroquant.attention=int8",), r"zeroquant\.attention int8 both replace"),
     (("logattn",), options(threshold=0.1, sparsity=0.5), "threshold and sparsity say the same thing"),
     (("logattn",), options(pruned="false"), "pruned false is the paper's form"),
     (("logattn",), options(bits="null"), "bits null only prunes; say how much"),

@@ -19,7 +19,7 @@ from qtool.kernels.reference import QMAX
 from qtool.lesson import Lesson
 from qtool.methods.base import Method, Options, Plan, weight_sqnr_db
 from qtool.methods.zeroquant import migration
-from qtool.methods.zeroquant.attention import plan_attention, value_scale, value_sites
+from qtool.methods.zeroquant.attention import ATTENTION, plan_attention, value_scale, value_sites
 from qtool.methods.zeroquant.kept import float_rest, irreplaceable, vocabulary_head
 from qtool.methods.zeroquant.migration import Migration
 from qtool.methods.zeroquant.specs import check_linear, check_table
@@ -270,7 +270,7 @@ class ZeroQuant(Method):
             lowered |= {path: self._lower(unit, path, plan, weights, statistics, moments.get(path)) for path in stage}
         if lesson and self.options.lkd.enabled:
             lowered |= self._distill(unit, lesson, lowered, weights)
-        attention = {path: _attention(unit, path, plan, statistics) for path in _owned(unit, plan, "attention")}
+        attention = {path: _attention(unit, path, plan, statistics) for path in _owned(unit, plan, *ATTENTION)}
         return {path: lowered[path] for path in paths} | attention
 
     def _distill(
@@ -350,7 +350,9 @@ def _owned(unit: Unit, plan: Plan, *kinds: str) -> list[str]:
 def _attention(unit: Unit, path: str, plan: Plan, statistics: Statistics | None) -> QAttention:
     """The products of a block's attention."""
     assert statistics is not None  # `observers` asked for them
-    module = QAttention.from_description(torch.nn.Module(), path, plan.modules[path], device="meta")
+    description = plan.modules[path]
+    module = MODULES[description["type"]].from_description(torch.nn.Module(), path, description, device="meta")
+    assert isinstance(module, QAttention)
     module.value_scale = value_scale(unit, module.groups, statistics)
     return module
 

@@ -13,6 +13,8 @@ from qtool.methods.base import Plan
 from qtool.nn.attention import CHILD, attention_description
 from qtool.pruning import is_headless
 
+ATTENTION = ("attention", "coded_attention")
+"""Types of modules with INT8 products: with probabilities, and with what logattn makes of them."""
 _QMAX = 127
 _OBSERVER = "channels"
 
@@ -41,7 +43,7 @@ def plan_attention(anatomy: Anatomy, model: Any) -> dict[str, dict[str, Any]]:
 def value_sites(unit: Unit, plan: Plan) -> dict[str, str]:
     """Where the values of a unit's quantized attention are observed: site → observer."""
     value = _value(unit)
-    wanted = any(unit.owns(path) and module["type"] == "attention" for path, module in plan.modules.items())
+    wanted = any(unit.owns(path) and module["type"] in ATTENTION for path, module in plan.modules.items())
     return {f"{value.path}:output": _OBSERVER} if wanted and value is not None else {}
 
 

@@ -170,7 +170,9 @@ class CodeHead {
     ladder_.serve(levels_of(head), book_.count);
     ladder_.limit(edges, whole);
     std::uint8_t* found = found_;
-    const std::int64_t total = ladder_.row(weights_, padded_, [found, &multiplied](int i, auto level, auto code) {
+    const std::int32_t* weights = weights_;
+    const auto load = [weights](int i) { return Isa::load(weights + i); };
+    const std::int64_t total = ladder_.row(load, padded_, [found, &multiplied](int i, auto level, auto code) {
       multiplied.put<Isa>(i, level);
       Isa::put(found + i, code);
     });

@@ -56,13 +56,14 @@ class Ladder {
     for (int e = 0; e < kMostEdges; ++e) limits_[e] = e < count_ ? least_weight(edges[e], whole) : INT32_MAX;
   }
 
-  // Calls `done(i, level, code)` along a row of weights; `count` is a multiple of kTile. Returns the sum of the levels.
-  template <class Done>
-  std::int64_t row(const std::int32_t* weights, int count, const Done& done) const {
-    if (count_ == 3) return row(weights, count, [this](auto x) { return climb<3>(x); }, done);
-    if (count_ == 7) return row(weights, count, [this](auto x) { return climb<7>(x); }, done);
-    if (count_ == 15) return row(weights, count, [this](auto x) { return climb<15>(x); }, done);
-    return row(weights, count, [this](auto x) { return search(x); }, done);
+  // Calls `done(i, level, code)` along a row of `count` weights, a multiple of kTile; `weigh(i)` gives those from i on.
+  // Returns the sum of the levels.
+  template <class Weigh, class Done>
+  std::int64_t row(const Weigh& weigh, int count, const Done& done) const {
+    if (count_ == 3) return row(weigh, count, [this](auto x) { return climb<3>(x); }, done);
+    if (count_ == 7) return row(weigh, count, [this](auto x) { return climb<7>(x); }, done);
+    if (count_ == 15) return row(weigh, count, [this](auto x) { return climb<15>(x); }, done);
+    return row(weigh, count, [this](auto x) { return search(x); }, done);
   }
 
  private:
@@ -73,11 +74,11 @@ class Ladder {
 
   bool few() const { return count_ == 3 || count_ == 7 || count_ == 15; }
 
-  template <class Find, class Done>
-  static std::int64_t row(const std::int32_t* weights, int count, const Find& find, const Done& done) {
+  template <class Weigh, class Find, class Done>
+  static std::int64_t row(const Weigh& weigh, int count, const Find& find, const Done& done) {
     auto wide = Isa::zero_wide();
     for (int i = 0; i < count; i += Isa::kLanes) {
-      const Int both = find(Isa::load(weights + i)), level = Isa::mask(both, Isa::set((1 << kCodePlace) - 1));
+      const Int both = find(weigh(i)), level = Isa::mask(both, Isa::set((1 << kCodePlace) - 1));
       wide = Isa::add_wide(wide, level);
       done(i, level, Isa::shift_right(both, kCodePlace));
     }

@@ -142,20 +142,21 @@ struct Head {
   Quotient weigh(int head, std::int32_t* row, const Digits& digits) {
     const IntAttention& at = *attention_;
     const WholeCodebook& book = at.book;
-    std::int64_t sum = weigh_row<Isa>(at, row, padded_);
-    if (book.count == 0) {
-      share_row<Isa>(at, row, padded_, sum, digits);
-      return {};
+    const std::int64_t largest = std::int64_t{at.exp_b} * at.exp_b + at.exp_c;
+    const std::int32_t* edges = book.edges + std::ptrdiff_t{head} * book.count;
+    const auto put = [&digits](int i, auto level, auto) { digits.put<Isa>(i, level); };
+    if (book.levels != nullptr && book.relative != 0 && book.renormalize != 0) {  // nothing needs the sum of the weights
+      ladder_.limit(edges, largest);
+      return {ladder_.row(Weights<Isa>(at, row, padded_), padded_, put), at.bits};
     }
-    const std::int64_t largest = std::int64_t{at.exp_b} * at.exp_b + at.exp_c, whole = book.relative != 0 ? largest : sum;
-    const std::int32_t* edges = book.edges + head * book.count;
+    const std::int64_t sum = weigh_row<Isa>(at, row, padded_), whole = book.relative != 0 ? largest : sum;
     if (book.levels == nullptr) {
-      const std::int64_t kept = prune_row<Isa>(row, padded_, least_weight(edges[0], whole));
+      const std::int64_t kept = book.count > 0 ? prune_row<Isa>(row, padded_, least_weight(edges[0], whole)) : sum;
       share_row<Isa>(at, row, padded_, book.renormalize != 0 ? kept : sum, digits);
       return {};
     }
     ladder_.limit(edges, whole);
-    const std::int64_t total = ladder_.row(row, padded_, [&digits](int i, auto level, auto) { digits.put<Isa>(i, level); });
+    const std::int64_t total = ladder_.row([row](int i) { return Isa::load(row + i); }, padded_, put);
     if (book.renormalize != 0) return {total, at.bits};
     return book.relative != 0 ? Quotient(sum < largest ? largest : sum, bit_length(static_cast<std::uint64_t>(largest)) + 7) : Quotient();
   }

@@ -206,19 +206,39 @@ QTOOL_INLINE void activate(const IntActivation& act, typename V::Int y, std::int
 // A score so low that its key gets no weight beside any real one: fills rows up to a multiple of kTile.
 constexpr std::int32_t kNoScore = -(1 << 30);
 
-// i-exp of a row's distances to its largest score (4.3), in place, `count` being a multiple of kTile. Returns their sum.
+// i-exp of a row's distances to its largest score (4.3), `count` being a multiple of kTile: what the scores from i on weigh.
+template <class Isa>
+class Weights {
+ public:
+  using Int = typename Isa::Int;
+
+  Weights(const IntAttention& attention, const std::int32_t* scores, int count) : attention_(attention), scores_(scores) {
+    auto top = Isa::set(kNoScore);
+    for (int i = 0; i < count; i += Isa::kLanes) top = Isa::max(top, Isa::load(scores + i));
+    largest_ = Isa::set(Isa::reduce_max(top));
+  }
+
+  Int operator()(int i) const {
+    const int grid = attention_.grid;
+    const Int distance = Isa::sub(largest_, Isa::load(scores_ + i));
+    const Int root = Isa::sub(Isa::set(attention_.exp_b), Isa::mask(distance, Isa::set((1 << grid) - 1)));
+    const Int mantissa = Isa::add(Isa::mul(root, root), Isa::set(attention_.exp_c));
+    return Isa::shift_right_below(mantissa, Isa::shift_right(distance, grid), kExpOctaves);
+  }
+
+ private:
+  const IntAttention attention_;  // a copy that what is stored cannot change
+  const std::int32_t* scores_;
+  Int largest_;
+};
+
+// All of them in the place of the scores. Returns their sum.
 template <class Isa>
 std::int64_t weigh_row(const IntAttention& attention, std::int32_t* scores, int count) {
-  auto top = Isa::set(kNoScore);
-  for (int i = 0; i < count; i += Isa::kLanes) top = Isa::max(top, Isa::load(scores + i));
-  const auto largest = Isa::set(Isa::reduce_max(top));
-  const int grid = attention.grid;
+  const Weights<Isa> weights(attention, scores, count);
   auto wide = Isa::zero_wide();
   for (int i = 0; i < count; i += Isa::kLanes) {
-    const auto distance = Isa::sub(largest, Isa::load(scores + i));
-    const auto root = Isa::sub(Isa::set(attention.exp_b), Isa::mask(distance, Isa::set((1 << grid) - 1)));
-    const auto mantissa = Isa::add(Isa::mul(root, root), Isa::set(attention.exp_c));
-    const auto weight = Isa::shift_right_below(mantissa, Isa::shift_right(distance, grid), kExpOctaves);
+    const auto weight = weights(i);
     Isa::put(scores + i, weight);
     wide = Isa::add_wide(wide, weight);
   }

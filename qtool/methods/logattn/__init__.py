@@ -119,7 +119,7 @@ class LogAttn(Method):
             self.recipe.check_rules(list(described), {"weights": described, "activations": described})
         modules = {path: one for path, one in described.items() if not self.recipe.rule_for(path).keep_float}
         self._sites = {path.removesuffix(f".{CODES_CHILD}"): path for path in modules}
-        self._tokens = max_tokens(model.config)
+        self._joined, self._tokens = {}, max_tokens(model.config)
         kept = {path: "asked for by a rule" for path in described if path not in modules}
         for path, module in model.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
@@ -135,7 +135,7 @@ class LogAttn(Method):
                 modules[outer] = self._coded(modules[outer])
                 self._joined[site] = outer
                 del modules[path]
-        if self._joined:
+        if len(self._joined) == len(self._sites) > 0:
             self.arithmetic = _named(self.options.bits)
         return replace(plan, modules=modules)
 

@@ -26,7 +26,7 @@ def check(lowered: Mapping[str, QModule]) -> dict[str, dict[str, float]]:
             if bound.reaches > bound.limit:
                 raise InputError(
                     f"{where}: the {bound.what} can reach {bound.reaches:,}, and its type holds {bound.limit:,}; "
-                    "use fewer bits (residual_bits, gelu_bits, weights) for this model"
+                    "use fewer bits (residual_bits, gelu_bits, scores_grid, weights) for this model"
                 )
             spare = bound.limit.bit_length() - bound.reaches.bit_length()
             figures = found.setdefault(where, {"spare_bits": spare})

@@ -16,6 +16,7 @@ from qtool.errors import InputError
 from qtool.evaluation.exams.base import Batch
 from qtool.evaluation.result import Evaluation
 from qtool.evaluation.variants import Variants
+from qtool.nn import parts_of
 from qtool.numerics.codebook import Codebook, Spacing, prune
 
 THRESHOLDS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -120,6 +121,10 @@ def check_artifact(artifact: str, variants: Variants, digest: str) -> None:
         )
 
 
+_WIDTHS = {"attention_codes": "bits", "coded_attention": "code_bits", "int_coded_attention": "code_bits"}
+"""Types of modules that attend on codes, and how they call the width of one."""
+
+
 def coded_bits(artifact: str) -> int | None:
     """Bits of the attention codes of an artifact. Raises InputError for a folder that holds something else."""
     found = quantization_config(locate(artifact))
@@ -127,7 +132,8 @@ def coded_bits(artifact: str) -> int | None:
         modules = checked_quantization(found)["modules"].values()
     except InputError as error:
         raise InputError(f"{artifact}: {error}") from error
-    widths = {module.get("bits") for module in modules if module["type"] == "attention_codes"}
+    parts = [part for module in modules for _, part in parts_of("", module)]
+    widths = {part[_WIDTHS[part["type"]]] for part in parts if part.get("type") in _WIDTHS}
     return widths.pop() if len(widths) == 1 else None
 
 

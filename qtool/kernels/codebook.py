@@ -43,7 +43,7 @@ class WholeCodebook:
     def codes(self, weights: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         """int64 codes of weights `[heads, queries, keys]` ≥ 0: how many edges, times `whole`, each reaches.
 
-        `whole` int64 `[heads, queries, 1]`, at most 2^38, is what edges are shares of. A weight of 0 has code 0.
+        `whole` int64 `[heads, queries, 1]`, below 2^39 - 1, is what edges are shares of. A weight of 0 has code 0.
         """
         limits = (self.edges[:, None].long() * whole + ((1 << EDGE_BITS) - 1)) >> EDGE_BITS
         return torch.searchsorted(limits.clamp_(min=1), weights.long().contiguous(), right=True)
@@ -64,7 +64,8 @@ def whole_levels(levels: torch.Tensor, most: int = LEVEL_MAX) -> tuple[torch.Ten
     """Levels of a codebook, float64 `[heads, codes]`, as integers, and what one of a head is worth, float64 `[heads]`.
 
     A head whose largest level is at most 127 times its smallest above 0 gets levels up to 127, scaled so that the worst
-    rounding, relative to its level, is least; others up to `most`, at least 127. No level above 0 becomes 0.
+    rounding, relative to its level, is least, and none becomes 0. Others get levels up to `most`, at least 127; what is
+    below half a unit is 0 there: many keys have such levels, which together would outweigh a row if they were 1.
     """
     found, units = zip(*(_whole(row, most) for row in levels), strict=True)
     return torch.stack(found).int(), torch.stack(units)
@@ -75,17 +76,14 @@ def _whole(levels: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]
     if not len(above):
         return torch.zeros_like(levels), torch.ones((), dtype=torch.float64)
     largest = above.max()
-    wide = bool(largest > _DIGIT * above.min())
-    tops = torch.arange(most if wide else 1, (most if wide else _DIGIT) + 1, dtype=torch.float64)
-    units = largest / tops
-    rounded = _rounded(above, units[:, None])
+    if largest > _DIGIT * above.min():
+        unit = largest / most
+        return (levels / unit).round(), unit
+    units = largest / torch.arange(1, _DIGIT + 1, dtype=torch.float64)
+    rounded = (above / units[:, None]).round().clamp_min(1)
     worst = (rounded * units[:, None] / above - 1).abs().amax(1)
     unit = units[int(worst.argmin())]
-    return torch.where(levels > 0, _rounded(levels, unit), 0.0), unit
-
-
-def _rounded(levels: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    return (levels / unit).round().clamp_min(1)
+    return torch.where(levels > 0, (levels / unit).round().clamp_min(1), 0.0), unit
 
 
 _DIGIT = 127

@@ -63,7 +63,7 @@ class Method(ABC):
     arithmetic: str = "int8 x int8 -> int32"
     """Which integer arithmetic its models execute, as their reports say it."""
 
-    beside: Sequence[str] = ()
+    other_paths: Sequence[str] = ()
     """Paths that rules may name for the sake of the recipe's other methods: their `rule_paths`."""
 
     def __init__(self, recipe: Recipe, options: Options) -> None:

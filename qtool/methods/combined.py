@@ -42,7 +42,7 @@ class Combined(Method):
         """
         for method in self.methods:
             others = (other for other in self.methods if other is not method)
-            method.beside = [path for other in others for path in other.rule_paths(model)]
+            method.other_paths = [path for other in others for path in other.rule_paths(model)]
         plans = {method.name: method.plan(anatomy, model) for method in self.methods}
         modules = _united({name: plan.modules for name, plan in plans.items()}, "both replace {}")
         config = _united({name: plan.config for name, plan in plans.items()}, "both set {}")
@@ -53,7 +53,7 @@ class Combined(Method):
         for method in self.methods:
             plan = method.amend(plan)
         computing = [method for method in self.methods if method.phase != "shape"] or self.methods
-        self.arithmetic = "; ".join(dict.fromkeys(method.arithmetic for method in computing))
+        self.arithmetic = "; ".join(dict.fromkeys(method.arithmetic for method in computing if method.arithmetic))
         return plan
 
     def observers(self, unit: Unit, plan: Plan) -> dict[str, str]:

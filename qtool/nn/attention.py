@@ -12,7 +12,7 @@ from qtool.kernels.attention import INT32, MAX_CODED_KEYS
 from qtool.kernels.codebook import LEVEL_MAX, WholeCodebook, whole_edges, whole_levels
 from qtool.kernels.reference import QMAX
 from qtool.nn.module import QModule
-from qtool.numerics.codebook import MAX_BITS, Codebook
+from qtool.numerics.codebook import Codebook, check_bits
 
 CHILD = "int8_products"
 """Name that the module has inside the attention module that it serves."""
@@ -105,8 +105,7 @@ class QCodedAttention(QAttention):
         device: str = "cpu",
     ) -> None:
         super().__init__(heads, groups, size, device=device)
-        if code_bits is not None and not 2 <= code_bits <= MAX_BITS:
-            raise InputError(f"attention codes have 2 to {MAX_BITS} bits, not {code_bits}")
+        check_bits(code_bits)
         self.code_bits, self.relative, self.renormalize, self.tokens = code_bits, relative, renormalize, tokens
         edges, levels = (1, 0) if code_bits is None else ((1 << code_bits) - 1, 1 << code_bits)
         self.register_buffer("edges", torch.empty((heads, edges), dtype=torch.int32, device=device))

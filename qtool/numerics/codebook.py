@@ -133,9 +133,15 @@ class Codebook:
             yield ((..., *index, slice(None), slice(None)) if index else ...), index
 
 
-def _check(bits: int, threshold: float) -> None:
-    if not 2 <= bits <= MAX_BITS:
+def check_bits(bits: int | None) -> int | None:
+    """The width of a code, or None for probabilities that are only pruned. Raises InputError for another."""
+    if bits is not None and not 2 <= bits <= MAX_BITS:
         raise InputError(f"attention codes have 2 to {MAX_BITS} bits, not {bits}")
+    return bits
+
+
+def _check(bits: int, threshold: float) -> None:
+    check_bits(bits)
     if not 0 < threshold < 1:
         raise InputError(f"the threshold of a codebook lies between 0 and 1, not at {threshold}")
 

@@ -12,7 +12,9 @@ from transformers import AutoConfig
 
 import qtool
 from qtool import audit, golden, kernels, pipeline, purity
+from qtool.analysis.sweep import coded_bits
 from qtool.errors import InputError
+from qtool.inspection import inspect
 from qtool.kernels.codebook import whole_edges
 from qtool.nn import CodedAttention, QAttention
 from qtool.nn.attention import QCodedAttention
@@ -45,6 +47,7 @@ FORMS: dict[str, tuple[dict[str, Any], float]] = {  # options, and how far from 
         for relative in ("true", "false") for renormalize in ("true", "false")
     },
 }  # fmt: skip
+ARITHMETIC = "integers only, from token ids to logits"
 Made = Callable[..., Path]
 
 
@@ -93,6 +96,10 @@ def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([found.start_logits, found.end_logits], -1) if "start_logits" in found else found.logits
 
 
+def source_of(folder: Path) -> Path:
+    return folder.parent / f"codes-{AutoConfig.from_pretrained(folder).architectures[0]}"
+
+
 def attending(model: Any) -> dict[str, IntAttention]:
     return {path: module for path, module in model.named_modules() if isinstance(module, IntAttention)}
 
@@ -122,7 +129,9 @@ def test_the_integers_are_the_same_everywhere_and_near_those_without_codes(made:
 def test_every_form_is_near_probabilities(made: Made, form: str) -> None:
     """On the queries, keys and values that the first block makes: those of an artifact without codes are the same."""
     options, bound = FORMS[form]
-    network, plain = load(made(BERT, **options)), load(made(BERT, methods=("ibert",)))
+    # Values have no center where rows do not add up to one: then they have none in either model.
+    sets = ("methods.ibert.centering=false",) if options.get("renormalize") == "false" else ()
+    network, plain = load(made(BERT, *sets, **options)), load(made(BERT, *sets, methods=("ibert",)))
     inputs: list[torch.Tensor] = []
     module = network.get_submodule(SITES[0])
     hook = module.register_forward_pre_hook(lambda _, given: inputs.extend(given))
@@ -133,7 +142,9 @@ def test_every_form_is_near_probabilities(made: Made, form: str) -> None:
     real = batch()["attention_mask"].bool()
     off = float((found - other)[real].norm() / other[real].norm())
     assert off < bound
-    assert torch.equal(outputs(load(made(BERT, **options)), batch()), wanted)  # by native kernels, where they are
+    assert torch.equal(
+        outputs(load(made(BERT, *sets, **options)), batch()), wanted
+    )  # by native kernels, where they are
 
 
 def test_codebooks_are_those_of_float_attention(made: Made) -> None:
@@ -146,6 +157,24 @@ def test_codebooks_are_those_of_float_attention(made: Made) -> None:
         assert ((ratio / ratio[:, -1:] - 1).abs() < 0.35).all()  # one digit: a small level is a few units
     paper: Any = load(made(BERT, **PAPER)).get_submodule(SITES[0])
     assert torch.equal(paper.edges, whole_edges(Codebook.log(3, 0.02).edges.expand(4, -1)))
+
+
+@pytest.mark.parametrize("renormalize", ["true", "false"])
+def test_values_have_a_center_where_rows_add_up_to_one(made: Made, renormalize: str) -> None:
+    """Logits near those of float attention with the same codebooks, whose values are as they are."""
+    options = {**PAPER, "renormalize": renormalize}
+    found = outputs(load(made(BERT, "methods.ibert.bias_correction=none", **options)), batch())
+    wanted = outputs(load(made(BERT, methods=("logattn",), **options)), batch())
+    without = outputs(load(made(BERT, "methods.ibert.bias_correction=none", methods=("ibert",))), batch())
+    plain = outputs(transformers.AutoModelForSequenceClassification.from_pretrained(source_of(made(BERT))), batch())
+    # What integers cost is alike with codes and without.
+    assert (found - wanted).norm() < 1.5 * (without - plain).norm()
+
+
+def test_more_bits_than_codes_have_are_refused() -> None:
+    words = {"heads": 1, "hidden": 4, "relative": True, "renormalize": True}
+    with pytest.raises(InputError, match="have 2 to 8 bits, not 9"):
+        IntCodedAttention({**words, "code_bits": 9}, device="meta")
 
 
 def test_what_the_codes_could_overflow_is_audited(made: Made) -> None:
@@ -161,6 +190,9 @@ def test_what_the_codes_could_overflow_is_audited(made: Made) -> None:
 def test_a_rule_leaves_a_block_its_probabilities(made: Made) -> None:
     network = load(made(BERT, f'rules={{"{SITES[0]}.attention_codes": "float"}}'))
     assert [type(module) for module in attending(network).values()] == [IntAttention, IntCodedAttention]
+    folder = made(BERT, 'rules={"*.attention_codes": "float"}')
+    assert json.loads((folder / "qtool.json").read_text())["execution"]["arithmetic"] == ARITHMETIC
+    assert outputs(load(folder), batch()).equal(outputs(load(made(BERT, methods=("ibert",))), batch()))
     with pytest.raises(InputError, match=r"gives weights to .*attention_codes, which has none"):
         made(BERT, 'rules={"*.attention_codes": {"weights": "int8:channel:sym"}}')
 
@@ -168,12 +200,13 @@ def test_a_rule_leaves_a_block_its_probabilities(made: Made) -> None:
 def test_the_report_says_what_was_done(made: Made) -> None:
     folder = made(BERT)
     report = json.loads((folder / "qtool.json").read_text())
-    said = "integers only, from token ids to logits; attention probabilities in codes of 3 bits"
-    assert report["execution"]["arithmetic"] == said
+    assert report["execution"]["arithmetic"] == f"{ARITHMETIC}; attention probabilities in codes of 3 bits"
+    assert coded_bits(str(folder)) == 3
     assert report["kept_float"] == {}
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     block = config["modules"]["bert.encoder.layer.0"]["parts"]["attention"]
     assert (block["type"], block["code_bits"], block["relative"]) == ("int_coded_attention", 3, True)
+    assert [row["activations"] for row in inspect(folder)["modules"] if row["path"] == SITES[0]] == ["3-bit codes"]
     layer = report["figures"][SITES[0]]
     assert 0 < layer["zeros_percent"] < 100 and layer["mean_keys"] > 1 and layer["spare_bits"] >= 0
 
@@ -184,6 +217,7 @@ def test_int8_products_take_the_codes_too(made: Made, architecture: str) -> None
     network = load(made(architecture, int8, methods=("zeroquant", "logattn")))
     modules = [module for module in network.modules() if isinstance(module, QAttention)]
     assert [type(module) for module in modules] == [QCodedAttention] * 2
+    assert coded_bits(str(made(architecture, int8, methods=("zeroquant", "logattn")))) == 3
     assert not any(isinstance(module, CodedAttention) for module in network.modules())
     floats = load(made(architecture, methods=("logattn",)))
     books = [module for module in floats.modules() if isinstance(module, CodedAttention)]

@@ -40,7 +40,7 @@ class IBert(Method):
 
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
         """Raises InputError for a model, an option or a rule that integers cannot serve."""
-        self._layout = Layout(anatomy, model, self.recipe, self.options, self.beside)
+        self._layout = Layout(anatomy, model, self.recipe, self.options, self.other_paths)
         changes = {"tie_word_embeddings": False} if anatomy.tied_head else {}
         return Plan(self._layout.modules(), {}, changes)
 

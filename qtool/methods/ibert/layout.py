@@ -66,9 +66,9 @@ class Layout:
     """The integer form of one model under one recipe."""
 
     def __init__(
-        self, anatomy: Anatomy, model: Any, recipe: Recipe, options: IBertOptions, beside: Sequence[str] = ()
+        self, anatomy: Anatomy, model: Any, recipe: Recipe, options: IBertOptions, other_paths: Sequence[str] = ()
     ) -> None:
-        """`beside` are paths that rules may name too. Raises InputError for a model that has no integer form."""
+        """`other_paths` are those that rules may name too. Raises InputError for a model that has no integer form."""
         config = model.config
         family = FAMILIES.get(config.model_type)
         if family is None or not family.norms:
@@ -99,7 +99,7 @@ class Layout:
         self.hidden, self.size = config.hidden_size, config.hidden_size // config.num_attention_heads
         linears = [layer.path for layer in self.head_layers() if layer.kind in LINEARS]
         paths = [part.path for _, part in anatomy.parts()]
-        recipe.check_rules([*paths, *linears, *beside], {"weights": beside, "activations": beside})
+        recipe.check_rules([*paths, *linears, *other_paths], {"weights": other_paths, "activations": other_paths})
 
     def modules(self) -> dict[str, Description]:
         """Descriptions of everything that is replaced, by path."""

@@ -249,10 +249,13 @@ class Lowering:
         smooth = self._smooth(self._reach(paths["query"], middle), middle, *names)
         scale = self._static_scale(paths["query"], smooth, middle)
         outputs = [f"{path}:output" for path in names[1:]]
-        key, value = (self._shared(self._limits(output)) / 127 for output in outputs)
+        attention = block.part("attention")
         # What all keys have in common moves all scores of a row alike, and what all values have passes through.
         middles = [self._middle(output, static=True) for output in outputs]
-        attention = block.part("attention")
+        if not attention.sums_to_one:
+            middles[1] = torch.zeros_like(middles[1])
+        pairs = zip(outputs, middles, strict=True)
+        key, value = (self._shared(self._limits(output, middle)) / 127 for output, middle in pairs)
         heads = (attention.heads, attention.size)
         # Each channel of the query takes the unit of its key along: a row of scores then has one scale.
         largest = (self._peak(f"{names[0]}:output") * key).view(heads).amax(1)
@@ -278,11 +281,11 @@ class Lowering:
         attention.lower(Grid(query, QUERY_BITS), value, Grid(unit * division, CONTEXT_BITS))
         return Grid(unit, CONTEXT_BITS, middles[1]), smooth
 
-    def _limits(self, output: str) -> torch.Tensor:
-        """How far 8-bit codes of each channel reach from its middle."""
+    def _limits(self, output: str, middle: torch.Tensor) -> torch.Tensor:
+        """How far 8-bit codes of each channel reach from `middle`."""
         if self.options.clipping in ("mse", "percentile"):
             return self._clipped(self._state(output))
-        return self._reach(output, self._middle(output, static=True))
+        return self._reach(output, middle)
 
     def _shared(self, limits: torch.Tensor) -> torch.Tensor:
         """Limits of channels made those of what shares a scale; a dead channel gets a millionth of the largest."""

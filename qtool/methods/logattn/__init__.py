@@ -30,6 +30,7 @@ from qtool.recipe import Recipe
 from qtool.stream import Reader
 
 _KIND = "attention_codes"
+_TOKENS = 16_384  # of the longest text, for models without a table of positions
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -99,7 +100,7 @@ class LogAttn(Method):
         self._joined: dict[str, str] = {}  # attention, and the module of another method that computes it
 
     def rule_paths(self, model: Any) -> Sequence[str]:
-        """Where codes would lie beside the projections of attention, wherever they do."""
+        """What rules call the codes of each attention, whichever module holds them."""
         return [f"{site.path}.{CODES_CHILD}" for site in attention_sites(model)]
 
     def plan(self, anatomy: Anatomy, model: Any) -> Plan:
@@ -119,7 +120,7 @@ class LogAttn(Method):
             self.recipe.check_rules(list(described), {"weights": described, "activations": described})
         modules = {path: one for path, one in described.items() if not self.recipe.rule_for(path).keep_float}
         self._sites = {path.removesuffix(f".{CODES_CHILD}"): path for path in modules}
-        self._joined, self._tokens = {}, max_tokens(model.config)
+        self._joined, self._tokens = {}, max_tokens(model.config) or _TOKENS
         kept = {path: "asked for by a rule" for path in described if path not in modules}
         for path, module in model.named_modules():
             if any(True for _ in module.parameters(recurse=False)):
@@ -135,8 +136,8 @@ class LogAttn(Method):
                 modules[outer] = self._coded(modules[outer])
                 self._joined[site] = outer
                 del modules[path]
-        if len(self._joined) == len(self._sites) > 0:
-            self.arithmetic = _named(self.options.bits)
+        if len(self._joined) == len(self._sites):
+            self.arithmetic = _named(self.options.bits) if self._sites else ""
         return replace(plan, modules=modules)
 
     def _coded(self, description: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -145,7 +146,8 @@ class LogAttn(Method):
         words = {**words, "code_bits": self.options.bits}
         if "parts" not in description:
             return {**description, **words, "type": "coded_attention", "tokens": self._tokens}
-        attention = {**description["parts"]["attention"], **words, "type": "int_coded_attention"}
+        words = {**words, "type": "int_coded_attention", "activations": self._words}
+        attention = {**description["parts"]["attention"], **words}
         return {**description, "parts": {**description["parts"], "attention": attention}}
 
     @property

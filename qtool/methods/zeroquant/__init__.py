@@ -105,7 +105,7 @@ class ZeroQuant(Method):
         whole = {part.path: (unit, part) for unit, part in anatomy.parts()}  # parts of a fused matrix share a module
         attention = plan_attention(anatomy, model) if self.options.attention == "int8" else {}
         tables = [path for path, (unit, _) in whole.items() if unit.kind == "embeddings"]
-        bare = [*attention, *self.beside]
+        bare = [*attention, *self.other_paths]
         self.recipe.check_rules([*whole, *bare], {"weights": bare, "activations": [*tables, *bare]})
         modules: dict[str, dict[str, Any]] = {}
         kept: dict[str, str] = {}

@@ -11,7 +11,7 @@ from qtool import kernels
 from qtool.kernels.codebook import EDGE_BITS, LEVEL_MAX, WholeCodebook, whole_edges, whole_levels
 from qtool.kernels.reference import exp_constants, share_bits
 from qtool.nn.integer.module import Bound, IntComposite, IntModule
-from qtool.numerics.codebook import Codebook
+from qtool.numerics.codebook import Codebook, check_bits
 from qtool.numerics.dyadic import Dyadic
 from qtool.numerics.grid import Grid
 
@@ -65,6 +65,11 @@ class IntAttention(IntModule):
         """The codebooks that stand in the place of probabilities; none here."""
         return None
 
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether what values are multiplied by does in each row, so that a center of theirs passes through."""
+        return True
+
     def bounds(self) -> list[Bound]:
         """Q·K, its row product, and P·V for the longest text."""
         products = self.size * 127 * 127
@@ -101,7 +106,7 @@ class IntCodedAttention(IntAttention):
 
     def __init__(self, description: Mapping[str, Any], *, device: str) -> None:
         super().__init__(description, device=device)
-        bits = self.words["code_bits"]
+        bits = check_bits(self.words["code_bits"])
         edges, levels = (1, 0) if bits is None else ((1 << bits) - 1, 1 << bits)
         self.register_buffer("edges", torch.empty((self.heads, edges), dtype=torch.int32, device=device))
         held = torch.empty((self.heads, levels), dtype=torch.int32, device=device) if levels else None
@@ -127,6 +132,11 @@ class IntCodedAttention(IntAttention):
         self.fill_rescale("", Dyadic(self.multiplier, self.shift).to_float() * factor)
 
     @property
+    def sums_to_one(self) -> bool:
+        """Where rows are renormalised."""
+        return bool(self.words["renormalize"])
+
+    @property
     def book(self) -> WholeCodebook:
         """The codebooks of all heads."""
         return WholeCodebook(self.edges, self.levels, self.words["relative"], self.words["renormalize"])
@@ -134,12 +144,12 @@ class IntCodedAttention(IntAttention):
     def bounds(self) -> list[Bound]:
         """Those of attention, with levels for probabilities; and what edges are multiplied by."""
         b, c = exp_constants(self.words["grid"])
-        sum_of_weights = self.words["tokens"] * (b * b + c)
+        whole = (b * b + c) * (1 if self.words["relative"] else self.words["tokens"])
         shared = super().bounds()
         if self.levels is not None:
             shared = [bound for bound in shared if bound.what != "P·V"]
             shared.append(Bound("levels·V", 127 * int(self.levels.max()) * self.words["tokens"], _INT32))
-        return [*shared, Bound("edge product", (sum_of_weights << EDGE_BITS) + (1 << EDGE_BITS), (1 << 63) - 1)]
+        return [*shared, Bound("edge product", (whole << EDGE_BITS) + (1 << EDGE_BITS), (1 << 63) - 1)]
 
     def description(self) -> dict[str, Any]:
         """Shape, widths, the grid of the scores, and what codes are."""

@@ -106,10 +106,8 @@ def test_codes_and_context_are_those_of_exact_fractions(
     )  # fmt: skip
     top = max((a for a, real in zip(places, seen, strict=True) if real), default=0)
     octaves = torch.tensor([(a - top) / parts for a in places]).clamp(max=0)
-    powers = [Fraction(power) for power in exp2(octaves.clamp(-126)).tolist()]  # tested beside attention
-    weights = [
-        math.floor(power * LARGEST + Fraction(1, 2)) if real else 0 for power, real in zip(powers, seen, strict=True)
-    ]
+    powers = exp2(octaves.clamp(-126)).numpy() * np.float32(LARGEST) + np.float32(0.5)  # two roundings to float32
+    weights = [math.floor(power) if real else 0 for power, real in zip(powers, seen, strict=True)]
     row, exact = exact_row(weights, values, edges, None if pruning else levels, unit, (relative, renormalize))
     assert found_codes[0, 0, 0].tolist() == row
     assert found[0, 0, 0].tolist() == [float(value * np.float32(scale)) for value in exact]

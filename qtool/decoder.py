@@ -68,7 +68,7 @@ def _joined_class(cls: Any) -> Any:
 
 def _plan(layer: Any, hidden: Any, angles: Any) -> DecoderPlan | None:
     """How to join the layer for these inputs; None where that cannot give what its modules give."""
-    if kernels.backend().name != "native" or layer.training or layer.self_attn.training:
+    if kernels.backend(hidden.device).name != "native" or layer.training or layer.self_attn.training:
         return None
     plan: Any = kept_plan(layer, [layer], lambda: _made(layer))
     return plan if isinstance(plan, DecoderPlan) and _plain(hidden, angles, plan.heads) else None

@@ -60,7 +60,9 @@ def _fused_class(cls: Any) -> Any:
 
 def _plain(holder: Any, hidden: Any, options: Mapping[str, Any]) -> bool:
     """Whether nothing but the hidden states of an evaluation is asked for."""
-    if holder.training or kernels.backend().name != "native" or hidden.dtype != torch.float32 or hidden.is_meta:
+    if holder.training or hidden.dtype != torch.float32 or hidden.is_meta:
+        return False
+    if kernels.backend(hidden.device).name != "native":
         return False
     refused = ("encoder_hidden_states", "past_key_values", "output_attentions", "output_hidden_states")
     return not any(options.get(name) is not None and options[name] is not False for name in refused)

@@ -170,7 +170,7 @@ def _wide_sdpa(
     """SDPA in float64: `[batch, heads, tokens, size]` in, `[batch, tokens, heads, size]` out."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if kernels.backend().name == "native" and _one_query(query, key, value, mask, options):
+    if kernels.backend(query.device).name == "native" and _one_query(query, key, value, mask, options):
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         return Native.wide_attention(query, key, value, mask, scaling), None

@@ -1,7 +1,8 @@
 """The table of operations that quantized modules call, and the backend that carries them out.
 
 An operation has one meaning, given by `reference.py`; any other backend is right when it returns the reference's
-integers bit for bit. `QTOOL_BACKEND` chooses one by name; without it the first of `BACKENDS` that is here.
+integers bit for bit. The device of its tensors decides: on a GPU the Triton kernels, on the CPU the
+native ones where their library is here, else the reference. `QTOOL_BACKEND` chooses one by name.
 """
 
 import functools
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from qtool.errors import UnavailableError, one_of
-from qtool.kernels import native
+from qtool.kernels import native, triton
 
 
 class Backend(Protocol):
@@ -85,18 +86,20 @@ class Backend(Protocol):
         """`x @ (codes * scale)^T + bias` with float activations, for a head that shares an embedding table's codes."""
 
 
-BACKENDS: tuple[str, ...] = ("native", "reference")
-"""By preference; the native one only where its library is."""
+BACKENDS: tuple[str, ...] = ("triton", "native", "reference")
+"""On a GPU the first, on the CPU the second where its library is; the reference computes everywhere."""
+
+_CPU = torch.device("cpu")
 
 _CHOSEN: ContextVar[Backend | None] = ContextVar("backend", default=None)
 
 
-def backend() -> Backend:
-    """The backend of this process, fixed at first use, or that of `using`.
+def backend(device: torch.device = _CPU) -> Backend:
+    """The backend for tensors on `device`, the same as long as the process lives, or that of `using`.
 
-    Raises UnavailableError for one that does not exist here.
+    Raises UnavailableError for one that does not exist here or does not compute on this device.
     """
-    return _CHOSEN.get() or _default()
+    return _CHOSEN.get() or _default(device.type)
 
 
 @contextmanager
@@ -110,11 +113,18 @@ def using(name: str) -> Iterator[None]:
 
 
 @functools.cache
-def _default() -> Backend:
+def _default(device: str) -> Backend:
     wanted = os.environ.get("QTOOL_BACKEND")
     if wanted and wanted not in BACKENDS:
         raise UnavailableError(f"QTOOL_BACKEND={wanted}: {one_of(wanted, BACKENDS, 'backend')}")
-    return _make(wanted or ("native" if native.available() else "reference"))
+    if wanted == "native" and device == "cuda":
+        raise UnavailableError("QTOOL_BACKEND=native computes on the CPU; leave it out, or leave out --device cuda")
+    if wanted == "triton" and device != "cuda" and not triton.interpreted():
+        raise UnavailableError(
+            "QTOOL_BACKEND=triton computes on a GPU: add --device cuda, or TRITON_INTERPRET=1 to interpret its kernels"
+        )
+    here = "triton" if device == "cuda" else "native" if native.available() else "reference"
+    return _make(wanted or here)
 
 
 @functools.cache
@@ -123,6 +133,12 @@ def _make(name: str) -> Backend:
 
     if name == "reference":
         return reference.Reference()
+    if name == "triton":
+        if problem := triton.reason():
+            raise UnavailableError(f"the triton backend is not available: {problem}")
+        from qtool.kernels.triton.backend import Triton
+
+        return Triton()
     if not native.available():
         raise UnavailableError(f"the native backend is not available: {native.reason()}")
     native.isa()  # refused now, not in the middle of a run

@@ -84,8 +84,8 @@ def int8_attention(
     groups, keys = key.shape[1:3]
     k_unit = k_unit.transpose(-1, -2)
     allowed = None if mask is None else mask.expand(batch, heads, queries, keys).view(batch, groups, -1, queries, keys)
-    codes = torch.empty((batch, groups, heads // groups, queries, keys), dtype=torch.uint8)
-    context = torch.empty((batch, groups, heads // groups, queries, size), dtype=torch.float32)
+    codes = torch.empty((batch, groups, heads // groups, queries, keys), dtype=torch.uint8, device=query.device)
+    context = torch.empty((batch, groups, heads // groups, queries, size), dtype=torch.float32, device=query.device)
     for at in ((b, g) for b in range(batch) for g in range(groups)):
         products = int8_gemm(q[at], operand(k[at])).view(-1, queries, keys)
         units, values = unit[at].view(-1, queries, 1), _Values.of(v[at])

@@ -56,8 +56,8 @@ def coded_attention(
         raise InputError(f"coded attention adds up {keys} weights; sums are exact for {MAX_KEYS}")
     shape = (groups, heads // groups)
     allowed = None if mask is None else mask.expand(batch, heads, queries, keys)
-    codes = torch.empty((batch, heads, queries, keys), dtype=torch.uint8)
-    context = torch.empty((batch, heads, queries, size), dtype=torch.float32)
+    codes = torch.empty((batch, heads, queries, keys), dtype=torch.uint8, device=query.device)
+    context = torch.empty((batch, heads, queries, size), dtype=torch.float32, device=query.device)
     for text in range(batch):
         q, k, v = (states[text].double() for states in (query, key, value))
         for rows in _pieces(heads * keys, queries):

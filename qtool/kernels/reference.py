@@ -23,7 +23,7 @@ QMAX = 127
 _TINY = torch.finfo(torch.float32).tiny
 _TABLE_ROWS = 512  # of a matrix of codes, expanded to float at a time: they should stay in the cache
 
-Product = Literal["direct", "split", "integer"]
+Product = Literal["direct", "split", "double", "integer"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Codes:
 
 def operand(codes: torch.Tensor, product: Product | None = None, width: int | None = None) -> Operand:
     """Prepare int8 `codes` `[out, in]` for the exact product of this machine (or for the `product` named)."""
-    product = product or exact_product()
+    product = product or ("double" if codes.is_cuda else exact_product())
     if codes.shape[1] == 1:  # torch._int_mm leaves the product with a matrix of one column unwritten (torch 2.13)
-        product = "integer"
+        product = "double" if codes.is_cuda else "integer"
     if product == "split":
         return Operand((codes >> 1, codes & 1), product, width)
     return Operand((codes,), product, width)
@@ -72,11 +72,23 @@ def int8_gemm(a: torch.Tensor, weight: Operand, columns: slice = slice(None)) ->
     digits = [digit[:, columns].t() for digit in weight.digits]
     if weight.product == "integer":
         return a.int() @ digits[0].int()
+    if weight.product == "double":
+        return whole_product(a, digits[0])
     if a.shape[0] == 0:
         return a.new_zeros((0, digits[0].shape[1]), dtype=torch.int32)
     if weight.product == "direct":
         return torch._int_mm(a, digits[0])
     return torch._int_mm(a, digits[0]).mul_(2).add_(torch._int_mm(a, digits[1]))
+
+
+def whole_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """int32 `a @ b` of integers whose sums fit int32, on any device.
+
+    torch multiplies matrices of integers on the CPU alone; elsewhere float64 holds every sum exactly.
+    """
+    if a.is_cuda:
+        return (a.double() @ b.double()).int()
+    return a.int() @ b.int()
 
 
 @functools.cache
@@ -219,7 +231,7 @@ def quantize_rows(x: torch.Tensor, *, unsigned: bool = False) -> tuple[torch.Ten
     `[..., 1]`, at least 1; |codes| ≤ 127 without a clip.
     """
     rows = x.reshape(-1, x.shape[-1])
-    codes = torch.empty(rows.shape, dtype=torch.int8)
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     amax = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True)).long().clamp_min_(1)
     places = bit_length(amax) + _EXTRA_BITS
     levels = torch.bitwise_left_shift(2 * QMAX if unsigned else QMAX, places)
@@ -232,7 +244,7 @@ def quantize_rows(x: torch.Tensor, *, unsigned: bool = False) -> tuple[torch.Ten
 
 def shift_round(x: torch.Tensor, places: torch.Tensor | int) -> torch.Tensor:
     """`x / 2^places` rounded half up, int64; `places` may be 0."""
-    places = torch.as_tensor(places, dtype=torch.int64)
+    places = torch.as_tensor(places, dtype=torch.int64, device=x.device)
     return (x.long() + (torch.bitwise_left_shift(1, places) >> 1)).bitwise_right_shift_(places)
 
 
@@ -329,8 +341,8 @@ def coded_context(
     standing = book.standing(codes, weights)
     kept = standing.sum(-1, keepdim=True, dtype=torch.int64) if book.renormalize else total
     if book.levels is None:
-        return integer_shares(standing, kept, bits) @ value
-    sums = standing @ value
+        return whole_product(integer_shares(standing, kept, bits), value)
+    sums = whole_product(standing, value)
     if book.renormalize:
         return quotients(sums, kept, bits)
     return quotients(sums, torch.maximum(kept, largest), share_bits(grid)) if book.relative else sums
@@ -383,7 +395,7 @@ def integer_norm(x: torch.Tensor, eps: torch.Tensor, to_output: Rescale, bias: t
     """
     n = x.shape[-1]
     rows = x.reshape(-1, n)
-    result = torch.empty(rows.shape, dtype=torch.int32)
+    result = torch.empty(rows.shape, dtype=torch.int32, device=x.device)
     limit = (1 << (NORM_BITS + 1)) - 1
     for part in _pieces(*rows.shape):
         wide = rows[part].long()
@@ -427,13 +439,13 @@ def integer_attention(
         [x.expand(batch, *x.shape).flatten(0, 1) for x in pair] for pair in (to_scores, to_context)
     )
     books = None if book is None else book.repeated(batch)
-    result = torch.empty((batch * heads, tokens, size), dtype=torch.int32)
+    result = torch.empty((batch * heads, tokens, size), dtype=torch.int32, device=query.device)
     for part in _pieces(batch * heads, tokens * tokens):
         q, k, v = (x[part] for x in rows)
-        products = (q @ k.transpose(1, 2)).long().mul_(amax[part])
+        products = whole_product(q, k.transpose(1, 2)).long().mul_(amax[part])
         scores = saturate(rescale(shift_round(products, align), score_m[part], score_s[part]), SCORE_BITS, "scores")
         if books is None:
-            mixed = integer_softmax(scores, allowed[part], grid, bits) @ v
+            mixed = whole_product(integer_softmax(scores, allowed[part], grid, bits), v)
         else:
             mixed = coded_context(integer_weights(scores, allowed[part], grid), v, books[part], grid, bits)
         result[part] = saturate(rescale(mixed, context_m[part], context_s[part]), context_bits)
@@ -516,7 +528,7 @@ class Reference:
             None if values is None else values.repeat_interleave(outputs // values.shape[0], 0)
             for values in (weight_scale, weight_offset)
         )
-        result = torch.empty((x.shape[0], outputs), dtype=torch.float32)
+        result = torch.empty((x.shape[0], outputs), dtype=torch.float32, device=x.device)
         for first in range(0, outputs, _TABLE_ROWS):
             rows = slice(first, min(first + _TABLE_ROWS, outputs))
             panels = operand.codes[first // TILE_ROWS : -(-rows.stop // TILE_ROWS)]

@@ -49,7 +49,7 @@ class QAttention(QModule):
         """Context `[batch, queries, heads, size]` in `output_dtype`, and probability codes; see `int8_attention`."""
         self.calls += 1
         scaling = self.size**-0.5 if scaling is None else scaling
-        operation = kernels.backend().int8_attention
+        operation = kernels.backend(query.device).int8_attention
         options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, **self._coding()}
         context, codes = operation(query, key, value, self.value_scale, mask, **options)
         return context.to(self.output_dtype), codes
@@ -136,7 +136,7 @@ class QCodedAttention(QAttention):
         """
         if self.levels is None:
             return super().values(codes)
-        levels = self.levels[torch.arange(self.heads)[:, None, None], codes.long()]
+        levels = self.levels[torch.arange(self.heads, device=codes.device)[:, None, None], codes.long()]
         return levels / levels.sum(-1, keepdim=True).clamp_min(1)
 
     def description(self) -> dict[str, Any]:

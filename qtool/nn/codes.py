@@ -55,7 +55,7 @@ class CodedAttention(QModule):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Context `[batch, queries, heads, size]` in `output_dtype`; codes uint8 `[batch, heads, queries, keys]`."""
         self.calls += 1
-        context, codes = kernels.backend().coded_attention(
+        context, codes = kernels.backend(query.device).coded_attention(
             query, key, value, mask, self.edges, self.levels,
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling, softcap=softcap,
             relative=self.words["relative"], renormalize=self.words["renormalize"],

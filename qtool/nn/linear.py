@@ -66,11 +66,11 @@ class QLinear(CodesModule):
         """Any leading shape, any float dtype."""
         rows = x.reshape(-1, self.in_features).float()
         bias = None if self.bias is None else self.bias.float()
-        scale, offset = self.weight_scale, self._offset()
+        scale, offset, ops = self.weight_scale, self._offset(), kernels.backend(x.device)
         if self.activations == "float":
-            y = kernels.backend().code_linear(rows, self._prepared(), scale, bias, offset)
+            y = ops.code_linear(rows, self._prepared(), scale, bias, offset)
         else:
-            y = kernels.backend().int8_linear(rows, self._prepared(), scale, bias, self.act_scale, offset)
+            y = ops.int8_linear(rows, self._prepared(), scale, bias, self.act_scale, offset)
         return y.view(*x.shape[:-1], self.out_features).to(self.output_dtype)
 
     def fill(self, tensor: QTensor) -> None:
@@ -84,7 +84,7 @@ class QLinear(CodesModule):
         return QTensor(self.weight, params, self.weights, (self.out_features, self.in_features), "tiled")
 
     def _prepare(self, codes: torch.Tensor) -> Any:
-        backend, width = kernels.backend(), column_width(self.weights, self.in_features)
+        backend, width = kernels.backend(codes.device), column_width(self.weights, self.in_features)
         prepare = backend.prepare_codes if self.activations == "float" else backend.prepare
         return prepare(codes, (self.out_features, self.in_features), width)
 

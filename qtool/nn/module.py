@@ -77,7 +77,7 @@ class CodesModule(QModule):
         codes = self.weight
         if codes.is_inference() or fleeting():  # tensors of inference mode do not count their changes
             return self._prepare(codes)
-        known, ops = self._operand, kernels.backend()
+        known, ops = self._operand, kernels.backend(codes.device)
         if known is None or known[0] is not codes or known[1] != codes._version or known[2] is not ops:
             known = self._operand = codes, codes._version, ops, self._prepare(codes)
         return known[3]

@@ -163,7 +163,7 @@ def kept_plan(owner: nn.Module, roots: Sequence[nn.Module], make: Callable[[], P
     None without the native backend or inside `one_by_one`, while units of the model are still to be loaded, and where
     somebody watches. Where operands are fleeting, so is the plan, which holds them.
     """
-    if kernels.backend().name != "native" or _ONE_BY_ONE.get():
+    if kernels.backend(_device(roots)).name != "native" or _ONE_BY_ONE.get():
         return None
     known: P | None = owner.__dict__.get("_plan")
     if known is None or not known.holds(roots):
@@ -173,3 +173,9 @@ def kept_plan(owner: nn.Module, roots: Sequence[nn.Module], make: Callable[[], P
         if not fleeting():
             owner.__dict__["_plan"] = known
     return None if known.watched() else known
+
+
+def _device(roots: Sequence[nn.Module]) -> torch.device:
+    """Where the tensors of modules are: of the first that has one."""
+    found = next((tensor for root in roots for tensor in (*root.buffers(), *root.parameters())), None)
+    return torch.device("cpu") if found is None else found.device

@@ -40,7 +40,7 @@ class QTiedLinear(QModule):
         scale, rows_of_one = table.weight_scale, table.num_embeddings // table.weight_scale.shape[0]
         scale = scale if rows_of_one == 1 else scale.repeat_interleave(rows_of_one, dim=0)
         bias = None if self.bias is None else self.bias.float()
-        y = kernels.backend().row_table_linear(rows, table.weight.squeeze(1), scale, bias)
+        y = kernels.backend(x.device).row_table_linear(rows, table.weight.squeeze(1), scale, bias)
         return y.view(*x.shape[:-1], table.num_embeddings).to(self.output_dtype)
 
     def description(self) -> dict[str, Any]:

@@ -305,26 +305,40 @@ def test_row_table_linear(monkeypatch: pytest.MonkeyPatch, bits: int, bias: bool
 
 def test_the_backend_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     choose = kernels._default.__wrapped__
-    here = [name for name in kernels.BACKENDS if name != "native" or native.available()]
+    here = ["native", "reference"] if native.available() else ["reference"]
     for name in here:
         monkeypatch.setenv("QTOOL_BACKEND", name)
-        assert choose().name == name
+        assert choose("cpu").name == name
         with kernels.using(name):
             assert kernels.backend().name == name
     monkeypatch.delenv("QTOOL_BACKEND")
-    assert choose().name == here[0]
+    assert choose("cpu").name == here[0]
     monkeypatch.setenv("QTOOL_BACKEND", "")  # as good as unset
-    assert choose().name == here[0]
+    assert choose("cpu").name == here[0]
+    assert choose("meta").name == here[0]
     monkeypatch.setenv("QTOOL_BACKEND", "referense")
     with pytest.raises(UnavailableError, match="unknown backend"):
-        choose()
+        choose("cpu")
+
+
+def test_a_backend_that_does_not_compute_on_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = kernels._default.__wrapped__
+    monkeypatch.setenv("QTOOL_BACKEND", "native")
+    with pytest.raises(UnavailableError, match="native computes on the CPU"):
+        choose("cuda")
+    monkeypatch.setenv("QTOOL_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UnavailableError, match="triton computes on a GPU"):
+        choose("cpu")
+    monkeypatch.setenv("QTOOL_BACKEND", "reference")
+    assert choose("cuda").name == "reference"
 
 
 def test_without_the_library_the_reference_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(native, "reason", lambda: "no compiler")
     monkeypatch.delenv("QTOOL_BACKEND", raising=False)
-    assert kernels._default.__wrapped__().name == "reference"
+    assert kernels._default.__wrapped__("cpu").name == "reference"
     with pytest.raises(UnavailableError, match="native backend is not available: no compiler"):
         kernels._make.__wrapped__("native")
 

@@ -92,7 +92,7 @@ class IntGelu(IntModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Polynomial, rescale, offset."""
-        ops, (root, one, places, offset) = kernels.backend(), self.constants
+        ops, (root, one, places, offset) = kernels.backend(x.device), self.constants
         y = ops.rescale(ops.integer_gelu(x, root, one, places), self.multiplier, self.shift) + offset
         return ops.saturate(y.clamp_min(0) if self.shifted else y, 16)
 
@@ -137,7 +137,7 @@ class IntTanh(IntModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Element by element."""
-        return kernels.backend().integer_tanh(x, self.grid)
+        return kernels.backend(x.device).integer_tanh(x, self.grid)
 
     def description(self) -> dict[str, Any]:
         """The grid of its input."""

@@ -52,7 +52,7 @@ class IntAttention(IntModule):
         """`real` is boolean `[batch, tokens]`."""
         heads = (self.heads, self.size)
         query, key, value = (x.unflatten(-1, heads) for x in (query, key, value))
-        return kernels.backend().integer_attention(
+        return kernels.backend(query.device).integer_attention(
             query, key, value, real, self.align,
             (self.score_multiplier.view(-1, 1, 1), self.score_shift.view(-1, 1, 1)),
             (self.multiplier.view(-1, 1, self.size), self.shift.view(-1, 1, self.size)),

@@ -43,7 +43,7 @@ class IntTableRows(IntModule):
         """ids in `[0, rows)`, else IndexError; int64 `[..., columns]`."""
         codes = nn.functional.embedding(ids, self.weight.squeeze(1))
         multiplier, shift = (buffer[ids].unsqueeze(-1) for buffer in (self.multiplier, self.shift))
-        return kernels.backend().rescale(codes, multiplier, shift)
+        return kernels.backend(codes.device).rescale(codes, multiplier, shift)
 
     def description(self) -> dict[str, Any]:
         """Shape and spec."""
@@ -115,7 +115,8 @@ class IntEmbeddings(IntComposite):
             if role in self.parts:
                 table = self.part(role)
                 rows = table.weight.squeeze(1).long().abs().amax(1)
-                largest += int(kernels.backend().rescale(rows, table.multiplier.abs(), table.shift).max()) + 1
+                ops = kernels.backend(rows.device)
+                largest += int(ops.rescale(rows, table.multiplier.abs(), table.shift).max()) + 1
         return [Bound("sum of tables", largest, (1 << (self.part("norm").in_bits - 1)) - 1)]
 
     def description(self) -> dict[str, Any]:

@@ -141,7 +141,7 @@ class IntLinear(CodesModule, IntModule):
 
     def quantize(self, x: torch.Tensor) -> Codes:
         """INT8 codes of the rows, and what the largest of each was (None with static activations)."""
-        ops = kernels.backend()
+        ops = kernels.backend(x.device)
         if self.rescales:
             x = ops.rescale(x, self.in_multiplier, self.in_shift).sub_(self.in_offset)
             x = ops.saturate(x, self.in_bits if self.dynamic else 8)
@@ -157,15 +157,16 @@ class IntLinear(CodesModule, IntModule):
         """int32 `[..., in]` on the source grid, or what `quantize` made of it."""
         codes, amax = x if isinstance(x, tuple) else self.quantize(x)
         operand, row_sums = self._prepared()
-        y = kernels.backend().integer_linear(
+        y = kernels.backend(codes.device).integer_linear(
             codes, amax, operand, row_sums, self.align, self.bias, (self.multiplier, self.shift), self.out_bits
         )
         return leave(y, self.exponent, self.output_dtype) if self.output else y
 
     def _prepare(self, codes: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
         shape = (self.out_features, self.in_features)
-        operand = kernels.backend().prepare(codes, shape)
-        return operand, kernels.backend().row_sums(operand) if self.unsigned else None
+        ops = kernels.backend(codes.device)
+        operand = ops.prepare(codes, shape)
+        return operand, ops.row_sums(operand) if self.unsigned else None
 
     def bounds(self) -> list[Bound]:
         """The int32 accumulator; the aligned row product with the bias; what the final multiplier is given."""

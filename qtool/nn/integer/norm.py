@@ -43,7 +43,8 @@ class IntNorm(IntModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """int32 on any grid whose unit is the source's: LayerNorm takes the mean away, whatever it is."""
-        return kernels.backend().integer_norm(x, self.eps, (self.weight, self.shift), self.bias, self.out_bits)
+        to_output = self.weight, self.shift
+        return kernels.backend(x.device).integer_norm(x, self.eps, to_output, self.bias, self.out_bits)
 
     def bounds(self) -> list[Bound]:
         """The variance, and what γ and β add up to."""

@@ -151,8 +151,9 @@ def attend(
         given.align, *given.to_scores, *given.to_context, given.limit, *reference.exp_constants(given.grid),
         edges, levels, count, result, given.size, given.heads,
         GRID=given.grid, BITS=given.bits, SHARE_BITS=reference.share_bits(given.grid), KIND=kind,
-        RELATIVE=book is not None and book.relative, RENORMALIZE=book is not None and book.renormalize, SINGLE=cut.single,
-        BLOCK_M=cut.m, BLOCK_N=cut.n, SIZE=max(32, tuning.power_of_two(given.size)), num_warps=cut.warps,
+        RELATIVE=book is not None and book.relative, RENORMALIZE=book is not None and book.renormalize,
+        SINGLE=cut.single, BLOCK_M=cut.m, BLOCK_N=cut.n, SIZE=max(32, tuning.power_of_two(given.size)),
+        num_warps=cut.warps,
     )  # fmt: skip
 
 

@@ -16,7 +16,20 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"kernels"}),
     frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream", "lesson", "distill", "pruning"}),
     frozenset(
-        {"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "decoder", "fused", "audit"}
+        {
+            "artifact",
+            "methods",
+            "recipe",
+            "rundir",
+            "golden",
+            "card",
+            "hf",
+            "encoder",
+            "decoder",
+            "fused",
+            "audit",
+            "recorded",
+        }
     ),
     frozenset(
         {

@@ -13,7 +13,7 @@ from qtool.errors import UnavailableError, UsageError
 def test_every_engine_has_its_runtime() -> None:
     for engine in engines.ENGINES.values():
         assert find_spec(f"qtool.bench.runtimes.{engine.runtime}") is not None
-    assert set(engines.DEFAULT) <= set(engines.ENGINES)
+    assert all(set(names) <= set(engines.ENGINES) for names in engines.DEFAULTS.values())
 
 
 def test_runtimes_have_their_functions() -> None:

@@ -25,9 +25,13 @@ class Doubling:
     """Its outputs are twice the ids."""
 
     facts = Facts("fake 1.0", 3, 12, {"kind": "fake"})
+    readied = 0
 
-    def feed(self, batch: Any) -> Any:
+    def feed(self, batch: Any, context: int = 0) -> Any:
         return batch["input_ids"]
+
+    def ready(self, feed: Any) -> None:
+        self.readied += 1
 
     def run(self, feed: Any) -> Any:
         if feed.max() > 100:

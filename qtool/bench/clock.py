@@ -36,18 +36,16 @@ class CudaClock:
     """Events around a call, in the queue of a GPU.
 
     The GPU is idle at the first event, so what it waits for the host to launch counts: a caller waits for it too. With
-    `cold` a buffer of twice the L2 cache is written before, and nothing of the model is left there. `cuda` is
-    `torch.cuda`.
+    `cold` a buffer of twice the L2 cache is written before, and nothing of the model is left there.
     """
 
-    def __init__(self, device: Any, cold: bool = False, cuda: Any = None) -> None:
+    def __init__(self, device: Any, cold: bool = False) -> None:
         import torch
 
-        self.cold, self.device = cold, device
-        self._cuda = torch.cuda if cuda is None else cuda
+        self.cold, self.device, self._cuda = cold, device, torch.cuda
         self._scrap = None
         if cold:
-            size = 2 * self._cuda.get_device_properties(device).L2_cache_size
+            size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
             self._scrap = torch.empty(size, dtype=torch.int8, device=device)
 
     def now(self) -> float:

@@ -22,14 +22,14 @@ _FIELDS = {
 _SECONDS = 20  # to wait for nvidia-smi, which takes one or two where no driver is loaded yet
 
 
-def describe(device: Any, cuda: Any = None) -> dict[str, Any]:
+def describe(device: Any) -> dict[str, Any]:
     """JSON-clean: name, compute capability and sizes by torch; driver, clocks and power by nvidia-smi.
 
-    What nvidia-smi does not say, or all of it where there is none, is None. `cuda` is `torch.cuda`.
+    What nvidia-smi does not say, or all of it where there is none, is None.
     """
     import torch
 
-    found = (torch.cuda if cuda is None else cuda).get_device_properties(device)
+    found = torch.cuda.get_device_properties(device)
     return {
         "name": found.name,
         "compute_capability": f"{found.major}.{found.minor}",

@@ -113,10 +113,11 @@ def _compiled(model: Any, on_gpu: bool) -> Any:
 
 @dataclass(frozen=True)
 class Feed:
-    """What a forward takes, the tokens of its outputs that belong to the batch, and how many tokens its cache holds."""
+    """What a forward takes; `width`, the tokens of its outputs that belong to the batch (None: all); and `context`, how
+    many its cache holds."""
 
     inputs: dict[str, Any]
-    real: slice = slice(None)
+    width: int | None = None
     context: int = 0
 
 
@@ -144,12 +145,12 @@ class TorchRunner:
         way, and where something is, a few shapes serve all batches.
         """
         tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
-        real = slice(None)
         if context:
             return self._decoding(tensors["input_ids"].to(self.device), context)
+        width = tensors["attention_mask"].shape[1]
         if self.fixed_shapes:
-            tensors, real = fixed(tensors, int(self.model.config.pad_token_id), self.max_tokens)
-        return Feed({name: value.to(self.device) for name, value in tensors.items()}, real)
+            tensors = fixed(tensors, int(self.model.config.pad_token_id), self.max_tokens)
+        return Feed({name: value.to(self.device) for name, value in tensors.items()}, width)
 
     def _decoding(self, ids: torch.Tensor, context: int) -> Feed:
         """The last token, and a cache of those before; one of a fixed size where the model is compiled for it."""
@@ -175,17 +176,17 @@ class TorchRunner:
         else:
             cache.crop(feed.context - cache.get_seq_length())
 
-    def run(self, feed: Feed) -> tuple[Any, slice]:
-        """The forward."""
+    def run(self, feed: Feed) -> tuple[Any, int | None]:
+        """The forward, and the width of the feed."""
         with torch.inference_mode():
-            return self.model(**feed.inputs, return_dict=True), feed.real
+            return self.model(**feed.inputs, return_dict=True), feed.width
 
-    def arrays(self, result: tuple[Any, slice]) -> dict[str, Any]:
+    def arrays(self, result: tuple[Any, int | None]) -> dict[str, Any]:
         """Float32."""
-        outputs, real = result
+        outputs, width = result
         found = {name: outputs[name].float().cpu() for name in OUTPUTS if outputs.get(name) is not None}
         return {
-            name: (value[:, real] if name in _BY_TOKEN or value.ndim == 3 else value).numpy()
+            name: (value[:, :width] if name in _BY_TOKEN or value.ndim == 3 else value).numpy()
             for name, value in found.items()
         }
 
@@ -194,22 +195,17 @@ _BY_TOKEN = ("start_logits", "end_logits")
 """Outputs `[sequences, tokens]`; those of three axes have tokens as their second one too."""
 
 
-def fixed(
-    tensors: dict[str, torch.Tensor], padding: int, max_tokens: int | None
-) -> tuple[dict[str, torch.Tensor], slice]:
-    """The batch as a model compiled for fixed shapes takes it, and where its own tokens are in that.
+def fixed(tensors: dict[str, torch.Tensor], padding: int, max_tokens: int | None) -> dict[str, torch.Tensor]:
+    """The batch as a model compiled for fixed shapes takes it: its own tokens, and more of padding behind them.
 
     A batch padded on the left stays as it is: further padding would move positions.
     """
     mask = tensors["attention_mask"]
     if bool(mask.all()):
-        return {name: value for name, value in tensors.items() if name != "attention_mask"}, slice(None)
-    width = mask.shape[1]
+        return {name: value for name, value in tensors.items() if name != "attention_mask"}
     if bool((mask[:, 0] == 0).any()):
-        return tensors, slice(None)
+        return tensors
+    width = mask.shape[1]
     more = min(-width % STRIDE, (max_tokens or width + STRIDE) - width)
     fill = {"input_ids": padding}
-    padded = {
-        name: torch.nn.functional.pad(value, (0, more), value=fill.get(name, 0)) for name, value in tensors.items()
-    }
-    return padded, slice(0, width)
+    return {name: torch.nn.functional.pad(value, (0, more), value=fill.get(name, 0)) for name, value in tensors.items()}

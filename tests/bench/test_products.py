@@ -1,6 +1,5 @@
 """Operations of matrix products, against torch's own count of a real forward, and by hand."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from qtool.bench.batches import Workload
-from qtool.bench.products import Products, counted, products_of
+from qtool.bench.products import Products, counted
 from qtool.pruning import shrink
 
 SMALL = {"vocab_size": 100, "max_position_embeddings": 66}
@@ -89,10 +88,3 @@ def test_padding_and_what_a_cache_holds_take_nothing() -> None:
     cached = Workload("2@2", [{"attention_mask": np.ones((2, 3), dtype=np.int64)}], context=2)
     assert found.of(cached) == 2 * found.operations(1, context=2)
     assert (cached.sequences, cached.tokens, cached.padded_tokens) == (2, 2, 2)
-
-
-def test_an_artifact_takes_what_its_float_model_does(tiny: Any, tmp_path: Path) -> None:
-    import qtool
-
-    out = qtool.quantize(str(tiny.model), method="zeroquant", output=tmp_path / "out").path
-    assert products_of(Path(out)) == products_of(tiny.model)

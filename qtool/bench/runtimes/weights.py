@@ -26,13 +26,17 @@ def state_bytes(model: Any) -> int:
 
 
 def read_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all tensors that a forward reads as a whole: of tables only one that is an output layer's too."""
+    """Bytes of all weights that a forward reads as a whole: of tables only one that is an output layer's too.
+
+    Buffers that no file holds, such as positions, are no weights.
+    """
     found: dict[int, int] = {}
     for module in model.modules():
         if isinstance(module, _TABLES):
             continue
         shared = getattr(module, "weight", None)  # a tied layer's weight is registered elsewhere
-        own = [*module._parameters.values(), *module._buffers.values(), shared]
+        kept = (value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set)
+        own = [*module._parameters.values(), *kept, shared]
         for tensor in (value for value in own if isinstance(value, torch.Tensor)):
             found |= {part.data_ptr(): part.numel() * part.element_size() for part in _parts(tensor)}
     return sum(found.values())

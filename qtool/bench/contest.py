@@ -76,13 +76,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Settings:
-    """How it is measured. `seconds` is the least length of a turn; `cold` empties a GPU's L2 cache before each call."""
+    """How it is measured. `seconds` is the least length of a turn; `cold_l2` empties a GPU's L2 cache before
+    each call."""
 
     rounds: int = 5
     seconds: float = 0.5
     threads: int = 1
     device: str = "cpu"
-    cold: bool = False
+    cold_l2: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _request(
     calibration = scratch / CALIBRATION
     return Request(
         entry.engine, entry.folder, settings.threads, folder, inputs, calibration, max_tokens, settings.device,
-        settings.cold,
+        settings.cold_l2,
     )  # fmt: skip
 
 

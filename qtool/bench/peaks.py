@@ -17,6 +17,9 @@ COPY_BYTES = 1 << 30
 CALLS = 20
 """Of each; the best one counts."""
 
+SETTLING = 0.5
+"""Seconds of the same work before, in which kernels load and the clocks of an idle GPU rise."""
+
 
 @dataclass(frozen=True)
 class Peaks:
@@ -75,6 +78,9 @@ def copy_peak(device: torch.device, size: int, clock: Clock) -> float:
 
 
 def _best(clock: Clock, call: Callable[[], Any]) -> float:
-    """Seconds of the fastest call; the first one, which loads kernels, is not counted."""
+    """Seconds of the fastest call, once the GPU has settled."""
+    began = clock.now()
     clock.took(call)
+    while clock.now() - began < SETTLING:
+        clock.took(call)
     return min(clock.took(call) for _ in range(CALLS)) / 1000

@@ -153,7 +153,7 @@ class Report:
             f"{found.threads} threads; {about}; load average before {'unknown' if load is None else f'{load:.2f}'}",
         ]
         if self.on_gpu:
-            lines += gpu.lines(machine["gpu"], found.cold)
+            lines += gpu.lines(machine["gpu"], found.cold_l2)
             lines.append(self.peaks.line if self.peaks else "the peaks of the GPU were not measured")
         if base is not None:
             lines.append(

@@ -91,7 +91,7 @@ def test_rates_beside_the_peaks(tiny: Any, desk: Path, qtool_command: Any, machi
     ]  # fmt: skip
     body = json.loads(ended.out)
     assert body["machine"]["gpu"] == GPU and body["peaks"] == PEAKS.to_json()
-    assert body["settings"]["device"] == "cuda:1" and body["settings"]["cold"] is True
+    assert body["settings"]["device"] == "cuda:1" and body["settings"]["cold_l2"] is True
     operations = 2 * products_of(tiny.model).operations(8)
     for entry, seconds, read in zip(body["entries"], (0.004, 0.002), (4e6, 2e6), strict=True):
         assert entry["peak_gpu_bytes"] == 3_000_000

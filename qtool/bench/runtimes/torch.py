@@ -23,7 +23,7 @@ MODE = "max-autotune"
 STRIDE = 32
 """Compiled for fixed shapes on a GPU, padded batches are padded on to a multiple of so many tokens."""
 
-_SHAPES = 64  # that torch compiles a model for before it gives up and runs it eagerly; 8 by itself
+_SHAPES = 64  # that torch compiles a model for; 8 by itself, and more would then run eagerly without a word
 
 
 def imports(request: Request) -> None:
@@ -108,6 +108,7 @@ def _compiled(model: Any, on_gpu: bool) -> Any:
     if not on_gpu:
         return torch.compile(model)
     torch._dynamo.config.recompile_limit = _SHAPES
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(model, mode=MODE, dynamic=False)
 
 

@@ -14,6 +14,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "plugins", "__init__"}),
     frozenset({"numerics", "rows"}),
     frozenset({"kernels"}),
+    frozenset({"device"}),
     frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream", "lesson", "distill", "pruning"}),
     frozenset(
         {

@@ -267,7 +267,8 @@ class Group(Ranks):
         """The first rank that is left speaks."""
         speaker = next(rank for rank in range(self.size) if rank != culprit)
         if self.rank == speaker:
-            print(f"qtool: {message}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"qtool: {message}\n")
+            sys.stderr.flush()
         os._exit(code)
 
 

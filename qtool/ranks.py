@@ -13,13 +13,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 
@@ -283,12 +284,44 @@ def ending(error: BaseException) -> tuple[int, str]:
     return code, said if code != 1 else f"{type(error).__name__}: {said}"
 
 
-def merged(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """What several ranks gave under names of their own, in one."""
-    found: dict[str, torch.Tensor] = {}
-    for part in parts:
-        found.update(part)
-    return found
+def gathered(mine: Mapping[int, Any]) -> dict[int, Any]:
+    """What all ranks made of their pieces of work, by the number of the piece and in that order.
+
+    Values are None, numbers, strings, numpy arrays of float64, and lists, tuples and dictionaries of such.
+    """
+    parts = [
+        _read(part) for part in current().exchange(_written([[key, packed(value)] for key, value in mine.items()]))
+    ]
+    pairs = [pair for part in parts for pair in part]
+    return {key: unpacked(value) for key, value in sorted(pairs, key=lambda pair: int(pair[0]))}
+
+
+def packed(value: Any) -> Any:
+    """JSON-clean, so that `unpacked` gives an equal value of the same types; exact for floats, also NaN."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        return [packed(item) for item in value]
+    if type(value) is tuple:
+        return {"tuple": [packed(item) for item in value]}
+    if type(value) is dict:
+        return {"dict": [[packed(key), packed(item)] for key, item in value.items()]}
+    if isinstance(value, np.ndarray) and value.dtype == np.float64:
+        return {"array": value.ravel().tolist(), "shape": list(value.shape)}
+    raise TypeError(f"a {type(value).__name__} does not travel between ranks")
+
+
+def unpacked(value: Any) -> Any:
+    """See `packed`."""
+    if type(value) is list:
+        return [unpacked(item) for item in value]
+    if type(value) is not dict:
+        return value
+    if "array" in value:
+        return np.array(value["array"], dtype=np.float64).reshape(value["shape"])
+    if "tuple" in value:
+        return tuple(unpacked(item) for item in value["tuple"])
+    return {unpacked(key): unpacked(item) for key, item in value["dict"]}
 
 
 def _error(store: Any) -> dict[str, Any] | None:

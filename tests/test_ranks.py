@@ -1,5 +1,6 @@
 """Processes that work together: what they exchange, and how they end when one of them does."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,9 +9,13 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
 from qtool import ranks
@@ -174,3 +179,44 @@ def test_threads_of_a_host_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert ranks.threads_for(8) == 2
     assert ranks.threads_for(1) == 1
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+    | st.lists(st.floats(), max_size=3).map(lambda values: np.array(values, dtype=np.float64)),
+    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.integers(), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Of one type and value; NaN equals itself."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray):
+        return a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    return bool(a == b or (a != a and b != b))
+
+
+@given(VALUES)
+def test_values_travel_as_they_are(value: Any) -> None:
+    sent = json.loads(json.dumps(ranks.packed(value)))
+    assert equal(ranks.unpacked(sent), value)
+
+
+def test_what_cannot_travel_is_named() -> None:
+    with pytest.raises(TypeError, match="a set does not travel"):
+        ranks.packed([{1}])
+
+
+def test_pieces_are_put_in_order(crews: list[Crew], tmp_path: Path) -> None:
+    body = """
+    found = ranks.gathered({piece: (piece, [0.1 * piece]) for piece in group.share(5)})
+    assert list(found.items()) == [(piece, (piece, [0.1 * piece])) for piece in range(5)], found
+    """
+    assert crew(crews, body, 3, tmp_path).ends() == [(0, "", "")] * 3
+    assert ranks.gathered({2: "b", 1: (1.5, None)}) == {1: (1.5, None), 2: "b"}

@@ -184,7 +184,9 @@ def test_threads_of_a_host_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text()
     | st.lists(st.floats(), max_size=3).map(lambda values: np.array(values, dtype=np.float64)),
-    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.integers(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.integers(), inner, max_size=3)
+    ),
     max_leaves=8,
 )  # fmt: skip
 

@@ -336,7 +336,7 @@ def plain_attention(change: Callable[[Any, torch.Tensor, torch.Tensor], torch.Te
         scores = (query.float() @ key.float().mT).mul_(query.shape[-1] ** -0.5 if scaling is None else scaling)
         if softcap := options.get("softcap"):
             scores = (scores / softcap).tanh_().mul_(softcap)
-        seen = torch.ones((1, 1, 1, 1), dtype=torch.bool) if mask is None else mask
+        seen = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=scores.device) if mask is None else mask
         scores.masked_fill_(~seen, -torch.inf)
         probabilities = scores.softmax(-1).masked_fill_(~seen, 0)  # a query that sees nobody would have NaN
         kept = change(module, probabilities, seen)

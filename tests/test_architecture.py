@@ -13,7 +13,7 @@ ROOT = Path(qtool.__file__).parent
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "plugins", "__init__"}),
     frozenset({"numerics", "rows"}),
-    frozenset({"kernels"}),
+    frozenset({"kernels", "device"}),
     frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream", "lesson", "distill", "pruning"}),
     frozenset(
         {"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "decoder", "fused", "audit"}

@@ -227,11 +227,18 @@ class _Gpu(TorchDispatchMode):
 
 
 class _Indexed(TorchFunctionMode):
-    """`cuda` is `cuda:0`: a torch without CUDA cannot ask which one is current."""
+    """`cuda` is `cuda:0`: a torch without CUDA cannot ask which one is current.
+
+    `as_tensor` of a tensor moves it in C++, past every dispatcher: here by `to`.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.device:  # makes one, and takes none
+            return function(*args, **(kwargs or {}))
         if getattr(function, "__name__", "") == "cuda" and args and not isinstance(args[0], OnGpu):
             function, args, kwargs = torch.Tensor.to, (args[0], GPU), {}
+        if function is torch.as_tensor and args and isinstance(args[0], torch.Tensor):
+            function = torch.Tensor.to if type(args[0]) is torch.Tensor else OnGpu.to
         args, kwargs = tuple(map(_indexed, args)), {name: _indexed(value) for name, value in (kwargs or {}).items()}
         return function(*args, **kwargs)
 

@@ -27,7 +27,7 @@ def usable(name: str | torch.device = CPU) -> torch.device:
     if str(name) == "cpu":
         return CPU
     if problem := gpu_problem(None if found[1] is None else int(found[1])):
-        raise UnavailableError(f"--device {name}: {problem}")
+        raise UnavailableError(f"--device {name}: {problem}, or leave it out: the CPU serves every model")
     device = torch.device("cuda", torch.cuda.current_device() if found[1] is None else int(found[1]))
     backend(device)  # what QTOOL_BACKEND asks for may not compute there
     return device
@@ -38,7 +38,7 @@ def gpu_problem(number: int | None = None) -> str | None:
     if problem := triton.reason():
         return problem
     if not torch.cuda.is_available():
-        return "TRITON_INTERPRET=1 interprets kernels on the CPU, without --device; leave out either"
+        return "there is no GPU, and TRITON_INTERPRET=1 interprets kernels on tensors of the CPU; unset it"
     count = torch.cuda.device_count()
     if number is not None and number >= count:
         return f"there are only cuda:0 to cuda:{count - 1} here; name one of these"

@@ -117,8 +117,7 @@ class Lesson:
         return [stage for _, stage in seen] + [[path] for path in paths if path not in reached]
 
     def sensitivities(self, paths: Sequence[str]) -> dict[str, list[torch.Tensor]]:
-        """How much the float block's output hangs on what each of `paths` gives a token: `[rows]` an example, mean 1, on
-        the host.
+        """How much the float block's output hangs on what each of `paths` gives a token: `[rows]` an example, mean 1.
 
         An error in a token's row moves the outputs of all tokens that attend to it, and matters by its size beside
         theirs. So a row counts by the mean square of its gradient, that of random sums of the outputs over their norms,

@@ -82,8 +82,8 @@ def written_by(
 ) -> Iterator[torch.Tensor]:
     """Batches of `num_samples` texts, int64 `[batch, max_length]`, that a transformers model in eval mode writes.
 
-    Texts are on the host, wherever the model is. `masked` models fill, others sample. The same seed and number of threads give the same tokens. Raises InputError
-    where `max_length` leaves no room for text.
+    Texts are on the host, wherever the model is. `masked` models fill, others sample. The same seed and number of
+    threads give the same tokens. Raises InputError where `max_length` leaves no room for text.
     """
     room = alphabet.room(max_length)
     generator = torch.Generator().manual_seed(seed)

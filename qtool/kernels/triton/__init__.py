@@ -28,7 +28,7 @@ def reason() -> str | None:
         return None
     if not torch.cuda.is_available():
         what = "was built without CUDA" if torch.version.cuda is None else "finds no GPU with a driver that suits it"
-        return f"torch {torch.__version__} {what}; install torch for CUDA, or leave out --device cuda"
+        return f"torch {torch.__version__} {what}; install torch for CUDA"
     return too_old()
 
 

@@ -65,7 +65,7 @@ class Outcome:
 
 
 Targets = Sequence[tuple[torch.Tensor, Any]]
-"""The teacher's outputs, by example."""
+"""The teacher's outputs, by example, on the host."""
 
 
 class _Round(torch.autograd.Function):
@@ -167,7 +167,8 @@ def distill(
             after = exam.loss()
     if not after < before:  # NaN is no gain either
         return Outcome(before, after, steps, {}, {})
-    return Outcome(before, after, steps, found, {name: tensor.detach().clone() for name, tensor in floats.items()})
+    learned = {name: tensor.detach().clone().cpu() for name, tensor in floats.items()}
+    return Outcome(before, after, steps, found, learned)
 
 
 def _split(examples: Sequence[Example]) -> tuple[list[int], list[int]]:
@@ -182,7 +183,7 @@ def _teach(lesson: Lesson) -> Targets:
     """The float block's outputs on the float inputs, kept as hidden states are."""
     targets = lesson.keep()
     for example in lesson.examples:
-        targets.append((lesson.forward(example.exact, example.call), ()))
+        targets.append((lesson.forward(example.exact, example.call).cpu(), ()))
         give_back()
     return targets
 
@@ -197,7 +198,8 @@ def _loss(schedule: Schedule, found: torch.Tensor, target: torch.Tensor, real: t
     Relative to its token, because the next norm is: the first token of many decoders is hundreds of times as large as
     all others, and would be all that a block learns.
     """
-    found, target = found[real].float(), target[real].float()
+    real = real.to(found.device)
+    found, target = found[real].float(), target.to(found.device)[real].float()
     if schedule.loss == "mse":
         energy = target.square().mean(-1, keepdim=True)
         least = (_SILENT * energy.mean()).clamp_min(_NOTHING)

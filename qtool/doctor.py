@@ -11,8 +11,9 @@ import psutil
 import torch
 
 from qtool import __version__
+from qtool.device import gpu_problem
 from qtool.errors import UnavailableError
-from qtool.kernels import backend, native, reference
+from qtool.kernels import backend, native, reference, triton
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "datasets", "evaluate")
 _MEANING = {
@@ -37,6 +38,9 @@ def diagnose() -> dict[str, str]:
         "native library": "found" if native.available() else str(native.reason()),
         "backend": _backend(),
         "int8 product": _MEANING[reference.exact_product()],
+        **_gpus(),
+        "triton": _version("triton", "missing: pip install triton, for --device cuda"),
+        "backend on a GPU": gpu_problem() or _gpu_backend(),
         "hub": "offline (HF_HUB_OFFLINE)" if _offline() else "online when reachable",
     }
 
@@ -49,11 +53,43 @@ def _backend() -> str:
         return str(error)
 
 
-def _version(package: str) -> str:
+def _gpus() -> dict[str, str]:
+    """A line each, and what torch was built for; one line where there is none."""
+    cuda = torch.version.cuda
+    built = "torch was built without CUDA" if cuda is None else f"torch was built for CUDA {cuda}"
+    if not torch.cuda.is_available():
+        return {"GPU": f"none ({built})"}
+    every = {f"GPU cuda:{number}": _gpu(number) for number in range(torch.cuda.device_count())}
+    return {**every, "CUDA": f"{built}{_driver()}"}
+
+
+def _gpu(number: int) -> str:
+    known = torch.cuda.get_device_properties(number)
+    free, total = torch.cuda.mem_get_info(number)
+    old = triton.too_old(number)
+    memory = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
+    said = f"{known.name}, compute capability {known.major}.{known.minor}, {memory}"
+    return f"{said}: too old ({old})" if old else said
+
+
+def _driver() -> str:
+    """The newest version of CUDA that the driver takes, where torch tells it."""
+    version = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+    return f", the driver takes {version // 1000}.{version % 1000 // 10}" if version else ""
+
+
+def _gpu_backend() -> str:
+    try:
+        return backend(torch.device("cuda")).name
+    except UnavailableError as error:
+        return str(error)
+
+
+def _version(package: str, missing: str = "missing: install qtool again") -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "missing: install qtool again"
+        return missing
 
 
 def _capability() -> str:

@@ -107,7 +107,7 @@ def _lowering_second(job: Job) -> float:
 
 def _pass_1(job: Job, batches: Batches) -> float:
     """Seconds of streaming all batches through all float blocks."""
-    stream = Stream(job.model, job.anatomy, job.checkpoint.tensor)
+    stream = Stream(job.model, job.anatomy, job.checkpoint.tensor, job.device)
     batch = max(batches.batches, key=lambda batch: batch["input_ids"].numel())
     started = time.perf_counter()
     with stream.loaded(job.anatomy.embeddings):
@@ -135,7 +135,7 @@ def _writing(job: Job, batches: Batches) -> float:
 
 def _forward_second(job: Job, batch: Mapping[str, torch.Tensor]) -> float:
     """Seconds of the whole float model on a batch, from one block and the head."""
-    stream = Stream(job.model, job.anatomy, job.checkpoint.tensor)
+    stream = Stream(job.model, job.anatomy, job.checkpoint.tensor, job.device)
     unit = job.anatomy.blocks[0]
     with stream.loaded(job.anatomy.embeddings):
         hidden, calls = stream.embed(batch)

@@ -35,11 +35,11 @@ class _Loss:
     tokens: int = 0
 
     def add(self, exact: torch.Tensor, found: torch.Tensor) -> None:
-        """Rows `[tokens, channels]` of both models."""
+        """Rows `[tokens, channels]` of both models, on their device."""
         off = exact - found
         self.signal += exact.square().sum().item()
         self.noise += off.square().sum().item()
-        self.error = self.error + off.sum(0)
+        self.error = self.error + off.sum(0).cpu()
         self.tokens += len(exact)
 
 
@@ -120,7 +120,7 @@ class Follower:
                     flow.append(after)
                 elif advance:
                     flow[number] = after
-            real = batch["attention_mask"].bool()
+            real = batch["attention_mask"].bool().to(self.exact.device)
             if meter is not None:
                 meter.end_batch(real)
             for site, loss in losses.items():

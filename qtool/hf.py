@@ -18,6 +18,7 @@ from qtool import kernels, nn
 from qtool.anatomy import FAMILIES, head_kind
 from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, manifest_of_tensors, pruned_heads
 from qtool.decoder import join
+from qtool.device import gpu_problem
 from qtool.encoder import integrate
 from qtool.errors import InputError, UnavailableError
 from qtool.fused import fuse
@@ -86,15 +87,22 @@ class QtoolQuantizer(HfQuantizer):
     dtype: torch.dtype = torch.float32
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises UnavailableError for a device other than the CPU."""
+        """Raises UnavailableError for another device than the CPU or a GPU that can be used, and for several."""
         placed = device_map.values() if isinstance(device_map, dict) else [device_map]
-        for device in placed:
-            if device not in (None, *_PLACEMENTS) and str(device).partition(":")[0] not in ("cpu", "meta"):
-                raise UnavailableError(f"device_map asks for {device}; qtool models run on the CPU in this version")
+        wanted = [_device_name(device) for device in placed if device not in (None, *_PLACEMENTS)]
+        if len(set(wanted)) > 1:
+            raise UnavailableError(
+                f"device_map spreads a model over {', '.join(dict.fromkeys(wanted))}; one of qtool runs on one device: "
+                'pass "cpu" or "cuda"'
+            )
+        for name in wanted:
+            _check_device(name)
 
     def update_device_map(self, device_map: Any) -> Any:
-        """`auto` and its like are the CPU."""
-        return {"": "cpu"} if device_map in _PLACEMENTS else device_map
+        """`auto` and its like are torch's current GPU where one can be used, else the CPU."""
+        if device_map not in _PLACEMENTS:
+            return device_map
+        return {"": "cpu" if gpu_problem() else torch.cuda.current_device()}
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Remembers what quantized modules are to return."""
@@ -150,6 +158,19 @@ class QtoolQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Integer codes have no gradient; what is only smaller has."""
         return not self.quantization_config.modules
+
+
+def _device_name(device: Any) -> str:
+    """Of a device as a device_map may say it; a number is a GPU's."""
+    return f"cuda:{device}" if isinstance(device, int) else str(device)
+
+
+def _check_device(name: str) -> None:
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "meta", "cuda"):
+        raise UnavailableError(f"device_map asks for {name}; qtool models run on the CPU or on an NVIDIA GPU")
+    if kind == "cuda" and (problem := gpu_problem(int(number) if number else None)):
+        raise UnavailableError(f"device_map asks for {name}: {problem}, or leave device_map out")
 
 
 def adapt(model: Any, modules: Mapping[str, Mapping[str, Any]], *, dtype: torch.dtype) -> None:
@@ -336,7 +357,7 @@ def plain_attention(change: Callable[[Any, torch.Tensor, torch.Tensor], torch.Te
         scores = (query.float() @ key.float().mT).mul_(query.shape[-1] ** -0.5 if scaling is None else scaling)
         if softcap := options.get("softcap"):
             scores = (scores / softcap).tanh_().mul_(softcap)
-        seen = torch.ones((1, 1, 1, 1), dtype=torch.bool) if mask is None else mask
+        seen = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=scores.device) if mask is None else mask
         scores.masked_fill_(~seen, -torch.inf)
         probabilities = scores.softmax(-1).masked_fill_(~seen, 0)  # a query that sees nobody would have NaN
         kept = change(module, probabilities, seen)

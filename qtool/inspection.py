@@ -102,12 +102,13 @@ def _same_machine(fingerprint: Mapping[str, Any]) -> bool:
     """Whether this process rounds floats as the one that made the artifact."""
     import torch
 
-    from qtool.pipeline import instruction_set, versions
+    from qtool.pipeline import BESIDE, instruction_set, versions
 
-    here = {"instruction set": instruction_set(), "threads": torch.get_num_threads()}
+    made_on = str(fingerprint.get("instruction set")).partition(BESIDE)[0]  # golden outputs are the CPU's
     there = fingerprint.get("versions")
     return (
-        all(fingerprint.get(key) == value for key, value in here.items())
+        made_on == instruction_set()
+        and fingerprint.get("threads") == torch.get_num_threads()
         and isinstance(there, Mapping)
         and all(there.get(name) == version for name, version in versions().items())
     )

@@ -6,7 +6,7 @@ what the lowered model will compute, and nobody has to know what a block is made
 
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from qtool.anatomy import Unit
+from qtool.device import CPU, mapped
 from qtool.rounding import Moments
 from qtool.stream import Call, Stream, give_back
 
@@ -23,7 +24,7 @@ _SILENT = 0.1  # of the median norm of tokens: one with less counts as if it had
 @dataclass(frozen=True)
 class Example:
     """A batch on its way into a block: hidden states `[batch, tokens, hidden]` of the float and of the lowered model,
-    the arguments that come with them, and which tokens are real, boolean `[batch, tokens]`."""
+    the arguments that come with them, and which tokens are real, boolean `[batch, tokens]`; all on the host."""
 
     exact: torch.Tensor
     lowered: torch.Tensor
@@ -32,16 +33,8 @@ class Example:
 
     def normal(self) -> "Example":
         """A copy that gradients may flow through: hidden states and masks were made in inference mode."""
-        call = replace(self.call, args=_cloned(self.call.args), kwargs=_cloned(self.call.kwargs))
+        call = self.call.moved(lambda value: mapped(value, torch.clone))
         return Example(self.exact.clone(), self.lowered.clone(), call, self.real.clone())
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.clone()
-    if isinstance(value, tuple | list):
-        return type(value)(_cloned(one) for one in value)
-    return {key: _cloned(one) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 class _Seen(Exception):
@@ -49,7 +42,7 @@ class _Seen(Exception):
 
 
 class Lesson:
-    """A float block, loaded, and the examples that go into it."""
+    """A float block, loaded on a device, and the examples that go into it, which lie on the host."""
 
     def __init__(
         self,
@@ -63,7 +56,7 @@ class Lesson:
         self._stream = stream
 
     def forward(self, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-        """What the block, as it stands, makes of hidden states."""
+        """What the block, as it stands, makes of hidden states, on its device."""
         return self._stream.forward_block(self.unit, hidden, call)
 
     def module(self, path: str) -> nn.Module:
@@ -73,7 +66,24 @@ class Lesson:
 
     @contextmanager
     def standing_in(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-        """While active, `modules` stand at their paths."""
+        """While active, `modules` stand at their paths, on the block's device; behind it they are on the host."""
+        with self._there(modules), self._placed(modules):
+            yield
+
+    @contextmanager
+    def _there(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+        """While active, `modules` are on the block's device; a block on the host takes them as they are."""
+        away = [] if self._stream.device.type == "cpu" else list(modules.values())
+        try:
+            for module in away:
+                module.to(self._stream.device)
+            yield
+        finally:
+            for module in away:
+                module.to(CPU)
+
+    @contextmanager
+    def _placed(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         known = {path: self.module(path) for path in modules}
         try:
             for path, module in modules.items():
@@ -121,7 +131,7 @@ class Lesson:
             gradients = self._gradients(paths, example.normal())
             for path in paths:
                 rows = _real_rows(gradients[path], example.real) if path in gradients else torch.empty(0, 1)
-                squares[path].append(rows.float().square().mean(-1))
+                squares[path].append(rows.float().square().mean(-1).cpu())
             del gradients
             give_back()
         return {path: _over_mean(rows) for path, rows in squares.items()}
@@ -152,16 +162,16 @@ class Lesson:
         Paths that no token of any example reaches are left out.
         """
         found: dict[str, Moments] = {}
-        with torch.inference_mode():
+        with self._there(lowered), torch.inference_mode():  # in this order: what comes back may learn
             for number, example in enumerate(self.examples):
                 exact = self._input(paths[0], example.exact, example)
-                with self.standing_in(lowered):
+                with self._placed(lowered):
                     own = self._input(paths[0], example.lowered, example)
                 if own is None or not len(own):
                     continue
                 for path in paths if sensitivities else paths[:1]:
                     counts = sensitivities[path][number] if sensitivities else None
-                    moments = found.setdefault(path, Moments(own.shape[-1]))
+                    moments = found.setdefault(path, Moments(own.shape[-1], device=own.device))
                     moments.update(own if exact is None else exact, own, counts)
                 give_back()
         return found if sensitivities else {path: moments for path in paths for moments in found.values()}
@@ -191,7 +201,7 @@ def _real_rows(rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
     An expert sees only the tokens that were sent to it: then nobody knows which are padding, and all are real.
     """
-    rows, known = rows.flatten(0, -2), real.flatten()
+    rows, known = rows.flatten(0, -2), real.flatten().to(rows.device)
     return rows[known] if len(rows) == len(known) else rows
 
 
@@ -202,11 +212,13 @@ def _random_direction(block: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     nothing counts as one with a tenth of the median norm, or it would count more than all others.
     """
     norms = block.float().norm(dim=-1, keepdim=True)
-    known = real if real.shape == norms.shape[:-1] else torch.ones_like(norms[..., 0], dtype=torch.bool)
+    fits = real.shape == norms.shape[:-1]
+    known = real.to(norms.device) if fits else torch.ones_like(norms[..., 0], dtype=torch.bool)
     if not known.any():
         return torch.zeros_like(block)
     least = (_SILENT * norms[known].median()).clamp_min(torch.finfo(torch.float32).tiny)
-    direction: torch.Tensor = torch.randn(block.shape) / norms.maximum(least) * known[..., None]
+    drawn = torch.randn(block.shape).to(norms.device)  # by the host's generator: the same numbers on every device
+    direction: torch.Tensor = drawn / norms.maximum(least) * known[..., None]
     return direction.to(block.dtype)
 
 

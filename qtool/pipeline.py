@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -33,6 +33,7 @@ from qtool.calibrate.observers import OBSERVERS
 from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
 from qtool.checkpoint import Checkpoint, load_config, open_float, opened, sha256, skeleton, tied_names
+from qtool.device import CPU, arithmetic
 from qtool.errors import InputError, QtoolError
 from qtool.follow import Follower
 from qtool.hf import adapt
@@ -76,11 +77,12 @@ Event = Progress | Note
 
 @dataclass
 class Job:
-    """A model and a recipe, with everything that follows from shapes alone."""
+    """A model and a recipe, with everything that follows from shapes alone; `device` is where units compute."""
 
     source: Path
     source_name: str
     recipe: Recipe
+    device: torch.device = CPU
     model: Any = field(init=False)
     anatomy: Anatomy = field(init=False)
     methods: Sequence[Method] = field(init=False)
@@ -147,7 +149,7 @@ class Job:
             "recipe": _digest(self.recipe.quantization_part()),
             "seed": self.recipe.seed,
             "threads": torch.get_num_threads(),
-            "instruction set": instruction_set(),
+            "instruction set": instruction_set(self.device),
             "versions": {**versions(), **_plugin_versions(self.methods)},
             "statistics": sha256(statistics) if statistics else None,
         }
@@ -163,9 +165,17 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def instruction_set() -> str:
-    """What decides how float sums are rounded on this CPU, and which exact integer product is used."""
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {reference.exact_product()}"
+def instruction_set(device: torch.device = CPU) -> str:
+    """What decides how float sums are rounded on this CPU, and which exact integer product is used.
+
+    Of a GPU its name too: there sums are rounded in another way.
+    """
+    here = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {reference.exact_product()}"
+    return here if device.type == "cpu" else f"{here}{BESIDE}{arithmetic(device)}"
+
+
+BESIDE = " + "
+"""Between a CPU and the GPU that computed beside it. Golden outputs are always the CPU's."""
 
 
 def versions() -> dict[str, str]:
@@ -195,7 +205,7 @@ def calibrate(job: Job, batches: Batches, keep: Keep = list) -> Generator[Event,
 
     `keep` makes the lists of hidden states.
     """
-    stream = Stream(job.model, job.anatomy, job.checkpoint.tensor)
+    stream = Stream(job.model, job.anatomy, job.checkpoint.tensor, job.device)
     states: dict[tuple[str, str], Any] = {}
     flow = keep()
     observed = job.observed()
@@ -214,14 +224,16 @@ def calibrate(job: Job, batches: Batches, keep: Keep = list) -> Generator[Event,
                 else:
                     for number, (hidden, calls) in enumerate(flow):
                         batch = batches.batches[number]
-                        with watching(stream.model, observers, batch["attention_mask"].bool(), probes):
+                        real = batch["attention_mask"].bool().to(job.device)
+                        with watching(stream.model, observers, real, probes):
                             if unit.kind == "head":
                                 stream.head(batch, hidden)
                             else:
                                 flow[number] = stream.block(unit, hidden, calls[index - 1]), calls
                         give_back()
             for site, observer in observers.items():
-                states[site, observed[unit.name][site]] = observer.state()
+                state = {name: value.cpu() for name, value in observer.state().items()}
+                states[site, observed[unit.name][site]] = state
             yield _ended("calibrate", unit, index, len(units), started)
     return Statistics(states, job.statistics_fingerprint(batches))
 
@@ -279,12 +291,12 @@ def _lower_all(
     inputs: Mapping[str, torch.Tensor],
     keep: Keep,
 ) -> Generator[Event, None, dict[str, torch.Tensor]]:
-    """Pass 2. Returns the golden outputs, computed from the shards as they lie on disk."""
+    """Pass 2. Returns the golden outputs, computed on the CPU from the shards as they lie on disk."""
     job.method.resolve(job.plan, statistics)
     source = job.method.source(job.plan, statistics, job.checkpoint)
     model = job.lowered_skeleton()
     names = job.stored_names(model)
-    stream = Stream(model, job.anatomy, _shard_reader(job, run))
+    golden_stream, stream = (Stream(model, job.anatomy, _shard_reader(job, run), at) for at in (CPU, job.device))
     follows = job.method.follows or job.method.learns
     follower = _follower(job, source, stream, batches, keep) if follows else None
     hidden, calls, outputs = torch.empty(0), tuple[Call, ...](), {}
@@ -301,13 +313,13 @@ def _lower_all(
         if follower is not None and not follower.passed(unit):
             with stream.loaded(unit):
                 follower.advance(unit)
-        with stream.loaded(unit):
+        with golden_stream.loaded(unit):
             if unit.kind == "embeddings":
-                hidden, calls = stream.embed(inputs)
+                hidden, calls = golden_stream.embed(inputs)
             elif unit.kind == "block":
-                hidden = stream.block(unit, hidden, calls[index - 1])
+                hidden = golden_stream.block(unit, hidden, calls[index - 1])
             else:
-                outputs = stream.head(inputs, hidden)
+                outputs = golden_stream.head(inputs, hidden)
         yield _ended("quantize", unit, index, total, started)
     return outputs
 
@@ -315,7 +327,8 @@ def _lower_all(
 def _follower(job: Job, source: Reader, lowered: Stream, batches: Batches, keep: Keep) -> Follower:
     """Over the batches that a run of this size can afford."""
     step = followed(job, len(batches.batches))
-    return Follower(Stream(job.model, job.anatomy, source), lowered, batches.batches[::step], keep)
+    exact = Stream(job.model, job.anatomy, source, job.device)
+    return Follower(exact, lowered, batches.batches[::step], keep)
 
 
 def _write_unit(
@@ -363,11 +376,22 @@ def _refine(job: Job, unit: Unit, lowered: Mapping[str, QModule], follower: Foll
     with stream.loaded(unit, read):
         for stage in method.stages(unit):
             for site, error in follower.corrections(unit, stage, method.grids()).items():
-                method.correct(stream.model.get_submodule(site), site, error)
+                with _on_host(stream, site) as module:
+                    method.correct(module, site, error)
         figures = follower.measure(unit, method.grids())
         for path, module in lowered.items():
-            module.load_state_dict(stream.model.get_submodule(path).state_dict(), assign=True)
+            found = stream.model.get_submodule(path).state_dict()
+            module.load_state_dict({name: value.cpu() for name, value in found.items()}, assign=True)
     return figures
+
+
+@contextmanager
+def _on_host(stream: Stream, path: str) -> Iterator[Any]:
+    """A module of a unit that is loaded, whose tensors are on the host while active: methods know no devices."""
+    module = stream.model.get_submodule(path)
+    yield module if stream.device.type == "cpu" else module.to(CPU)
+    if stream.device.type != "cpu":
+        module.to(stream.device)
 
 
 def _shard_reader(job: Job, run: RunDirectory) -> Reader:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from qtool.artifact import writing_failed
+from qtool.device import mapped
 from qtool.stream import Call
 
 State = tuple[torch.Tensor, tuple[Call, ...]]
@@ -55,16 +56,12 @@ class SpilledStates(MutableSequence[State]):
         """Most blocks are called with the same masks: those are written once."""
         done: dict[int, torch.Tensor] = {}
 
-        def moved(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                if id(value) not in done:
-                    done[id(value)] = self._on_disk(value)
-                return done[id(value)]
-            if type(value) in (tuple, list):
-                return type(value)(map(moved, value))
-            return {key: moved(item) for key, item in value.items()} if type(value) is dict else value
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) not in done:
+                done[id(tensor)] = self._on_disk(tensor)
+            return done[id(tensor)]
 
-        return tuple(Call(moved(call.args), moved(call.kwargs), call.keyword) for call in calls)
+        return tuple(call.moved(lambda value: mapped(value, moved)) for call in calls)
 
     def _on_disk(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same values, mapped; what is small stays as it is."""

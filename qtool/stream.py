@@ -1,5 +1,8 @@
 """Run a model unit by unit, with only the tensors of one unit in memory (the head needs the embeddings beside it).
 
+A stream is also the border of a device: what goes in and what comes out, between units, lies on the host, so that a
+GPU holds a unit and a batch.
+
 The model lives on the meta device; `loaded` fills one unit from a reader and empties it again. Batches flow through as
 hidden states. What transformers passes to each block (masks, positions) is recorded from the model's own forward, so
 nothing about the calls is guessed, and the head runs inside that forward too, with the blocks stubbed out.
@@ -7,7 +10,7 @@ nothing about the calls is guessed, and the head runs inside that forward too, w
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +20,7 @@ import torch
 from torch import nn
 
 from qtool.anatomy import Anatomy, Unit
+from qtool.device import CPU, mover
 from qtool.errors import InputError
 from qtool.nn.plan import one_by_one
 
@@ -40,6 +44,10 @@ class Call:
     kwargs: dict[str, Any]
     keyword: str | None = None
 
+    def moved(self, move: Callable[[Any], Any]) -> "Call":
+        """With what `move` makes of its arguments."""
+        return Call(move(self.args), move(self.kwargs), self.keyword)
+
 
 class _Recorded(Exception):
     """The last block was reached: nothing behind it is needed."""
@@ -50,16 +58,19 @@ class _WrongForm(TypeError):
 
 
 class Stream:
-    """A model skeleton (meta device) through which batches flow one unit at a time; caches are switched off."""
+    """A model skeleton (meta device) through which batches flow one unit at a time; caches are switched off.
 
-    def __init__(self, model: Any, anatomy: Anatomy, reader: Reader) -> None:
-        self.model, self.anatomy, self.reader = model, anatomy, reader
+    Units compute on `device`.
+    """
+
+    def __init__(self, model: Any, anatomy: Anatomy, reader: Reader, device: torch.device = CPU) -> None:
+        self.model, self.anatomy, self.reader, self.device = model, anatomy, reader, device
         model.config.use_cache = False
         self._forms: dict[str, int | None] = {}
 
     @contextmanager
     def loaded(self, unit: Unit, reader: Reader | None = None) -> Iterator[None]:
-        """The unit's tensors in memory, from `reader` or the stream's own.
+        """The unit's tensors in the device's memory, from `reader` or the stream's own.
 
         With the head come the embeddings, which the model's forward begins with.
         """
@@ -68,19 +79,25 @@ class Stream:
         try:
             with self._plain_errors():
                 fill(self.model, holders, reader or self.reader)
+            if self.device.type != "cpu":
+                self._move(holders, self.device)
             yield
         finally:
-            for path in holders:
-                self.model.get_submodule(path)._apply(lambda tensor: tensor.to("meta"), recurse=False)
+            self._move(holders, torch.device("meta"))
             give_back()
+
+    def _move(self, paths: Iterable[str], device: torch.device) -> None:
+        for path in paths:
+            self.model.get_submodule(path)._apply(lambda tensor: tensor.to(device), recurse=False)
 
     @torch.inference_mode()
     def embed(self, batch: Batch) -> tuple[torch.Tensor, tuple[Call, ...]]:
-        """Hidden states `[batch, tokens, hidden]` that enter block 0, and the call of every block.
+        """Hidden states `[batch, tokens, hidden]` that enter block 0, and the call of every block, on the host.
 
         Raises InputError for a model that does not pass what leaves one block to the next.
         """
-        said = ""
+        said, host = "", mover(CPU)
+        batch = mover(self.device)(dict(batch))
         with self._plain_errors():
             for form in _FORMS:
                 recorder = _Recorder(form, self._name, len(self.anatomy.blocks))
@@ -88,7 +105,9 @@ class Stream:
                     with _replaced(self._blocks(), recorder.forward):
                         self.model(**batch)
                 except _Recorded:
-                    return recorder.entered, tuple(recorder.calls)
+                    return host(recorder.entered), tuple(call.moved(host) for call in recorder.calls)
+                except torch.OutOfMemoryError:
+                    raise
                 except _ERRORS as error:
                     if not recorder.calls:
                         raise
@@ -97,13 +116,14 @@ class Stream:
 
     @torch.inference_mode()
     def block(self, unit: Unit, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-        """One block: `[batch, tokens, hidden]` in and out."""
-        return self.forward_block(unit, hidden, call)
+        """One block: `[batch, tokens, hidden]` in and out, on the host."""
+        return self.forward_block(unit, hidden, call).cpu()
 
     def forward_block(self, unit: Unit, hidden: torch.Tensor, call: Call) -> torch.Tensor:
-        """As `block`, where gradients may be wanted. Modules run one by one: what a method makes of the numbers and the
-        golden outputs do not depend on which kernels join them."""
-        module = self.model.get_submodule(unit.modules[0])
+        """As `block`, where gradients may be wanted, but the result stays on the device. Modules run one by one: what a
+        method makes of the numbers and the golden outputs do not depend on which kernels join them."""
+        module, move = self.model.get_submodule(unit.modules[0]), mover(self.device)
+        hidden, call = move(hidden), call.moved(move)
         with self._plain_errors(), one_by_one():
             if call.keyword is None:
                 out = module(hidden, *call.args, **call.kwargs)
@@ -119,13 +139,14 @@ class Stream:
     def head(self, batch: Batch, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors that the model returns, given what left the last block (which must have run before)."""
         forms = [self._forms.get(unit.name) for unit in self.anatomy.blocks]
+        batch, hidden = mover(self.device)((dict(batch), hidden))
 
         def stub(index: int, *args: Any, **kwargs: Any) -> Any:
             return _formed(hidden, forms[index])
 
         with self._plain_errors(), _replaced(self._blocks(), stub):
             output = self.model(**batch, return_dict=True)  # a config may ask for tuples
-        return {name: value for name, value in output.items() if isinstance(value, torch.Tensor)}
+        return {name: value.cpu() for name, value in output.items() if isinstance(value, torch.Tensor)}
 
     @property
     def _name(self) -> str:
@@ -139,6 +160,8 @@ class Stream:
         """A layout that was only guessed may not fit: that is a fact about the model, and one line."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except _ERRORS as error:
             if not self.anatomy.generic:
                 raise

@@ -36,7 +36,8 @@ def open_attention(model: Any, sites: Iterable[str]) -> Iterator[Probes]:
 
 @contextmanager
 def watching(model: Any, observers: Mapping[str, Observer], real: torch.Tensor, probes: Probes) -> Iterator[None]:
-    """While active, each observer sees the rows of its site, without padding (`real` is `[batch, tokens]`).
+    """While active, each observer sees the rows of its site, without padding (`real` is `[batch, tokens]`), where the
+    model computes them, and so must `real` be.
 
     A site is a module's path, for its input, `path:output`, or `path:probabilities` of a module that attends; other
     words behind the colon only tell observers apart.

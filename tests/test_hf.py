@@ -28,6 +28,7 @@ from qtool.artifact import check_manifest, damaged_tensors, quantization_config
 from qtool.checkpoint import WEIGHTS, WEIGHTS_INDEX, weight_files
 from qtool.errors import InputError, UnavailableError
 from qtool.inspection import inspect
+from qtool.kernels import triton
 from qtool.nn import QEmbedding, QLinear, QModule, QTiedLinear
 from qtool.numerics import QuantSpec
 
@@ -748,17 +749,33 @@ def test_static_scales_survive_half_precision(quantized: Quantized) -> None:
     assert sum(name.endswith("act_scale") for name in stored) == 12
 
 
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine without a GPU, whatever this one has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    triton.reason.cache_clear()
+    yield
+    triton.reason.cache_clear()
+
+
 @pytest.mark.parametrize(
-    "device_map", ["cuda", "cuda:1", 0, "mps", {"": "cuda:0"}, {"": 0}, {"bert": "cpu", "classifier": "disk"}]
+    ("device_map", "said"),
+    [
+        *((one, r"asks for cuda:\d: torch .*or leave device_map out") for one in ("cuda", "cuda:1", 0, {"": "cuda:0"})),
+        ("mps", "asks for mps; qtool models run on the CPU or on an NVIDIA GPU"),
+        ({"": "disk"}, "asks for disk; qtool models run on the CPU"),
+        ({"bert": "cpu", "classifier": "disk"}, "spreads a model over cpu, disk; one of qtool runs on one device"),
+        ({"bert": 0, "classifier": "cpu"}, "spreads a model over cuda:0, cpu;"),
+    ],
 )
-def test_other_devices_are_refused(quantized: Quantized, device_map: Any) -> None:
-    with pytest.raises(UnavailableError, match=r"device_map asks for .*run on the CPU") as error:
+def test_other_devices_are_refused(quantized: Quantized, device_map: Any, said: str, without_gpu: None) -> None:
+    with pytest.raises(UnavailableError, match=f"device_map {said}") as error:
         AutoModelForSequenceClassification.from_pretrained(quantized(BERT), device_map=device_map)
     assert error.value.exit_code == 4 and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}, "balanced", "sequential"])
-def test_the_cpu_is_a_device(quantized: Quantized, device_map: Any) -> None:
+def test_the_cpu_is_a_device(quantized: Quantized, device_map: Any, without_gpu: None) -> None:
     wanted = outputs(AutoModelForSequenceClassification.from_pretrained(quantized(BERT)))
     model = AutoModelForSequenceClassification.from_pretrained(quantized(BERT), device_map=device_map)
     assert model.device.type == "cpu" and same(outputs(model), wanted)

@@ -38,7 +38,7 @@ class Attending:
             seen.append(path)
             return probabilities
 
-        ids = torch.ones((1, 2), dtype=torch.int64)
+        ids = torch.ones((1, 2), dtype=torch.int64, device=self.model.device)
         name, layers = type(self.model).__name__, getattr(self.model.config, "num_hidden_layers", 1)
         if self.model._can_set_attn_implementation():
             with torch.inference_mode(), self.changed(note, ids):
@@ -59,7 +59,7 @@ class Attending:
         def product(module: Any, probabilities: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
             if probabilities.shape[2:] != (present.shape[1], present.shape[1]):
                 raise InputError(f"{type(module).__name__} attends to another text: only self-attention can be studied")
-            return change(self._paths[module], probabilities, seen & queries)
+            return change(self._paths[module], probabilities, seen & queries.to(seen.device))
 
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(plain_attention(product))

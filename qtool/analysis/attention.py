@@ -85,8 +85,9 @@ class HeadTally:
     def update(self, probabilities: torch.Tensor, valid: torch.Tensor) -> None:
         """Take in float32 `[batch, heads, queries, keys]`, 0 where `valid` (bool, broadcast to it) is false.
 
-        A row without valid keys is no row. Raises InputError for NaN.
+        A row without valid keys is no row. Counted on the host, wherever they are. Raises InputError for NaN.
         """
+        probabilities, valid = probabilities.cpu(), valid.cpu()
         batch, heads, queries, keys = probabilities.shape
         seen = valid.expand(batch, 1, queries, keys)[:, 0]
         exists = seen.any(-1)

@@ -38,6 +38,8 @@ class Coding:
     def __call__(self, probabilities: torch.Tensor) -> torch.Tensor:
         """float32 levels of contiguous float32 numbers from 0; what is beyond 1 is taken for 1."""
         places = (probabilities.view(torch.int32) >> self._dropped).clamp_(max=len(self._low) - 1).flatten()
+        if self._low.device != places.device:
+            self._low, self._high, self._next = (x.to(places.device) for x in (self._low, self._high, self._next))
         low, high, edge = (torch.index_select(table, 0, places) for table in (self._low, self._high, self._next))
         return torch.where(probabilities.flatten() >= edge, high, low).view_as(probabilities)
 

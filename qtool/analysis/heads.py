@@ -65,7 +65,7 @@ def without(model: Any, heads: Heads) -> Iterator[None]:
 
 def _muted(model: Any, site: Attention, channels: torch.Tensor) -> Any:
     def mute(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-        return (args[0].index_fill(-1, channels, 0.0),)
+        return (args[0].index_fill(-1, channels.to(args[0].device), 0.0),)
 
     return model.get_submodule(site.output.path).register_forward_pre_hook(mute)
 
@@ -219,7 +219,7 @@ def _scaled(model: Any, sites: Sequence[Attention], masks: Sequence[torch.Tensor
     """While active, the context of each row is multiplied by its masks `[rows, heads]`."""
 
     def scale(mask: torch.Tensor, width: int) -> Callable[..., tuple[torch.Tensor]]:
-        return lambda module, args: (args[0] * mask.repeat_interleave(width, dim=1)[:, None],)
+        return lambda module, args: (args[0] * mask.repeat_interleave(width, dim=1)[:, None].to(args[0].device),)
 
     with ExitStack() as stack:
         for site, mask in zip(sites, masks, strict=True):

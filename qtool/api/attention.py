@@ -19,7 +19,8 @@ class AttentionRequest:
     """What is studied and how the task is scored; names are those of the command's flags.
 
     `artifacts` are quantized models that are shown beside the plain forms, such as those of the method `logattn`.
-    `exam` are options of `qtool.evaluation.exams.Request` (data, split, limit, max_length, …).
+    `exam` are options of `qtool.evaluation.exams.Request` (data, split, limit, max_length, …). `device` is where models
+    compute: cpu, cuda or cuda:N.
     """
 
     thresholds: tuple[float, ...] | None = None
@@ -30,6 +31,7 @@ class AttentionRequest:
     exam: Mapping[str, Any] = field(default_factory=dict)
     revision: str | None = None
     threads: int | None = None
+    device: str = "cpu"
     allow_weak_baseline: bool = False
 
     def asked(self) -> "Asked":
@@ -62,6 +64,7 @@ def analyze_attention(
     """
     from qtool.analysis.picture import require_renderer
     from qtool.analysis.study import study
+    from qtool.device import usable
     from qtool.evaluation.exams import Request
     from qtool.evaluation.runner import torch_threads
     from qtool.evaluation.tasks import task as task_named
@@ -70,6 +73,7 @@ def analyze_attention(
 
     wanted, folder, chosen = request or AttentionRequest(), Path(out), task_named(task)
     asked = wanted.asked()
+    usable(wanted.device)
     if png:
         require_renderer()
     with locked(folder / LOCK), torch_threads(wanted.threads):
@@ -80,6 +84,7 @@ def analyze_attention(
             Request(**wanted.exam),
             revision=wanted.revision,
             allow_weak=wanted.allow_weak_baseline,
+            device=wanted.device,
             progress=progress,
         )
         body = study(variants, asked, _fingerprint(variants, wanted), lambda part: _write(folder, part), known)
@@ -110,14 +115,15 @@ def _fingerprint(variants: "Variants", wanted: AttentionRequest) -> dict[str, An
 
     about = variants.about()
     path = locate(about["model"], wanted.revision)
-    used = {name: value for name, value in about["settings"].items() if name not in ("versions", "threads")}
+    elsewhere = ("versions", "threads", "device")
+    used = {name: value for name, value in about["settings"].items() if name not in elsewhere}
     return {
         "model": Checkpoint(path, skeleton(load_config(path))).digest(),
         "task": about["task"],
         "data": variants.digest(),
         **used,
         "threads": torch.get_num_threads(),
-        "instruction set": instruction_set(),
+        "instruction set": instruction_set(variants.device),
         "versions": versions(),
     }
 

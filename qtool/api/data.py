@@ -126,7 +126,7 @@ def _own_text(job: "Job") -> "Generator[Event, None, Batches]":
     found: list[torch.Tensor] = []
     yield Progress("write", "model in memory", 0, total)
     skeleton, checkpoint = open_float(job.source)
-    model = whole(skeleton, checkpoint.tensor)
+    model = whole(skeleton, checkpoint.tensor).to(job.device)
     masked = job.anatomy.head_kind == "masked-lm"
     for ids in generation.written_by(model, alphabet, masked=masked, seed=job.recipe.seed, **size):
         found.append(ids)

@@ -34,7 +34,7 @@ class HeadsRequest:
     `max_drop` is in the unit of the metric (None: `analysis.heads.BUDGETS`), `limit` how many examples are searched on
     from the start of `split` (None: the split that calibrates), `protected` heads that stay (None: all of a layer).
     `max_evaluations` of None are as many as it takes to rank all heads and to remove them one by one; `threads` are
-    torch's while it lasts (None: as they are).
+    torch's while it lasts (None: as they are), `device` is where the model computes: cpu, cuda or cuda:N.
     """
 
     metric: str = "score"
@@ -54,6 +54,7 @@ class HeadsRequest:
     batch_size: int | None = None
     revision: str | None = None
     threads: int | None = None
+    device: str = "cpu"
 
     def exam_request(self, data: str | None, split: "Split | None", limit: int | None) -> "Request":
         """What exams are asked for on one part of the data."""
@@ -84,9 +85,11 @@ def analyze_heads(
     from qtool.analysis.kept import Kept
     from qtool.analysis.outcome import outcome
     from qtool.artifact import write_json
+    from qtool.device import usable
     from qtool.evaluation.runner import torch_threads
     from qtool.evaluation.tasks import task as task_named
 
+    usable(request.device if request else "cpu")
     wanted, folder, chosen = request or HeadsRequest(), Path(out), task_named(task)
     kind = _known(wanted)
     budget = BUDGETS[kind] if wanted.max_drop is None else wanted.max_drop
@@ -94,7 +97,7 @@ def analyze_heads(
     report = progress or (lambda stage, done, total: None)
     with torch_threads(wanted.threads):
         exams = _exams(chosen, wanted, folder)
-        sides = _sides(str(model), exams, wanted.revision, report)
+        sides = _sides(str(model), exams, wanted, report)
         judge = Judge(exams[0], sides[0], kind)
         _check_knows(judge, wanted.metric)
         fingerprint = _fingerprint(sides[0], exams[0], wanted)
@@ -190,23 +193,24 @@ def _halves(task: "Task", wanted: HeadsRequest, folder: Path) -> "list[tuple[str
     return [(search, None, wanted.limit), (held_out, None, None)]
 
 
-def _sides(model: str, exams: "tuple[Exam, Exam]", revision: str | None, report: "Progress") -> "tuple[Side, Side]":
+def _sides(model: str, exams: "tuple[Exam, Exam]", wanted: HeadsRequest, report: "Progress") -> "tuple[Side, Side]":
     """The model before both exams, loaded once. Raises InputError for one that is quantized."""
     import torch
 
+    from qtool.device import usable
     from qtool.evaluation.models import subject
     from qtool.evaluation.sides import Side, load_sides
 
-    item = subject(model, exams[0].task, revision)
+    item, device = subject(model, exams[0].task, wanted.revision), usable(wanted.device)
     if item.quantized:
         raise InputError(f"{model} is quantized; heads are looked for in the float model that it was made from")
     for exam in exams:
         exam.check_subjects([item])
     with torch.inference_mode():
-        first = load_sides([item], exams[0], "float32")[0]
+        first = load_sides([item], exams[0], "float32", device)[0]
         exams[0].prepare([first], report)
         rows, about = exams[1].encode(first.tokenizer, item.config, first.max_length, item.name)
-        second = Side(item, first.model, first.tokenizer, first.max_length, rows, about)
+        second = Side(item, first.model, first.tokenizer, first.max_length, rows, about, device=device)
         exams[1].prepare([second], report)
     first.model.requires_grad_(False)
     return first, second
@@ -237,7 +241,7 @@ def _fingerprint(side: "Side", exam: "Exam", wanted: HeadsRequest) -> dict[str, 
         "metric": wanted.metric,
         "batch_size": exam.batch_size(),
         "threads": torch.get_num_threads(),
-        "instruction set": instruction_set(),
+        "instruction set": instruction_set(side.device),
         "versions": versions(),
     }
 

@@ -1,5 +1,6 @@
 """`quantize` and `calibrate`: open a job, run it, say what it left."""
 
+import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.api.data import calibration_events, golden_inputs, planned_batches
 from qtool.api.recipes import FLAG_KEYS, resolve_recipe
-from qtool.errors import InputError, QtoolError, one_of
+from qtool.errors import InputError, QtoolError, UnavailableError, one_of
 from qtool.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -51,14 +52,24 @@ def set_threads(recipe: Recipe, fingerprint: Mapping[str, Any] | None = None) ->
         torch.set_num_threads(int(threads))
 
 
-def open_job(model: str, recipe: Recipe) -> "Job":
-    """Find the model and check that the recipe fits it and that it can be run here; nothing is computed yet."""
+def open_job(model: str, recipe: Recipe, device: str = "cpu") -> "Job":
+    """Find the model and check that the recipe fits it and that it can be run here; nothing is computed yet.
+
+    Raises UsageError for an unknown device, UnavailableError for one that cannot be used.
+    """
     from qtool.checkpoint import locate
+    from qtool.device import usable
     from qtool.kernels import backend
     from qtool.pipeline import Job
 
+    where = usable(device)
+    if where.type != "cpu" and os.environ.get("QTOOL_BACKEND") == "triton":
+        raise UnavailableError(
+            "QTOOL_BACKEND=triton: a part of this runs on the CPU (the golden check); leave it out, --device cuda is "
+            "enough"
+        )
     backend()
-    return Job(locate(model, recipe.model.revision), model, recipe)
+    return Job(locate(model, recipe.model.revision), model, recipe, where)
 
 
 def divided_batches(job: "Job", *, calibrates: bool) -> "tuple[Batches, Budget]":
@@ -104,22 +115,25 @@ def quantize_events(
     overwrite: bool = False,
     statistics: str | Path | None = None,
     remember: bool = True,
+    device: str = "cpu",
 ) -> Generator["Event", None, Quantized]:
     """Quantize `model` into `out`, as events that end with the result; `remember` notes it as the newest artifact."""
     import time
 
     from qtool import pipeline, rundir
     from qtool.artifact import report, size_on_disk
+    from qtool.device import usable
     from qtool.inspection import worst
 
     started = time.perf_counter()
+    usable(device)
     rundir.check_output(out, resume=resume, overwrite=overwrite)
     data = recipe.evaluate.data
     places = list(data.values()) if isinstance(data, dict) else [data]
     read = (*places, recipe.evaluate.baseline, recipe.calibration.source, statistics)
     rundir.keep_apart(out, *(Path(path) for path in read if path and Path(path).exists()))
     set_threads(recipe, (rundir.recorded(out) or rundir.published(out)) if resume else None)
-    job = open_job(model, recipe)
+    job = open_job(model, recipe, device)
     rundir.keep_apart(out, job.source)
     source_bytes = job.checkpoint.num_bytes
     batches, budget = yield from batches_events(job, calibrates=not statistics)
@@ -189,12 +203,14 @@ def quantize(
     overwrite: bool = False,
     statistics: str | Path | None = None,
     set: Sequence[str] = (),
+    device: str = "cpu",
     **flags: Any,
 ) -> Quantized:
     """Quantize the float `model` (folder or hub name) and return where the artifact is.
 
-    `set` takes `key=value` strings of the recipe, `flags` the names in `FLAG_KEYS` (task, data, num_samples, …). Raises
-    QtoolError subclasses, as the command does, and TypeError for an argument that does not exist.
+    `set` takes `key=value` strings of the recipe, `flags` the names in `FLAG_KEYS` (task, data, num_samples, …).
+    `device` is where the model computes meanwhile: cpu, cuda or cuda:N. Raises QtoolError subclasses, as the command
+    does, and TypeError for an argument that does not exist.
     """
     if unknown := [name for name in flags if name not in FLAG_KEYS]:
         raise TypeError(one_of(unknown[0], list(FLAG_KEYS), "argument"))
@@ -202,7 +218,8 @@ def quantize(
     given = {name: value for name, value in flags.items() if value is not None}
     recipe = resolve_recipe(config=config, sets=set, methods=methods, model=model, flags=given)
     out = Path(output or recipe.output or default_output(model, recipe))
-    events = quantize_events(model, recipe, out, resume=resume, overwrite=overwrite, statistics=statistics)
+    choices: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "statistics": statistics, "device": device}
+    events = quantize_events(model, recipe, out, **choices)
     while True:
         try:
             next(events)
@@ -212,19 +229,21 @@ def quantize(
 
 
 def calibrate_events(
-    model: str, recipe: Recipe, file: Path, *, overwrite: bool = False
+    model: str, recipe: Recipe, file: Path, *, overwrite: bool = False, device: str = "cpu"
 ) -> Generator["Event", None, int]:
     """Pass 1 alone, into a statistics file; ends with the number of activations that were observed."""
     from qtool import pipeline
     from qtool.artifact import write_tensors
+    from qtool.device import usable
     from qtool.spill import SpilledStates
 
+    usable(device)
     if file.exists() and not overwrite:
         raise InputError(f"{file} exists; choose another -o or pass --overwrite")
     if not file.parent.is_dir():
         raise InputError(f"{file.parent} does not exist; make the folder first")
     set_threads(recipe)
-    job = open_job(model, recipe)
+    job = open_job(model, recipe, device)
     if not job.observed():
         names = ", ".join(method.name for method in job.methods)
         raise InputError(f"{names} needs no statistics with this recipe: nothing in it is calibrated")

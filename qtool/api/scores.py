@@ -21,8 +21,10 @@ def evaluate(model: str | Path | None, task: str, **options: Any) -> "Evaluation
 
     Without `baseline`, an artifact is compared with the float model that it was made from, if that is still there.
     """
+    from qtool.device import usable
     from qtool.evaluation import runner, tasks
 
+    usable(options.get("device", "cpu"))
     chosen = tasks.task(task)
     target = model or latest()
     if options.get("baseline") is None:
@@ -88,10 +90,12 @@ def evaluations(
     """
     from qtool.artifact import CARD, REPORT
     from qtool.checkpoint import locate
+    from qtool.device import usable
     from qtool.evaluation import runner
     from qtool.evaluation.result import Evaluation
     from qtool.evaluation.tasks import task
 
+    usable(options.get("device", "cpu"))
     chosen = [task(name) for name in tasks]
     folders = [locate(model, options.get("revision")), *([locate(baseline)] if baseline else [])]
     models = [_digests(folder, lambda file: file.name not in (CARD, REPORT)) for folder in folders] if marked else None
@@ -116,6 +120,7 @@ def _fingerprint(models: Any, task: "Task", data: str | None, options: Mapping[s
     """Digest of everything that an evaluation depends on; None where that cannot be known."""
     import torch
 
+    from qtool.device import usable
     from qtool.evaluation.result import Evaluation
     from qtool.pipeline import instruction_set, versions
     from qtool.rows import READERS
@@ -128,8 +133,12 @@ def _fingerprint(models: Any, task: "Task", data: str | None, options: Mapping[s
         "task": repr(task),
         "data": [data, _digests(place, lambda file: file.suffix in READERS)],
         "measured": sorted(Evaluation.__dataclass_fields__),  # a result that lacks one is made again
-        "options": {name: str(value) for name, value in options.items()},
-        "machine": [instruction_set(), options.get("threads") or torch.get_num_threads(), versions()],
+        "options": {name: str(value) for name, value in options.items() if name != "device"},
+        "machine": [
+            instruction_set(usable(options.get("device", "cpu"))),
+            options.get("threads") or torch.get_num_threads(),
+            versions(),
+        ],
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -161,7 +170,7 @@ def kept_results(file: str | Path | None) -> list[dict[str, Any]]:
 
 
 def evaluate_recipe(
-    out: Path, source: str, recipe: Recipe, progress: Any = None, *, resume: bool = False
+    out: Path, source: str, recipe: Recipe, progress: Any = None, *, resume: bool = False, device: str = "cpu"
 ) -> Iterator["Evaluation"]:
     """What the recipe's `evaluate` section asks for, against the float model it names, or `source`.
 
@@ -171,7 +180,7 @@ def evaluate_recipe(
     from qtool.checkpoint import locate
 
     wanted = recipe.evaluate
-    options = wanted.model_dump(exclude={"task", "data", "baseline"})
+    options = {**wanted.model_dump(exclude={"task", "data", "baseline"}), "device": device}
     baseline = wanted.baseline or locate(source, recipe.model.revision)
     known = report(out).get("scores", []) if resume else []
     places = wanted.data if isinstance(wanted.data, str | None) else dict(wanted.data)

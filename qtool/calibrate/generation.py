@@ -82,8 +82,8 @@ def written_by(
 ) -> Iterator[torch.Tensor]:
     """Batches of `num_samples` texts, int64 `[batch, max_length]`, that a transformers model in eval mode writes.
 
-    `masked` models fill, others sample. The same seed and number of threads give the same tokens. Raises InputError
-    where `max_length` leaves no room for text.
+    Texts are on the host, wherever the model is. `masked` models fill, others sample. The same seed and number of
+    threads give the same tokens. Raises InputError where `max_length` leaves no room for text.
     """
     room = alphabet.room(max_length)
     generator = torch.Generator().manual_seed(seed)
@@ -119,14 +119,17 @@ def _sampled(model: Any, alphabet: Alphabet, count: int, room: int, generator: t
     cache = None
     while ids.shape[1] < len(lead) + room:
         fed = ids if cache is None else ids[:, -1:]
-        output = model(
-            input_ids=fed, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, return_dict=True
-        )
-        cache, logits = output.get("past_key_values"), output.logits[:, -1]
+        output = model(**_inputs(model, fed, ids), past_key_values=cache, use_cache=True, return_dict=True)
+        cache, logits = output.get("past_key_values"), output.logits[:, -1].cpu()
         likely = ids.shape[1] < greedy
         chosen = ordinary[logits[:, ordinary].argmax(-1)] if likely else draw(logits, ordinary, generator)
         ids = torch.cat([ids, chosen.unsqueeze(1)], dim=1)
     return ids[:, len(lead) - len(alphabet.prefix) :]
+
+
+def _inputs(model: Any, fed: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Ids that a model is given, of texts `ids` without padding, where it is."""
+    return {"input_ids": fed.to(model.device), "attention_mask": torch.ones_like(ids).to(model.device)}
 
 
 def _column(ids: Sequence[int], count: int) -> torch.Tensor:
@@ -160,7 +163,7 @@ def refilled(
     rows = max(1, LOGIT_BYTES // (4 * ids.shape[1] * model.config.vocab_size))
     found = []
     for some, where in zip(masked.split(rows), positions.split(rows), strict=True):
-        logits = model(input_ids=some, attention_mask=torch.ones_like(some), return_dict=True).logits
-        wanted = logits.gather(1, where.unsqueeze(2).expand(-1, -1, logits.shape[2]))
+        logits = model(**_inputs(model, some, some), return_dict=True).logits
+        wanted = logits.gather(1, where.to(logits.device).unsqueeze(2).expand(-1, -1, logits.shape[2])).cpu()
         found.append(draw(wanted.flatten(0, 1), alphabet.ordinary, generator).view_as(where))
     return masked.scatter(1, positions, torch.cat(found))

@@ -15,36 +15,38 @@ State = dict[str, torch.Tensor]
 
 
 class Observer(ABC):
-    """Watches one activation tensor of the float model."""
+    """Watches one activation tensor of the float model, on the device where it is computed."""
 
     @abstractmethod
     def update(self, rows: torch.Tensor) -> None:
-        """Take in `[tokens, features]` float rows of real (not padded) tokens."""
+        """Take in `[tokens, features]` float rows of real (not padded) tokens; all batches come from one device."""
 
     @abstractmethod
     def state(self) -> State:
-        """Everything learned so far."""
+        """Everything learned so far, on that device."""
 
 
 class MinMax(Observer):
     """The smallest and the largest value, and the tokens seen. State: `min`, `max` float32, `tokens` int64."""
 
     def __init__(self) -> None:
-        self._min, self._max, self._tokens = torch.tensor(float("inf")), torch.tensor(float("-inf")), 0
+        self._range: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._tokens = 0
 
     def update(self, rows: torch.Tensor) -> None:
         """Raises InputError when an activation is NaN or infinite: a range would be meaningless."""
         if rows.numel() == 0:
             return
         low, high = _finite(torch.aminmax(rows.float()))
-        self._min, self._max = torch.minimum(self._min, low), torch.maximum(self._max, high)
-        self._tokens += len(rows)
+        if self._range is not None:
+            low, high = torch.minimum(self._range[0], low), torch.maximum(self._range[1], high)
+        self._range, self._tokens = (low, high), self._tokens + len(rows)
 
     def state(self) -> State:
         """Raises InputError when nothing was seen."""
-        if self._tokens == 0:
+        if self._range is None:
             raise InputError(_NOTHING)
-        return {"min": self._min, "max": self._max, "tokens": torch.tensor(self._tokens)}
+        return {"min": self._range[0], "max": self._range[1], "tokens": torch.tensor(self._tokens)}
 
 
 class Channels(Observer):
@@ -55,7 +57,7 @@ class Channels(Observer):
 
     def __init__(self) -> None:
         self._range: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._sum = torch.zeros(1, dtype=torch.float64)
+        self._sum: torch.Tensor | float = 0.0
         self._tokens = 0
 
     def update(self, rows: torch.Tensor) -> None:
@@ -72,7 +74,7 @@ class Channels(Observer):
         """Raises InputError when nothing was seen."""
         if self._range is None:
             raise InputError(_NOTHING)
-        mean = self._sum / self._tokens
+        mean = torch.as_tensor(self._sum) / self._tokens
         return {"min": self._range[0], "max": self._range[1], "mean": mean, "tokens": torch.tensor(self._tokens)}
 
 
@@ -88,7 +90,7 @@ class Histogram(Observer):
 
     def __init__(self) -> None:
         self._counts: torch.Tensor | None = None
-        self._sum = torch.zeros(1, dtype=torch.float64)
+        self._sum: torch.Tensor | float = 0.0
         self._exponent = torch.empty(0, dtype=torch.int32)
         self._tokens = 0
 
@@ -100,11 +102,11 @@ class Histogram(Observer):
         (peak,) = _finite((size.amax(0),))
         needed = torch.frexp(peak).exponent.where(peak > 0, -126)  # peak < 2^needed
         if self._counts is None:
-            self._counts = torch.zeros((rows.shape[1], self.BINS), dtype=torch.int64)
+            self._counts = torch.zeros((rows.shape[1], self.BINS), dtype=torch.int64, device=rows.device)
             self._exponent = needed
         self._widen(needed - self._exponent)
         bins = torch.ldexp(size, 9 - self._exponent).long().clamp_(max=self.BINS - 1)
-        flat = bins + self.BINS * torch.arange(rows.shape[1])
+        flat = bins + self.BINS * torch.arange(rows.shape[1], device=rows.device)
         self._sum = self._sum + rows.sum(0, dtype=torch.float64)
         self._counts += torch.bincount(flat.flatten(), minlength=self._counts.numel()).view_as(self._counts)
         self._tokens += len(rows)
@@ -122,8 +124,8 @@ class Histogram(Observer):
         """Raises InputError when nothing was seen."""
         if self._counts is None:
             raise InputError(_NOTHING)
-        width = torch.ldexp(torch.ones(len(self._exponent)), self._exponent - 9)
-        mean = self._sum / self._tokens
+        width = torch.ldexp(torch.ones_like(self._exponent, dtype=torch.float32), self._exponent - 9)
+        mean = torch.as_tensor(self._sum) / self._tokens
         return {"counts": self._counts, "width": width, "mean": mean, "tokens": torch.tensor(self._tokens)}
 
 

@@ -57,8 +57,10 @@ class Distribution:
     def of(cls, rows: torch.Tensor, *, relative: bool = False) -> "Distribution":
         """Of float probabilities `[queries, heads, keys]`, negative where a query may not look. They must be finite.
 
-        With `relative`, of their shares of the largest in their row.
+        With `relative`, of their shares of the largest in their row. Tables are on the host, which adds up in one
+        order: a GPU takes any, and its sums would differ from run to run.
         """
+        rows = rows.cpu()
         heads = rows.shape[1]
         seen = rows >= 0
         found = rows[seen].double()

@@ -9,7 +9,7 @@ import click
 
 from qtool import __version__
 from qtool.cli import analyze, bench, evaluate, look, quantize
-from qtool.errors import RESUMABLE, InterruptedRun, QtoolError, UsageError
+from qtool.errors import RESUMABLE, InterruptedRun, QtoolError, UnavailableError, UsageError
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -67,6 +67,13 @@ def _status() -> int:
             return _fail(error.code, 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
         return 128 + signal.SIGPIPE
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU; torch itself is not imported here
+            return _crash()
+        return _fail(
+            "the GPU has not enough memory: take a smaller --batch-size or --max-length, or leave out --device",
+            UnavailableError.exit_code,
+        )
     except OSError as error:
         from qtool.errors import environment_problem
 

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qtool.cli.options import drain, json_option, max_memory_option, model_of, run_options, screen_of, verbosity
+from qtool.cli.options import (
+    device_option,
+    drain,
+    json_option,
+    max_memory_option,
+    model_of,
+    run_options,
+    screen_of,
+    verbosity,
+)
 from qtool.errors import GateError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -19,7 +28,7 @@ if TYPE_CHECKING:
 
 _PASSED_ON = (
     "split", "label_column", "limit", "batch_size", "max_length", "stride", "doc_stride", "n_best", "dtype", "revision",
-    "threads", "allow_weak_baseline",
+    "threads", "device", "allow_weak_baseline",
 )  # fmt: skip
 
 
@@ -69,6 +78,7 @@ _PASSED_ON = (
 )
 @click.option("--revision", help="Branch, tag or commit of MODEL on the hub.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of torch [its own choice].")
+@device_option
 @click.option(
     "--predictions",
     metavar="FILE",
@@ -86,8 +96,10 @@ def evaluate(context: click.Context, /, model: str | None, **params: Any) -> Non
     qtool eval out --task sst2 --task rte --json scores.json
     """
     from qtool import api, console
+    from qtool.device import usable
     from qtool.evaluation.tasks import task
 
+    usable(params["device"])
     gate = _gate_of(params)
     target_file, several = params["json_file"], len(params["tasks"]) > 1
     console.check_json_target(target_file)
@@ -244,6 +256,7 @@ def conclude(
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a key of every recipe.")
 @click.option("-o", "--output", metavar="DIR", help="Where the model goes; for one recipe only.")
 @max_memory_option
+@device_option
 @run_options
 @json_option
 @verbosity
@@ -255,9 +268,11 @@ def run(context: click.Context, /, recipe_files: tuple[str, ...], **params: Any)
     is kept.
     """
     from qtool import console
+    from qtool.device import usable
 
     target_file = params["json_file"]
     console.check_json_target(target_file)
+    usable(params["device"])
     jobs = _jobs(recipe_files, params)
     several = len(jobs) > 1
     bodies: list[dict[str, Any]] = []
@@ -312,12 +327,13 @@ def _run_one(
     from qtool.evaluation.gate import Gate
 
     name, gate = model_of(None, recipe), Gate(**recipe.gate.model_dump())
-    choices = {key: params[key] for key in ("resume", "overwrite")}
+    choices = {key: params[key] for key in ("resume", "overwrite", "device")}
     made = drain(screen, api.quantize_events(name, recipe, out, **choices))
     if params["json_file"] != "-":
         console.render_quantized(screen, made)
     results: list[Evaluation] = []
-    for result in api.evaluate_recipe(out, name, recipe, _progress(screen), resume=params["resume"]):
+    again = {key: params[key] for key in ("resume", "device")}
+    for result in api.evaluate_recipe(out, name, recipe, _progress(screen), **again):
         results.append(result)
         shown.append((label, result))
         screen.close()

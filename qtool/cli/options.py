@@ -37,6 +37,9 @@ json_option = click.option("--json", "json_file", metavar="FILE", help="Write th
 max_memory_option = click.option(
     "--max-memory", metavar="SIZE", help="Memory beside imports and mapped files that the run may take: 3GB, 512MiB."
 )
+device_option = click.option(
+    "--device", metavar="DEVICE", default="cpu", show_default=True, help="Where models compute: cpu, cuda or cuda:N."
+)
 recipe_options = options(
     click.option("--method", "methods", multiple=True, metavar="NAME", help="Method; `qtool methods` lists them."),
     click.option("-c", "--config", metavar="RECIPE", help="Recipe file, or the name of a preset."),

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qtool.cli.options import drain, json_option, model_of, recipe_of, recipe_options, run_options, screen_of, verbosity
+from qtool.cli.options import (
+    device_option,
+    drain,
+    json_option,
+    model_of,
+    recipe_of,
+    recipe_options,
+    run_options,
+    screen_of,
+    verbosity,
+)
 
 if TYPE_CHECKING:
     from qtool.calibrate.sources import Batches
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
 @recipe_options
 @click.option("-o", "--output", metavar="DIR", help="Where the model goes [qtool-out/<model>-<method>].")
 @click.option("--statistics", metavar="FILE", help="Statistics from `qtool calibrate` instead of a pass over the data.")
+@device_option
 @run_options
 @click.option(
     "--dry-run", is_flag=True, help="Say what would become of the model, in what time and memory; write nothing."
@@ -42,25 +53,28 @@ def quantize(context: click.Context, /, model: str | None, **params: Any) -> Non
     out = Path(params["output"] or recipe.output or api.default_output(name, recipe))
     with screen_of(context) as screen:
         if params["dry_run"]:
-            job, batches, expected = _rehearse(name, recipe, started, calibrates=not params["statistics"])
+            calibrates = not params["statistics"]
+            job, batches, expected = _rehearse(name, recipe, started, calibrates=calibrates, device=params["device"])
             if params["json_file"] != "-":
                 console.render_plan(screen, job, batches, expected)
             console.emit_json(console.plan_json(job, batches, expected), params["json_file"])
             return
-        choices = {key: params[key] for key in ("resume", "overwrite", "statistics")}
+        choices = {key: params[key] for key in ("resume", "overwrite", "statistics", "device")}
         result = drain(screen, api.quantize_events(name, recipe, out, **choices))
         if params["json_file"] != "-":
             console.render_quantized(screen, result)
         console.emit_json(console.quantized_json(result), params["json_file"])
 
 
-def _rehearse(name: str, recipe: "Recipe", started: float, *, calibrates: bool) -> "tuple[Job, Batches, Estimate]":
+def _rehearse(
+    name: str, recipe: "Recipe", started: float, *, calibrates: bool, device: str
+) -> "tuple[Job, Batches, Estimate]":
     """The job, its calibration data, and what it will take; `started` is when the command began."""
     from qtool import api
     from qtool.estimate import estimate
 
     api.set_threads(recipe)
-    job = api.open_job(name, recipe)
+    job = api.open_job(name, recipe, device)
     startup = time.perf_counter() - started
     batches, budget = api.divided_batches(job, calibrates=calibrates)
     reading = time.perf_counter() - started - startup
@@ -72,6 +86,7 @@ def _rehearse(name: str, recipe: "Recipe", started: float, *, calibrates: bool) 
 @click.argument("model", required=False)
 @recipe_options
 @click.option("-o", "--output", required=True, metavar="FILE", help="Statistics file to write.")
+@device_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @verbosity
 @click.pass_context
@@ -81,8 +96,7 @@ def calibrate(context: click.Context, /, model: str | None, **params: Any) -> No
 
     recipe = recipe_of(context, model)
     with screen_of(context) as screen:
-        events = api.calibrate_events(
-            model_of(model, recipe), recipe, Path(params["output"]), overwrite=params["overwrite"]
-        )
+        choices = {key: params[key] for key in ("overwrite", "device")}
+        events = api.calibrate_events(model_of(model, recipe), recipe, Path(params["output"]), **choices)
         count = drain(screen, events)
         screen.line(f"{params['output']}: statistics of {count} activations")

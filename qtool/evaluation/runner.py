@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from qtool import __version__
+from qtool.device import described, usable
 from qtool.errors import InputError, UsageError, one_of
 from qtool.evaluation import metrics
 from qtool.evaluation.exams import Exam, Request, exam_class
@@ -41,6 +42,7 @@ def evaluate(
     label_column: str | None = None,
     dtype: str = "float32",
     threads: int | None = None,
+    device: str = "cpu",
     allow_weak_baseline: bool = False,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -68,14 +70,16 @@ def evaluate(
         label_column: the column that replaces the task's.
         dtype: of float weights, one of `DTYPES`.
         threads: of torch during the evaluation; None leaves them as they are.
+        device: where both models compute: cpu, cuda or cuda:N.
         allow_weak_baseline: go on with a baseline that knows nothing of the task.
         progress: called with a stage, batches done and batches in all.
 
     Raises:
         InputError: unusable model, data or labels, a head for another task, a weak baseline, a baseline that gives NaN.
         UsageError: an argument that means nothing, or nothing for this task.
-        UnavailableError: the hub is needed and not reachable, or a package is missing.
+        UnavailableError: the hub is needed and not reachable, a package is missing, or the device cannot be used.
     """
+    where = usable(device)
     if dtype not in DTYPES:
         raise UsageError(one_of(dtype, DTYPES, "dtype"))
     request = Request(
@@ -87,7 +91,7 @@ def evaluate(
     exam.check_subjects(subjects)
     report = progress or (lambda stage, done, total: None)
     with torch_threads(threads), torch.inference_mode():
-        sides = load_sides(subjects, exam, dtype)
+        sides = load_sides(subjects, exam, dtype, where)
         exam.prepare(sides, report)
         measure(sides, exam, report)
         settings = settings_of(exam, sides, dtype)
@@ -211,6 +215,7 @@ def settings_of(exam: Exam, sides: Sequence[Side], dtype: str) -> dict[str, Any]
         "max_length": min((exam.length, sides[0].max_length or exam.length)),
         **exam.used,
         "dtype": dtype,
+        "device": described(sides[0].device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "qtool": __version__, **installed},
     }

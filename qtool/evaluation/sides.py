@@ -1,4 +1,7 @@
-"""The models under measurement, side by side: each batch goes through one, then the other, in the same process."""
+"""The models under measurement, side by side: each batch goes through one, then the other, in the same process.
+
+Models may be on a GPU; what is read of their outputs comes back to the host, behind the clock.
+"""
 
 import time
 from collections.abc import Sequence
@@ -6,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
+from qtool.device import CPU, mover, on_host, synchronize
 from qtool.errors import InputError
 from qtool.evaluation.batches import collate, cut, longest
 from qtool.evaluation.divergence import Floats, row_divergences
@@ -16,7 +21,8 @@ from qtool.evaluation.models import Subject, load_for, load_tokenizer
 
 @dataclass
 class Side:
-    """A loaded model, its rows of tokens (cut to `max_length`) with what is known about each, and what came of them.
+    """A model loaded on `device`, its rows of tokens (cut to `max_length`) with what is known about each, and what came
+    of them.
 
     `collected` has an entry a row, `seconds` is the time in the model's forward; `reading` belongs to the exam: what it
     needs to read this model's outputs. `divergences` has the KL divergences of each row from the baseline's
@@ -33,25 +39,33 @@ class Side:
     reading: Any = None
     divergences: list[Floats] = field(default_factory=list)
     seconds: float = 0.0
+    device: torch.device = CPU
 
     def forward(self, batch: Batch) -> Any:
-        """The model's output."""
-        return self.model(**batch, return_dict=True)
+        """The model's output, on the host."""
+        return on_host(self.model(**self._there(batch), return_dict=True))
 
     def timed(self, batch: Batch) -> Any:
-        """`forward`, its time added to `seconds`."""
+        """`forward`, the model's time added to `seconds`: not that of tensors on their way."""
+        batch = self._there(batch)
+        synchronize(self.device)
         start = time.perf_counter()
-        output = self.forward(batch)
+        output = self.model(**batch, return_dict=True)
+        synchronize(self.device)
         self.seconds += time.perf_counter() - start
-        return output
+        return on_host(output)
+
+    def _there(self, batch: Batch) -> Batch:
+        found: Batch = mover(self.device)(batch)
+        return found
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The rows at `indices`, padded together."""
         return collate(self.tokenizer, [self.rows[index] for index in indices])
 
 
-def load_sides(subjects: Sequence[Subject], exam: Exam, dtype: str) -> list[Side]:
-    """Load the models and tokenise the examples for each, cut to one length that all of them can take.
+def load_sides(subjects: Sequence[Subject], exam: Exam, dtype: str, device: torch.device = CPU) -> list[Side]:
+    """Load the models on `device` and tokenise the examples for each, cut to one length that all of them can take.
 
     Rows are shared where the tokenizers agree on every text, as they do for an artifact and its source.
     """
@@ -69,10 +83,11 @@ def load_sides(subjects: Sequence[Subject], exam: Exam, dtype: str) -> list[Side
                 f"{exam.task.name} cannot be compared"
             )
         model = load_for(item, dtype)
+        model = model if device.type == "cpu" else model.to(device)
         model.config.use_cache = False  # nobody reads what a decoder would keep for its next token
         if getattr(model.config, "pad_token_id", None) is None:  # a decoder's classifier looks for the last other token
             model.config.pad_token_id = tokenizer.pad_token_id
-        sides.append(Side(item, model, tokenizer, length, rows, about))
+        sides.append(Side(item, model, tokenizer, length, rows, about, device=device))
     return sides
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qtool.device import usable
 from qtool.errors import InputError
 from qtool.evaluation.batches import cut
 from qtool.evaluation.divergence import row_divergences
@@ -52,9 +53,11 @@ class Variants:
         *,
         revision: str | None = None,
         allow_weak: bool = False,
+        device: str = "cpu",
         progress: Progress | None = None,
     ) -> None:
         """Raises what `runner.evaluate` raises, and InputError for a quantized model."""
+        self.device = usable(device)
         check_request(task, request)
         item = subject(model, task, revision)
         if item.quantized:
@@ -63,7 +66,7 @@ class Variants:
         self._exam.check_subjects([item, item])
         self._report = progress or (lambda stage, done, total: None)
         with torch.inference_mode():
-            (self._side,) = load_sides([item], self._exam, "float32")
+            (self._side,) = load_sides([item], self._exam, "float32", self.device)
             self._exam.prepare([self._side], self._report)
         self.model, self.lengths = self._side.model, [len(row["input_ids"]) for row in self._side.rows]
         self.settings = settings_of(self._exam, [self._side], "float32")
@@ -134,7 +137,7 @@ class Variants:
         Raises InputError for one that cannot do the task or cuts texts into other tokens.
         """
         with torch.inference_mode():
-            (side,) = load_sides([subject(path, self._exam.task)], self._exam, "float32")
+            (side,) = load_sides([subject(path, self._exam.task)], self._exam, "float32", self.device)
             self._exam.prepare([self._side, side], self._report)
         if side.rows != self._side.rows:
             raise InputError(

@@ -49,6 +49,7 @@ class QModule(nn.Module, ABC):
         """An empty module for `path` of `model`, on `device`."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QModule":
+        self.__dict__.pop("_plan", None)  # of a composite: it points into tensors that leave
         scales = [scale for name in self._scales if (scale := getattr(self, name, None)) is not None]
 
         def keep_scales(tensor: torch.Tensor) -> torch.Tensor:

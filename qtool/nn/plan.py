@@ -147,6 +147,11 @@ class SameName:
         body = {"forward": forward, "_make": staticmethod(make), "__module__": cls.__module__}
         return type(cls.__name__, (mark, cls), body)
 
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        self.__dict__.pop("_plan", None)  # it points into tensors that leave, and would keep them in memory
+        above: Any = super()
+        return above._apply(*args, **options)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls: Any = type(self)
         return _rebuild, (self._make, cls.__mro__[3]), self.__dict__

@@ -24,8 +24,9 @@ class Grid:
         return (1 << (self.bits - 1)) - 1
 
     def real(self, q: torch.Tensor) -> torch.Tensor:
-        """The numbers that integers stand for, float64."""
-        return q.double() * self.unit + self.center
+        """The numbers that integers stand for, float64, where the integers are."""
+        unit, center = (x.to(q.device) if isinstance(x, torch.Tensor) else x for x in (self.unit, self.center))
+        return q.double() * unit + center
 
     @classmethod
     def covering(cls, low: float, high: float, bits: int, *, centered: bool = False) -> "Grid":

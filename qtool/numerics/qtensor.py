@@ -57,6 +57,10 @@ class QParams:
             return cls(_positive(torch.maximum(high, -low) / spec.qmax))
         return cls.of_range(low, high, spec)
 
+    def cpu(self) -> "QParams":
+        """On the host."""
+        return QParams(*(None if value is None else value.cpu() for value in _fields(self)))  # type: ignore[arg-type]
+
     @classmethod
     def of_range(cls, low: Tensor, high: Tensor, spec: QuantSpec) -> "QParams":
         """Asymmetric parameters whose smallest and largest code stand for float64 `low` and `high`, as `absmax` says.

@@ -30,7 +30,7 @@ class Columns:
             torch.zeros_like(self._scale) if offset is None else offset.double().repeat_interleave(repeats, 0)
         )
         self._width = column_width(spec, self.shape[1])
-        self._codes = torch.zeros(self.shape, dtype=torch.int8)
+        self._codes = torch.zeros(self.shape, dtype=torch.int8, device=weight.device)
 
     def round(self, position: int, values: torch.Tensor) -> torch.Tensor:
         """Keep the nearest codes of `values` `[rows]`, the column at `position` of the order; returns their values."""
@@ -41,5 +41,5 @@ class Columns:
         return codes.mul_(scale).add_(offset)
 
     def finished(self, layout: Literal["rows", "tiled"]) -> QTensor:
-        """The matrix, when all columns are rounded."""
-        return QTensor.store(self._codes, self.params, self.spec, layout)
+        """The matrix on the host, when all columns are rounded."""
+        return QTensor.store(self._codes.cpu(), self.params.cpu(), self.spec, layout)

@@ -19,7 +19,7 @@ def gpfq(
     the published code, and scales are those of its blocks. A column that no input reaches is rounded to nearest. Raises
     InputError as `nearest` does.
     """
-    exact = weight.detach().double()
+    exact = weight.detach().to(moments.own.device).double()
     columns = Columns(exact, spec, moments.own.diagonal())
     order = columns.order
     values = exact[:, order]

@@ -18,16 +18,16 @@ def gptq(
 
     What is rounded is the matrix W* that comes closest to the float outputs on the inputs that the lowered model has:
     `(YᵀY + λ) W*ᵀ = (YᵀX + λ) Wᵀ`, with Y = X the weight itself. A column that no input reaches is rounded to nearest.
-    Raises InputError as `nearest` does.
+    Computes where the moments are, and returns the matrix on the host. Raises InputError as `nearest` does.
     """
     damped = _damped(moments.own)
-    target = _corrected(weight.detach().double(), moments, damped)
+    target = _corrected(weight.detach().to(moments.own.device).double(), moments, damped)
     columns = Columns(target, spec, moments.own.diagonal())
     upper = _upper(damped[columns.order][:, columns.order])
     values = target[:, columns.order]
     for start in range(0, values.shape[1], BLOCK):
         stop = min(start + BLOCK, values.shape[1])
-        errors = torch.empty(len(values), stop - start, dtype=torch.float64)
+        errors = torch.empty(len(values), stop - start, dtype=torch.float64, device=values.device)
         for column in range(start, stop):
             left = values[:, column] - columns.round(column, values[:, column])
             error = errors[:, column - start] = left / upper[column, column]
@@ -39,7 +39,8 @@ def gptq(
 def _damped(own: torch.Tensor) -> torch.Tensor:
     """`own` with a larger diagonal, so that it can be inverted."""
     mean = own.diagonal().mean()
-    return own + torch.eye(len(own), dtype=own.dtype) * (_DAMPING * mean if mean > 0 else 1.0)
+    one = torch.eye(len(own), dtype=own.dtype, device=own.device)
+    return own + one * (_DAMPING * mean if mean > 0 else 1.0)
 
 
 def _corrected(weight: torch.Tensor, moments: Moments, damped: torch.Tensor) -> torch.Tensor:

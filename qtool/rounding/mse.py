@@ -85,7 +85,7 @@ class _Search:
 
     def __init__(self, blocks: torch.Tensor, start: QParams, spec: QuantSpec) -> None:
         self.blocks, self.spec, self.best = blocks, spec, start
-        self.least = torch.full(start.scale.shape, torch.inf, dtype=torch.float64)
+        self.least = torch.full_like(start.scale, torch.inf, dtype=torch.float64)
         self.offer(start)
 
     def offer(self, params: QParams) -> torch.Tensor:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qtool.cli.options import json_option, screen_of, verbosity
+from qtool.cli.options import device_option, json_option, screen_of, verbosity
 from qtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--allow-weak-baseline", is_flag=True, help="Go on with a model that is no better than guessing.")
 @click.option("--revision", help="Branch, tag or commit of MODEL on the hub.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of torch [its own choice].")
+@device_option
 @click.option("--resume", is_flag=True, help="Go on: what DIR has is not measured again.")
 @click.option("--overwrite", is_flag=True, help="Start again in a DIR that holds a study.")
 @json_option
@@ -68,6 +69,7 @@ def attention(context: click.Context, /, model: str, **params: Any) -> None:
         exam={**{name: params[name] for name in exam}, "text_columns": list(params["text_columns"]) or None},
         revision=params["revision"],
         threads=params["threads"],
+        device=params["device"],
         allow_weak_baseline=params["allow_weak_baseline"],
     )
     with screen_of(context) as screen:

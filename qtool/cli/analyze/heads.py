@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qtool.cli.options import json_option, screen_of, verbosity
+from qtool.cli.options import device_option, json_option, screen_of, verbosity
 from qtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 @click.option("--max-length", type=click.IntRange(1), help="Tokens to which texts are cut [as qtool eval].")
 @click.option("--revision", help="Branch, tag or commit of MODEL on the hub.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of torch [its own choice].")
+@device_option
 @click.option("--resume", is_flag=True, help="Go on: sets that DIR knows are not measured again.")
 @click.option("--overwrite", is_flag=True, help="Start again in a DIR that holds a search.")
 @json_option
@@ -87,7 +88,7 @@ def _request(params: "Mapping[str, Any]") -> Any:
 
     names = (
         "metric", "max_drop", "search", "branching", "max_evaluations", "max_seconds", "target", "data", "limit",
-        "split", "text_columns", "label_column", "batch_size", "max_length", "revision", "threads",
+        "split", "text_columns", "label_column", "batch_size", "max_length", "revision", "threads", "device",
     )  # fmt: skip
     protected = [_place(text) for text in params["kept"]]
     return HeadsRequest(**{name: params[name] for name in names}, protected=protected)

@@ -28,11 +28,16 @@ def reason() -> str | None:
         return None
     if not torch.cuda.is_available():
         what = "was built without CUDA" if torch.version.cuda is None else "finds no GPU with a driver that suits it"
-        return f"torch {torch.__version__} {what}; install torch for CUDA, or leave out --device cuda"
-    found = torch.cuda.get_device_capability()
+        return f"torch {torch.__version__} {what}; install torch for CUDA"
+    return too_old()
+
+
+def too_old(number: int | None = None) -> str | None:
+    """Why the kernels cannot run on the GPU of a number, or the current one; None when they can."""
+    found = torch.cuda.get_device_capability(number)
     if found < CAPABILITY:
         has, needs = (".".join(map(str, version)) for version in (found, CAPABILITY))
-        return f"{torch.cuda.get_device_name()} has compute capability {has}, and int8 products need {needs}"
+        return f"{torch.cuda.get_device_name(number)} has compute capability {has}, and int8 products need {needs}"
     return None
 
 

@@ -40,14 +40,14 @@ def recorded(model: Any, forward: Callable[..., Any], given: Mapping[str, Any]) 
 
 
 def _recordable(model: Any, tensors: Mapping[str, torch.Tensor], words: Mapping[str, Any]) -> bool:
-    if "input_ids" not in tensors or not tensors.keys() <= _READ or not _on_gpu(tensors):
+    if "input_ids" not in tensors or not tensors.keys() <= _READ:
         return False
     if any(not isinstance(value, bool) for value in words.values()) or words.get("output_hidden_states"):
         return False
     settled = model.config.output_hidden_states and words.get("output_hidden_states") is None
     if settled or fleeting() or gives_integers():
         return False
-    return kernels.backend(tensors["input_ids"].device).name == "triton"
+    return kernels.backend(tensors["input_ids"].device).name == "triton" and _on_gpu(tensors)
 
 
 def _on_gpu(tensors: Mapping[str, torch.Tensor]) -> bool:

@@ -32,7 +32,7 @@ QUICK = ("--rounds", 2, "--seconds", 0, "--threads", 1)
         (("MODEL", "--task", "sst"), "unknown task 'sst'"),
         (("MODEL", "--shapes", ""), "is no shape"),
         (("MODEL", "--seconds", "nan"), "--seconds is not a number"),
-        (("MODEL", "--device", "gpu"), "unknown device 'gpu'; known: cpu, cuda, cuda:N"),
+        (("MODEL", "--device", "gpu"), "unknown device 'gpu'; models compute on cpu, cuda or cuda:N"),
         (("MODEL", "--cold-l2"), "--cold-l2 is for a GPU"),
         (("--random-init", "nowhere", "--device", "gpu"), "unknown device 'gpu'"),
         (("--random-init", "MODEL", "--seed", "99999999999999999999"), "--seed"),
@@ -114,7 +114,7 @@ def test_without_a_gpu(tiny: Any, desk: Path, qtool_command: Command, device: st
     for model in ((tiny.model,), ("--random-init", "nowhere")):  # said before anything is looked for or made
         ended = qtool_command("bench", *model, "--device", device)
         assert ended.code == 4 and ended.out == ""
-        assert ended.errors == [f"--device {device}: {triton.reason()}"]
+        assert ended.errors == [f"--device {device}: {triton.reason()}, or leave it out: the CPU serves every model"]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import click
 
 from qtool.cli.evaluate import places_of
 from qtool.cli.options import drain, json_option, screen_of, verbosity
+from qtool.cli.together import alone
 from qtool.errors import InterruptedRun, QtoolError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def bench(context: click.Context, /, models: tuple[str, ...], **params: Any) -> 
     qtool bench --random-init CONFIG --method ibert --method zeroquant
     qtool bench model out --device cuda --shapes 1x128,32x128
     """
+    alone("bench")
     from qtool import console
 
     console.check_json_target(params["json_file"])

@@ -51,7 +51,7 @@ def main() -> None:
 def _status() -> int:
     try:
         with meeting():
-            cli.main(prog_name="qtool", standalone_mode=False)
+            ended = cli.main(prog_name="qtool", standalone_mode=False)
     except (QtoolError, InterruptedRun) as error:
         return _fail(str(error), error.exit_code)
     except click.exceptions.Exit as error:
@@ -83,7 +83,7 @@ def _status() -> int:
         return _fail(str(problem), problem.exit_code) if problem else _crash()
     except Exception:
         return _crash()
-    return 0
+    return ended if isinstance(ended, int) else 0  # what `context.exit` was given
 
 
 def _fail(message: str, code: int) -> int:

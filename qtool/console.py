@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qtool.calibrate.sources import Batches
     from qtool.estimate import Estimate
     from qtool.evaluation.result import Evaluation
-    from qtool.pipeline import Event, Job
+    from qtool.job import Event, Job
 
 
 _FILE_WIDTH = 200  # columns where output goes to a file or a pipe: wide enough not to wrap rows
@@ -125,7 +125,7 @@ class Screen:
 
 def render_event(screen: Screen, event: "Event") -> None:
     """An event of the pipeline."""
-    from qtool.pipeline import Note
+    from qtool.job import Note
 
     if isinstance(event, Note):
         screen.note(event.message)

@@ -1,7 +1,7 @@
 """Where a model computes, the CPU or one GPU, and how tensors get there and back.
 
 An option of execution: no recipe and no artifact names a device. GPUs round floats in their own way, though, so that
-fingerprints name the one that computed (`pipeline.instruction_set`).
+fingerprints name the one that computed (`job.instruction_set`).
 """
 
 import re

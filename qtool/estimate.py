@@ -19,10 +19,10 @@ import torch
 from qtool.anatomy import Unit
 from qtool.calibrate.generation import GROUPS, SWEEPS
 from qtool.calibrate.sources import Batches
+from qtool.job import Job, peak_bytes
 from qtool.memory import followed, needs, shapes_of
 from qtool.nn import parts_of
 from qtool.numerics import QuantSpec
-from qtool.pipeline import Job, peak_bytes
 from qtool.rounding import ROUNDINGS, mse
 from qtool.stream import Stream
 

@@ -44,14 +44,15 @@ class _Loss:
 
 
 class Follower:
-    """Two streams that see the same batches."""
+    """Two streams that see the same batches; only the float one where `lowered` is None: nobody looks at the other."""
 
     def __init__(
-        self, exact: Stream, lowered: Stream, batches: Sequence[Batch], keep: Callable[[], Flow] = list
+        self, exact: Stream, lowered: Stream | None, batches: Sequence[Batch], keep: Callable[[], Flow] = list
     ) -> None:
         """`keep` makes the lists of hidden states, which may lie on disk."""
         self.exact, self.lowered, self.batches = exact, lowered, batches
-        self._flows: dict[Stream, Flow] = {exact: keep(), lowered: keep()}
+        self._streams = [exact] if lowered is None else [exact, lowered]
+        self._flows: dict[Stream, Flow] = {stream: keep() for stream in self._streams}
         self._passed: set[str] = set()
         self._keep = keep
 
@@ -61,13 +62,15 @@ class Follower:
 
     @contextmanager
     def lesson(self, unit: Unit) -> Iterator[Lesson]:
-        """The float block that comes next, loaded, with what enters it in both models."""
+        """The float block that comes next, loaded, with what enters it in both models.
+
+        Without a lowered one, what enters the float model stands for both.
+        """
         index = self._blocks(self.exact.anatomy).index(unit.name)
+        flows = [self._flows[self._streams[end]] for end in (0, -1)]
         examples = [
             Example(exact, lowered, calls[index], batch["attention_mask"].bool())
-            for (exact, calls), (lowered, _), batch in zip(
-                self._flows[self.exact], self._flows[self.lowered], self.batches, strict=True
-            )
+            for (exact, calls), (lowered, _), batch in zip(*flows, self.batches, strict=True)
         ]
         with self.exact.loaded(unit):
             yield Lesson(self.exact, unit, examples, self._keep)
@@ -101,7 +104,7 @@ class Follower:
         return figures
 
     def advance(self, unit: Unit) -> None:
-        """Both models go on to the next unit. The lowered unit is loaded."""
+        """All models go on to the next unit. The lowered unit, if there is one, is loaded."""
         with self.exact.loaded(unit):
             self._compare(unit, {}, advance=True)
 
@@ -111,7 +114,7 @@ class Follower:
         losses = {site: _Loss() for site in grids}
         for number, batch in enumerate(self.batches):
             seen: list[dict[str, torch.Tensor]] = []
-            for stream in (self.exact, self.lowered):
+            for stream in self._streams:
                 with _outputs(stream.model, grids) as outputs, integer_outputs():
                     after = self._step(stream, unit, number, batch)
                 seen.append(outputs)
@@ -151,6 +154,7 @@ class Follower:
         def name(path: str) -> Callable[..., None]:
             return lambda *_: setattr(meter, "site", path)
 
+        assert self.lowered is not None  # there is nothing to measure
         with ExitStack() as stack:
             for path, module in self.lowered.model.named_modules():
                 if isinstance(module, IntModule) and unit.owns(path):

@@ -102,7 +102,7 @@ def _same_machine(fingerprint: Mapping[str, Any]) -> bool:
     """Whether this process rounds floats as the one that made the artifact."""
     import torch
 
-    from qtool.pipeline import BESIDE, instruction_set, versions
+    from qtool.job import BESIDE, instruction_set, versions
 
     made_on = str(fingerprint.get("instruction set")).partition(BESIDE)[0]  # golden outputs are the CPU's
     there = fingerprint.get("versions")

@@ -19,7 +19,7 @@ from qtool.nn import parts_of
 
 if TYPE_CHECKING:
     from qtool.calibrate.sources import Batches
-    from qtool.pipeline import Job
+    from qtool.job import Job
 
 FIXED = 128 << 20
 """Bytes beside what grows with the model: weights in float64 a stretch at a time, buffers of the products, and what the
@@ -66,7 +66,7 @@ def needs(job: "Job", shapes: Sequence[tuple[int, int]], *, calibrates: bool, sp
         found.append(_writing(job, shapes))
     if job.method.follows or job.method.learns:
         chosen = shapes[:: followed(job, len(shapes))]
-        flows = 3 if job.method.learns else 2  # a teacher's outputs too
+        flows = (1 if job.method.independent else 2) + job.method.learns  # a teacher's outputs too
         flow = 0 if spill else flows * sum(_states(job, shape) for shape in chosen)
         found += _passing("quantize", job, flow, chosen, models=2)
     return found

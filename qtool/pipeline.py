@@ -1,203 +1,41 @@
 """calibrate → quantize → publish, unit by unit.
 
-Pass 1 streams the float units once while observers watch their inputs (this alone is `qtool calibrate`); pass 2 lowers
-each unit to integer modules, writes it as a shard and lets a golden batch flow through what was written. Then the
-shards are streamed into an artifact, which a fresh process loads and compares before it is moved into place.
+Pass 1 streams the float units once while observers watch their inputs (this alone is `qtool calibrate`); pass 2
+(`lowering.py`) lowers each unit to integer modules, writes it as a shard and lets a golden batch flow through what was
+written. Then the shards are streamed into an artifact, which a fresh process loads and compares before it is moved into
+place.
 
-Both functions are generators of events; whoever iterates them renders progress, or does not.
+Both functions are generators of events; whoever iterates them renders progress, or does not. On several ranks all of
+them run these, each with its share, and the first one publishes.
 """
 
-import hashlib
 import json
 import os
-import platform
-import resource
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator, Iterator, Mapping
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qtool import __version__, artifact, audit, card, golden, ranks
-from qtool.anatomy import Anatomy, Unit
-from qtool.anatomy import anatomy as anatomy_of
+from qtool import __version__, artifact, card, golden, ranks
 from qtool.artifact import FORMAT_VERSION, PRUNED, QUANT_METHOD
 from qtool.calibrate.observers import OBSERVERS, Observer
 from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
-from qtool.checkpoint import Checkpoint, load_config, open_float, opened, sha256, skeleton, tied_names
-from qtool.device import CPU, arithmetic
 from qtool.errors import InputError, QtoolError
-from qtool.follow import Follower
-from qtool.hf import adapt
-from qtool.kernels import backend, reference
-from qtool.memory import followed
-from qtool.methods import build, entry
-from qtool.methods.base import Method, Plan
-from qtool.methods.combined import Combined
-from qtool.nn import QModule
-from qtool.pruning import heads_json, shrink
-from qtool.recipe import Recipe
+from qtool.job import Event, Job, Note, Progress, ended, peak_bytes
+from qtool.kernels import backend
+from qtool.lowering import Keep, help_lower, lower_all
+from qtool.pruning import heads_json
 from qtool.rundir import RunDirectory
-from qtool.spill import SpilledStates, State
-from qtool.stream import Call, Reader, Stream, give_back, stored
+from qtool.spill import SpilledStates
+from qtool.stream import Stream, give_back
 from qtool.watch import open_attention, watching
-
-Keep = Callable[[], MutableSequence[State]]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A unit of work is about to start (`seconds` None) or has ended. `peak_bytes` is the process's peak memory."""
-
-    stage: str
-    unit: str
-    index: int
-    total: int
-    seconds: float | None = None
-    peak_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something the user should know."""
-
-    message: str
-
-
-Event = Progress | Note
-
-
-@dataclass
-class Job:
-    """A model and a recipe, with everything that follows from shapes alone; `device` is where units compute."""
-
-    source: Path
-    source_name: str
-    recipe: Recipe
-    device: torch.device = CPU
-    model: Any = field(init=False)
-    anatomy: Anatomy = field(init=False)
-    methods: Sequence[Method] = field(init=False)
-    method: Method = field(init=False)
-    """All methods as one."""
-    plan: Plan = field(init=False)
-    checkpoint: Checkpoint = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.model, self.checkpoint = open_float(self.source)
-        self.methods = build(self.recipe.for_parts(anatomy_of(self.model).names()))
-        self.method = self.methods[0] if len(self.methods) == 1 else Combined(self.methods)
-        self.method.reshape(self.model, self.checkpoint)
-        self.anatomy = anatomy_of(self.model)
-        plan = self.method.plan(self.anatomy, self.model)
-        if not plan.modules and not plan.heads:
-            raise InputError("the recipe leaves every module in float; there is nothing to quantize")
-        tied = getattr(self.model.config, "tie_word_embeddings", True)
-        self.plan = replace(plan, config={**({} if tied else {"tie_word_embeddings": False}), **plan.config})
-        if not plan.modules:
-            kept = {part.path: "no method of the recipe quantizes" for _, part in self.anatomy.parts()}
-            self.plan = replace(self.plan, kept_float=kept)
-        for method in self.methods:
-            if settled := method.settled():
-                self.recipe = self.recipe.with_options(method.name, settled)
-
-    def lowered_skeleton(self) -> Any:
-        """The model with empty quantized modules (meta device)."""
-        config = load_config(self.source)
-        for key, value in self.plan.config.items():
-            setattr(config, key, value)
-        model = skeleton(config)
-        if self.plan.heads:
-            shrink(model, self.plan.heads)
-        adapt(model, self.plan.modules, dtype=torch.float32)
-        return model
-
-    def stored_names(self, model: Any) -> list[str]:
-        """Tensors of the artifact, in the order of the model; a tensor shared by two names is stored once."""
-        shared = {} if self.plan.config.get("tie_word_embeddings") is False else tied_names(model)
-        return [name for name in model.state_dict() if name not in shared]
-
-    def predicted_bytes(self) -> int:
-        """Size of the weight file, from shapes alone."""
-        model = self.lowered_skeleton()
-        tensors = model.state_dict()
-        return artifact.predicted_size((name, tensors[name]) for name in self.stored_names(model))
-
-    def observed(self) -> dict[str, dict[str, str]]:
-        """Unit name → module path → observer."""
-        wanted = {unit.name: self.method.observers(unit, self.plan) for unit in self.anatomy.units}
-        return {name: observers for name, observers in wanted.items() if observers}
-
-    @property
-    def reads_data(self) -> bool:
-        """Whether any step looks at calibration data; without one, they need not be made."""
-        return bool(self.observed()) or self.method.follows or self.method.learns
-
-    def fingerprint(self, batches: Batches, statistics: Path | None = None) -> dict[str, Any]:
-        """Everything that the bytes of the artifact depend on; `statistics` is a file that replaces pass 1."""
-        return {
-            "model": self.checkpoint.digest(),
-            "data": batches.digest,
-            "recipe": _digest(self.recipe.quantization_part()),
-            "seed": self.recipe.seed,
-            "threads": torch.get_num_threads(),
-            "instruction set": instruction_set(self.device),
-            "versions": {**versions(), **_plugin_versions(self.methods)},
-            "statistics": sha256(statistics) if statistics else None,
-        }
-
-    def statistics_fingerprint(self, batches: Batches) -> dict[str, Any]:
-        """What a statistics file depends on: not the part of the recipe that only rounding reads."""
-        observers = sorted({(path, name) for unit in self.observed().values() for path, name in unit.items()})
-        found = {"model": self.checkpoint.digest(), "data": batches.digest, "observers": _digest(observers)}
-        return {**found, "heads": _digest(heads_json(self.plan.heads))} if self.plan.heads else found
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def instruction_set(device: torch.device = CPU) -> str:
-    """What decides how float sums are rounded on this CPU, and which exact integer product is used.
-
-    Of a GPU its name too: there sums are rounded in another way.
-    """
-    here = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {reference.exact_product()}"
-    return here if device.type == "cpu" else f"{here}{BESIDE}{arithmetic(device)}"
-
-
-BESIDE = " + "
-"""Between a CPU and the GPU that computed beside it. Golden outputs are always the CPU's."""
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes and what writes."""
-    packages = ("torch", "transformers", "safetensors", "tokenizers")
-    return {"qtool": __version__, **{name: metadata.version(name) for name in packages}}
-
-
-def _plugin_versions(methods: Sequence[Method]) -> dict[str, str]:
-    """Of the packages that bring methods along."""
-    origins = {method.name: entry(method.name).origin for method in methods}
-    return {name: origin for name, origin in origins.items() if origin != "qtool"}
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def unit_seed(seed: int, unit: str) -> int:
-    """The seed of a unit: the first 8 bytes of SHA-256 of `seed:unit`, whatever ran before."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{unit}".encode()).digest()[:8], "big", signed=True)
 
 
 def calibrate(job: Job, batches: Batches, keep: Keep = list) -> Generator[Event, None, Statistics]:
@@ -240,7 +78,7 @@ def calibrate(job: Job, batches: Batches, keep: Keep = list) -> Generator[Event,
             for site, observer in _put_together(observers).items():
                 state = {name: value.cpu() for name, value in observer.state().items()}
                 states[site, observed[unit.name][site]] = state
-            yield _ended("calibrate", unit, index, len(units), started)
+            yield ended("calibrate", unit, index, len(units), started)
     return Statistics(states, job.statistics_fingerprint(batches))
 
 
@@ -269,10 +107,6 @@ def _put_together(observers: Mapping[str, Observer]) -> Mapping[str, Observer]:
     return found
 
 
-def _ended(stage: str, unit: Unit, index: int, total: int, started: float) -> Progress:
-    return Progress(stage, unit.name, index, total, time.perf_counter() - started, peak_bytes())
-
-
 def quantize(
     job: Job,
     batches: Batches,
@@ -287,7 +121,7 @@ def quantize(
     With `spill` the hidden states of calibration batches lie on disk, in the run directory.
     """
     keep: Keep = partial(SpilledStates, run.path) if spill else list
-    if run.already_published():
+    if ranks.current().told(run.already_published()):
         yield Note(f"{run.out} was already published by this run")
         run.finish()
         return
@@ -297,148 +131,34 @@ def quantize(
             f"({len(job.anatomy.blocks)} blocks, all Linears in them)"
         )
     if job.observed():
-        statistics = yield from _statistics(job, batches, run, statistics, keep)
-    outputs = yield from _lower_all(job, run, batches, statistics, inputs, keep)
+        statistics = yield from _statistics(job, batches, run.shard("statistics"), statistics, keep)
+    outputs = yield from lower_all(job, run, batches, statistics, inputs, keep)
     yield from _publish(job, run, batches, inputs, outputs)
 
 
+def help_quantize(
+    job: Job, batches: Batches, statistics: Statistics | None = None, *, spill: bool = False
+) -> Generator[Event, None, None]:
+    """What a rank that does not publish does of `quantize`."""
+    keep: Keep = partial(SpilledStates, Path(tempfile.gettempdir())) if spill else list
+    if ranks.current().told(None):
+        return
+    if job.observed():
+        statistics = yield from _statistics(job, batches, None, statistics, keep)
+    yield from help_lower(job, batches, statistics, keep)
+
+
 def _statistics(
-    job: Job, batches: Batches, run: RunDirectory, given: Statistics | None, keep: Keep
+    job: Job, batches: Batches, kept: Path | None, given: Statistics | None, keep: Keep
 ) -> Generator[Event, None, Statistics]:
-    """Given ones, those of an earlier try, or pass 1."""
-    kept = run.shard("statistics")
-    if given is None and kept.exists():
-        return Statistics.read(kept)
+    """Given ones, those of an earlier try that the first rank has `kept`, or pass 1."""
+    if given is None and ranks.current().told(kept is not None and kept.exists()):
+        mine = {} if kept is None else Statistics.read(kept).tensors()
+        return Statistics.of_tensors(ranks.current().exchange(mine)[0], str(kept))
     statistics = given or (yield from calibrate(job, batches, keep))
-    artifact.write_tensors(kept, statistics.tensors())
+    if kept is not None:
+        artifact.write_tensors(kept, statistics.tensors())
     return statistics
-
-
-def _lower_all(
-    job: Job,
-    run: RunDirectory,
-    batches: Batches,
-    statistics: Statistics | None,
-    inputs: Mapping[str, torch.Tensor],
-    keep: Keep,
-) -> Generator[Event, None, dict[str, torch.Tensor]]:
-    """Pass 2. Returns the golden outputs, computed on the CPU from the shards as they lie on disk."""
-    job.method.resolve(job.plan, statistics)
-    source = job.method.source(job.plan, statistics, job.checkpoint)
-    model = job.lowered_skeleton()
-    names = job.stored_names(model)
-    golden_stream, stream = (Stream(model, job.anatomy, _shard_reader(job, run), at) for at in (CPU, job.device))
-    follows = job.method.follows or job.method.learns
-    follower = _follower(job, source, stream, batches, keep) if follows else None
-    hidden, calls, outputs = torch.empty(0), tuple[Call, ...](), {}
-    total = len(job.anatomy.units)
-    for index, unit in enumerate(job.anatomy.units):
-        started = time.perf_counter()
-        yield Progress("quantize", unit.name, index, total)
-        shard = run.shard(unit.name)
-        if not shard.exists():
-            torch.manual_seed(unit_seed(job.recipe.seed, unit.name))
-            _write_unit(job, unit, source, [name for name in names if unit.owns(name)], shard, statistics, follower)
-            if remark := job.method.remark(unit):
-                yield Note(remark)
-        if follower is not None and not follower.passed(unit):
-            with stream.loaded(unit):
-                follower.advance(unit)
-        with golden_stream.loaded(unit):
-            if unit.kind == "embeddings":
-                hidden, calls = golden_stream.embed(inputs)
-            elif unit.kind == "block":
-                hidden = golden_stream.block(unit, hidden, calls[index - 1])
-            else:
-                outputs = golden_stream.head(inputs, hidden)
-        yield _ended("quantize", unit, index, total, started)
-    return outputs
-
-
-def _follower(job: Job, source: Reader, lowered: Stream, batches: Batches, keep: Keep) -> Follower:
-    """Over the batches that a run of this size can afford."""
-    step = followed(job, len(batches.batches))
-    exact = Stream(job.model, job.anatomy, source, job.device)
-    return Follower(exact, lowered, batches.batches[::step], keep)
-
-
-def _write_unit(
-    job: Job,
-    unit: Unit,
-    source: Reader,
-    names: list[str],
-    shard: Path,
-    statistics: Statistics | None,
-    follower: Follower | None,
-) -> None:
-    """Lower one unit, audit it, and write its tensors: those of the integer modules, and what is left in float."""
-    method = job.method
-    with ExitStack() as stack:
-        lesson = (
-            stack.enter_context(follower.lesson(unit)) if follower and method.learns and unit.kind == "block" else None
-        )
-        lowered = method.lower(unit, job.plan, source, statistics, lesson)
-    figures = {path: dict(found) for path, found in method.report().items() if unit.owns(path)}
-    if follower is not None and method.follows:
-        for path, found in _refine(job, unit, lowered, follower).items():
-            figures.setdefault(path, {}).update(found)
-    for path, found in audit.check(lowered).items():
-        figures.setdefault(path, {}).update(found)
-    tensors = {
-        f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()
-    }
-    kept = dict(method.floats(unit))
-    kept |= {name: stored(source, name) for name in names if name not in tensors and name not in kept}  # mapped, mostly
-    wide = [name for name, value in kept.items() if value.is_floating_point()]
-    artifact.write_json(shard.with_suffix(".json"), figures)
-    artifact.write_tensors(shard, {**tensors, **kept}, as_float32=wide)
-
-
-def _refine(job: Job, unit: Unit, lowered: Mapping[str, QModule], follower: Follower) -> dict[str, dict[str, float]]:
-    """Correct what the method wants corrected, with the unit's modules in their places, and measure what is left."""
-    stream, method = follower.lowered, job.method
-    tensors = {
-        f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()
-    }
-
-    def read(name: str) -> torch.Tensor:
-        return tensors[name] if name in tensors else stream.reader(name)
-
-    with stream.loaded(unit, read):
-        for stage in method.stages(unit):
-            for site, error in follower.corrections(unit, stage, method.grids()).items():
-                with _on_host(stream, site) as module:
-                    method.correct(module, site, error)
-        figures = follower.measure(unit, method.grids())
-        for path, module in lowered.items():
-            found = stream.model.get_submodule(path).state_dict()
-            module.load_state_dict({name: value.cpu() for name, value in found.items()}, assign=True)
-    return figures
-
-
-@contextmanager
-def _on_host(stream: Stream, path: str) -> Iterator[Any]:
-    """A module of a unit that is loaded, whose tensors are on the host while active: methods know no devices."""
-    module = stream.model.get_submodule(path)
-    yield module if stream.device.type == "cpu" else module.to(CPU)
-    if stream.device.type != "cpu":
-        module.to(stream.device)
-
-
-def _shard_reader(job: Job, run: RunDirectory) -> Reader:
-    """Reads tensors of the units that are on disk; a name that is shared is read under the name that is stored."""
-    tied = tied_names(job.model)
-
-    def read(name: str) -> torch.Tensor:
-        for candidate in (name, tied.get(name, name)):
-            unit = next(unit for unit in job.anatomy.units if unit.owns(candidate))
-            with opened(run.shard(unit.name)) as tensors:
-                if candidate in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    value: torch.Tensor = tensors.get_tensor(candidate)
-                    return value
-        raise AssertionError(f"{name} was not written")
-
-    return read
 
 
 def _publish(

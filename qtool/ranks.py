@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from qtool.errors import RESUMABLE, QtoolError, UnavailableError
+from qtool.errors import RESUMABLE, InputError, QtoolError, UnavailableError
 
 BEAT = 2.0
 """Seconds between two signs of life."""
@@ -66,8 +66,8 @@ class Ranks:
         """What every rank gave, by rank: all of them call this, and each gets all."""
         return [dict(mine)]
 
-    def agree(self, what: str, mine: Any) -> None:
-        """Raises InputError unless all ranks have the same JSON-clean value."""
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raises InputError, naming what differs, unless all ranks have the same JSON-clean facts."""
 
     def told(self, value: Any) -> Any:
         """The first rank's JSON-clean value."""
@@ -161,14 +161,15 @@ class Group(Ranks):
             dist.all_gather(parts, torch.nn.functional.pad(payload, (0, room - len(payload))))
         return [load(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
-    def agree(self, what: str, mine: Any) -> None:
+    def agree(self, facts: Mapping[str, Any]) -> None:
         """See `Ranks`."""
-        from qtool.errors import InputError
-
-        found = [_read(part) for part in self.exchange(_written(mine))]
-        different = [rank for rank, value in enumerate(found) if value != found[0]]
-        if different:
-            raise InputError(f"rank {different[0]} has another {what} than rank 0; give all ranks the same files")
+        found = [_read(part) for part in self.exchange(_written(dict(facts)))]
+        for rank, theirs in enumerate(found):
+            if different := [name for name in sorted(theirs) if theirs[name] != found[0].get(name)]:
+                raise InputError(
+                    f"rank {rank} has a different {', '.join(different)} than rank 0: all need the same files, "
+                    "versions, instruction set and --threads"
+                )
 
     def told(self, value: Any) -> Any:
         """See `Ranks`."""

@@ -34,6 +34,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     ),
     frozenset(
         {
+            "job",
+            "lowering",
             "pipeline",
             "watch",
             "memory",

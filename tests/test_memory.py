@@ -13,8 +13,8 @@ import yaml
 from qtool import memory, pipeline
 from qtool.api import calibration_batches, divided_batches, open_job, quantize_events, resolve_recipe
 from qtool.errors import UnavailableError
+from qtool.job import Job
 from qtool.memory import FIXED, Budget, Need, divide, needs, shapes_of
-from qtool.pipeline import Job
 from qtool.spill import SpilledStates
 
 Command = Callable[..., Any]

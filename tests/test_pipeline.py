@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file
 
 import qtool
-from qtool import artifact, checkpoint, pipeline
+from qtool import artifact, checkpoint, job, lowering, pipeline
 from qtool.api import calibration_batches, open_job, quantize_events, resolve_recipe
 from qtool.errors import RESUMABLE, InputError, QtoolError
 from qtool.nn.plan import one_by_one
@@ -71,7 +71,7 @@ def test_bytes_do_not_depend_on_places_and_names(tiny: Any, desk: Path, zoo: Any
 
 def test_a_units_seed_is_what_the_design_says() -> None:
     digest = hashlib.sha256(b"7:block.3").digest()
-    seed = pipeline.unit_seed(7, "block.3")
+    seed = job.unit_seed(7, "block.3")
     assert seed == int.from_bytes(digest[:8], "big", signed=True)
     assert torch.manual_seed(seed).initial_seed() % 2**64 == int.from_bytes(digest[:8], "big")
 
@@ -79,14 +79,14 @@ def test_a_units_seed_is_what_the_design_says() -> None:
 def test_every_unit_is_lowered_under_its_own_seed(tiny: Any, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in a run that was resumed, and whatever drew random numbers before."""
     seeds: dict[str, int] = {}
-    write = pipeline._write_unit
+    write = lowering._write_unit
 
     def noted(job: Any, unit: Any, *rest: Any) -> None:
         seeds[unit.name] = torch.initial_seed()
         torch.rand(7)
         write(job, unit, *rest)
 
-    monkeypatch.setattr(pipeline, "_write_unit", noted)
+    monkeypatch.setattr(lowering, "_write_unit", noted)
     completed(quantize_events(str(tiny.model), recipe_of(tiny, "zeroquant-w8a8", "seed=7"), Path("out")))
     digests = {name: hashlib.sha256(f"7:{name}".encode()).digest()[:8] for name in seeds}
     assert {name: seed % 2**64 for name, seed in seeds.items()} == {
@@ -140,7 +140,7 @@ def test_the_report_says_what_was_done(tiny: Any, desk: Path) -> None:
 
 def test_progress_covers_every_unit_once_and_in_order(tiny: Any, desk: Path) -> None:
     events = completed(quantize_events(str(tiny.model), recipe_of(tiny), Path("out")))
-    progress = [event for event in events if isinstance(event, pipeline.Progress)]
+    progress = [event for event in events if isinstance(event, job.Progress)]
     started = [(event.stage, event.unit) for event in progress if event.seconds is None]
     ended = [(event.stage, event.unit) for event in progress if event.seconds is not None]
     assert started == ended
@@ -382,13 +382,13 @@ def test_finished_units_are_not_made_again(tiny: Any, desk: Path, monkeypatch: p
     finished = sorted(path.name for path in beside(Path("out"), "run").glob("*.safetensors"))
     assert finished == ["block.0.safetensors", "embeddings.safetensors", "statistics.safetensors"]
     made: list[str] = []
-    write = pipeline._write_unit
+    write = lowering._write_unit
 
     def noted(job: Any, unit: Any, *rest: Any) -> None:
         made.append(unit.name)
         write(job, unit, *rest)
 
-    monkeypatch.setattr(pipeline, "_write_unit", noted)
+    monkeypatch.setattr(lowering, "_write_unit", noted)
     monkeypatch.setattr(pipeline, "calibrate", lambda *args: pytest.fail("calibrated again"))
     completed(quantize_events(str(tiny.model), recipe_of(tiny), Path("out"), resume=True))
     assert made == ["block.1", "head"]

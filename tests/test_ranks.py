@@ -79,7 +79,7 @@ def test_one_process_is_all_ranks() -> None:
         {"x": [1.0, 1.0]}
     ]
     assert alone.told([1, "a"]) == [1, "a"]
-    alone.agree("anything", object())
+    alone.agree({"anything": object()})
     alone.check()
     assert not ranks.launched()
 
@@ -155,12 +155,12 @@ def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, waits: str)
 
 def test_ranks_with_other_data_are_refused(crews: list[Crew], tmp_path: Path) -> None:
     body = """
-    group.agree("data", {"digest": "a"})
-    group.agree("data", {"digest": str(group.rank)})
+    group.agree({"data": "a", "model": "b"})
+    group.agree({"data": str(group.rank), "model": "b"})
     """
     ends = crew(crews, body, 2, tmp_path).ends()
     assert [code for code, _, _ in ends] == [3, 3]
-    assert "rank 1 has another data than rank 0" in ends[0][2]
+    assert "rank 1 has a different data than rank 0" in ends[0][2]
 
 
 def test_nobody_to_meet(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qtool.api import calibration_batches, open_job, quantize_events, resolve_recipe
 from qtool.calibrate import generation
-from qtool.pipeline import Note, Progress
+from qtool.job import Note, Progress
 
 Command = Callable[..., Any]
 SELF = ("--set", "calibration.source=self")

@@ -111,7 +111,7 @@ def _fingerprint(variants: "Variants", wanted: AttentionRequest) -> dict[str, An
     import torch
 
     from qtool.checkpoint import Checkpoint, load_config, locate, skeleton
-    from qtool.pipeline import instruction_set, versions
+    from qtool.job import instruction_set, versions
 
     about = variants.about()
     path = locate(about["model"], wanted.revision)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qtool.bench.products import Products
     from qtool.bench.report import Report
     from qtool.bench.shapes import Limits, Shape
-    from qtool.pipeline import Event
+    from qtool.job import Event
 
 RANDOM_SETS = ("calibration.source=random", "calibration.num_samples=16")
 """Recipe keys for models of random weights: what calibrates them decides nothing."""

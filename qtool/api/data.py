@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qtool.calibrate.generation import Alphabet
     from qtool.calibrate.sources import Batches
-    from qtool.pipeline import Event, Job
+    from qtool.job import Event, Job
 
 
 def calibration_batches(job: "Job") -> "Batches":
@@ -111,7 +111,7 @@ def _own_text(job: "Job") -> "Generator[Event, None, Batches]":
     """Text of the float model, which is in memory whole meanwhile. Nothing is kept: it would write the same again."""
     from qtool.calibrate import generation, sources
     from qtool.checkpoint import open_float
-    from qtool.pipeline import Note, Progress, peak_bytes
+    from qtool.job import Note, Progress, peak_bytes
     from qtool.stream import give_back, whole
 
     description, size = _own_description(job), _size(job)

@@ -231,7 +231,7 @@ def _fingerprint(side: "Side", exam: "Exam", wanted: HeadsRequest) -> dict[str, 
     import torch
 
     from qtool.checkpoint import Checkpoint, load_config, skeleton
-    from qtool.pipeline import instruction_set, versions
+    from qtool.job import instruction_set, versions
 
     rows = json.dumps([side.rows, exam.references], default=str)
     return {

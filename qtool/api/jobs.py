@@ -16,8 +16,9 @@ from qtool.recipe import Recipe
 if TYPE_CHECKING:
     from qtool.calibrate.sources import Batches
     from qtool.calibrate.statistics import Statistics
+    from qtool.job import Event, Job
     from qtool.memory import Budget
-    from qtool.pipeline import Event, Job
+    from qtool.rundir import RunDirectory
 
 
 DEFAULT_FOLDER = "qtool-out"
@@ -59,8 +60,8 @@ def open_job(model: str, recipe: Recipe, device: str = "cpu") -> "Job":
     """
     from qtool.checkpoint import locate
     from qtool.device import usable
+    from qtool.job import Job
     from qtool.kernels import backend
-    from qtool.pipeline import Job
 
     where = usable(device)
     if where.type != "cpu" and os.environ.get("QTOOL_BACKEND") == "triton":
@@ -117,46 +118,75 @@ def quantize_events(
     remember: bool = True,
     device: str = "cpu",
 ) -> Generator["Event", None, Quantized]:
-    """Quantize `model` into `out`, as events that end with the result; `remember` notes it as the newest artifact."""
+    """Quantize `model` into `out`, as events that end with the result; `remember` notes it as the newest artifact.
+
+    On several ranks each does its share, and only the first one reads and writes `out`.
+    """
     import time
 
-    from qtool import pipeline, rundir
-    from qtool.artifact import report, size_on_disk
+    from qtool import ranks, rundir
     from qtool.device import usable
-    from qtool.inspection import worst
+    from qtool.job import Note
+    from qtool.pipeline import help_quantize
 
-    started = time.perf_counter()
+    started, group = time.perf_counter(), ranks.current()
     usable(device)
-    rundir.check_output(out, resume=resume, overwrite=overwrite)
+    if group.first:
+        rundir.check_output(out, resume=resume, overwrite=overwrite)
     data = recipe.evaluate.data
     places = list(data.values()) if isinstance(data, dict) else [data]
     read = (*places, recipe.evaluate.baseline, recipe.calibration.source, statistics)
     rundir.keep_apart(out, *(Path(path) for path in read if path and Path(path).exists()))
-    set_threads(recipe, (rundir.recorded(out) or rundir.published(out)) if resume else None)
+    known = (rundir.recorded(out) or rundir.published(out)) if resume and group.first else None
+    set_threads(recipe, group.told(known))
     job = open_job(model, recipe, device)
     rundir.keep_apart(out, job.source)
-    source_bytes = job.checkpoint.num_bytes
     batches, budget = yield from batches_events(job, calibrates=not statistics)
-    yield pipeline.Note(_about_calibration(job, batches, statistics))
+    yield Note(_about_calibration(job, batches, statistics))
     if budget.batch_size < recipe.calibration.batch_size:
-        yield pipeline.Note(f"calibration batches of {budget.batch_size} sequences, to stay in max-memory")
+        yield Note(f"calibration batches of {budget.batch_size} sequences, to stay in max-memory")
     if budget.spill:
-        yield pipeline.Note("hidden states of the calibration data lie on disk, beside the output")
-    known = read_statistics(statistics, job, batches) if statistics else None
+        yield Note("hidden states of the calibration data lie on disk, beside the output")
+    given = read_statistics(statistics, job, batches) if statistics else None
     fingerprint = job.fingerprint(batches, Path(statistics) if statistics else None)
-    run = rundir.RunDirectory(out, fingerprint, resume=resume, overwrite=overwrite)
+    group.agree(fingerprint)
+    if group.first:
+        run = rundir.RunDirectory(out, fingerprint, resume=resume, overwrite=overwrite)
+        yield from _into(run, job, batches, given, spill=budget.spill)
+    else:
+        yield from help_quantize(job, batches, given, spill=budget.spill)
+    if remember:
+        note_latest(out)
+    return _result(out, job, time.perf_counter() - started)
+
+
+def _into(
+    run: "RunDirectory", job: "Job", batches: "Batches", statistics: "Statistics | None", *, spill: bool
+) -> Generator["Event", None, None]:
+    """Quantize into an open run; one that finished no unit leaves nothing behind."""
+    from qtool import pipeline
+
     with closing(run):
         try:
             inputs = golden_inputs(job, batches)
-            yield from pipeline.quantize(job, batches, inputs, run, known, spill=budget.spill)
+            yield from pipeline.quantize(job, batches, inputs, run, statistics, spill=spill)
         except QtoolError:
             run.discard_if_empty()
             raise
-    if remember:
-        note_latest(out)
-    seconds = time.perf_counter() - started
-    furthest = worst(report(out).get("figures", {}))
-    return Quantized(out, size_on_disk(out), source_bytes, seconds, pipeline.peak_bytes(), furthest)
+
+
+def _result(out: Path, job: "Job", seconds: float) -> Quantized:
+    """What the first rank finds at `out`, for all: the folder may be no other's."""
+    from qtool import ranks
+    from qtool.artifact import report, size_on_disk
+    from qtool.inspection import worst
+    from qtool.job import peak_bytes
+
+    group = ranks.current()
+    found = [size_on_disk(out), worst(report(out).get("figures", {}))] if group.first else None
+    size, furthest = group.told(found)
+    least = [(str(path), float(decibels)) for path, decibels in furthest]
+    return Quantized(out, size, job.checkpoint.num_bytes, seconds, peak_bytes(), least)
 
 
 def _about_calibration(job: "Job", batches: "Batches", statistics: str | Path | None) -> str:
@@ -238,6 +268,7 @@ def calibrate_events(
     from qtool import pipeline, ranks
     from qtool.artifact import write_tensors
     from qtool.device import usable
+    from qtool.job import Note
     from qtool.spill import SpilledStates
 
     usable(device)
@@ -251,7 +282,7 @@ def calibrate_events(
         names = ", ".join(method.name for method in job.methods)
         raise InputError(f"{names} needs no statistics with this recipe: nothing in it is calibrated")
     batches, budget = yield from batches_events(job, calibrates=True)
-    yield pipeline.Note(f"calibration data: {batches.description}")
+    yield Note(f"calibration data: {batches.description}")
     keep = partial(SpilledStates, file.absolute().parent) if budget.spill else list
     statistics = yield from pipeline.calibrate(job, batches, keep)
     if ranks.current().first:

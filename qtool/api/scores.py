@@ -122,7 +122,7 @@ def _fingerprint(models: Any, task: "Task", data: str | None, options: Mapping[s
 
     from qtool.device import usable
     from qtool.evaluation.result import Evaluation
-    from qtool.pipeline import instruction_set, versions
+    from qtool.job import instruction_set, versions
     from qtool.rows import READERS
 
     place = Path(data).expanduser() if data else None

@@ -50,6 +50,12 @@ class Statistics:
 
         with opened(path) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return cls.of_tensors(tensors, str(path))
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, torch.Tensor], where: str) -> "Statistics":
+        """From what `tensors` gave; `where` they come from. Raises InputError for something else."""
+        tensors = dict(tensors)
         try:
             fingerprint = dict(json.loads(bytes(tensors.pop(_FINGERPRINT).tolist())).items())
             states: dict[tuple[str, str], State] = {}
@@ -57,7 +63,7 @@ class Statistics:
                 module, observer, name = key.split("|")
                 states.setdefault((module, observer), {})[name] = value
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is not a statistics file of qtool") from error
+            raise InputError(f"{where} is not a statistics file of qtool") from error
         return cls(states, fingerprint)
 
     def require(self, fingerprint: Mapping[str, Any], where: str) -> None:

@@ -22,7 +22,7 @@ from qtool.cli.together import jobs_option
 if TYPE_CHECKING:
     from qtool.calibrate.sources import Batches
     from qtool.estimate import Estimate
-    from qtool.pipeline import Job
+    from qtool.job import Job
     from qtool.recipe import Recipe
 
 

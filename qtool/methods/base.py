@@ -126,6 +126,14 @@ class Method(ABC):
         return False
 
     @property
+    def independent(self) -> bool:
+        """Whether lowering a block depends on nothing that the lowered blocks before it compute.
+
+        Then ranks share the blocks, and a lesson has what the float model computes in the place of both.
+        """
+        return not (self.follows or self.learns)
+
+    @property
     def differentiates(self) -> bool:
         """Whether gradients flow through a block in `lower`, for which all that is computed in it is kept."""
         return False

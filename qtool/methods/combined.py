@@ -97,6 +97,11 @@ class Combined(Method):
         return any(method.learns for method in self.methods)
 
     @property
+    def independent(self) -> bool:
+        """Whether all are."""
+        return all(method.independent for method in self.methods)
+
+    @property
     def differentiates(self) -> bool:
         """Whether one does."""
         return any(method.differentiates for method in self.methods)

@@ -16,7 +16,7 @@ from qtool.api import calibration_batches, open_job, resolve_recipe
 from qtool.calibrate.sources import builtin_sentences, file_texts, random_tokens, tokenize, windows
 from qtool.errors import InputError
 from qtool.evaluation.tasks import load_texts, task
-from qtool.pipeline import Job
+from qtool.job import Job
 from qtool.rows import TEXT_COLUMNS
 
 ROWS = [{"id": index, "body": f"w{index} w1", "label": index % 2} for index in range(7)]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from qtool.api import calibration_batches, open_job, resolve_recipe
 from qtool.errors import InputError
-from qtool.pipeline import Job
+from qtool.job import Job
 
 Command = Callable[..., Any]
 Floats = NDArray[np.float64]

@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from qtool import pipeline
+from qtool import job, pipeline
 from qtool.api import calibration_batches, open_job, quantize_events, resolve_recipe
 from qtool.errors import InputError
 from qtool.stream import Stream
@@ -90,7 +90,7 @@ def test_interrupted_and_resumed_is_the_same(
     torch.manual_seed(999)  # what was drawn before has no say
     events = run(tiny, "parts", *WAYS[way], resume=True)
     assert deciding("whole") == deciding("parts")
-    said = [event.message for event in events if isinstance(event, pipeline.Note) and "LKD" in event.message]
+    said = [event.message for event in events if isinstance(event, job.Note) and "LKD" in event.message]
     assert [one.partition(":")[0] for one in said] == ["block.0", "block.1"][stopped - 1 :]
 
 
@@ -104,7 +104,7 @@ def test_losses_are_reported(tiny: Any, desk: Path, qtool_command: Command) -> N
         found = figures[f"bert.encoder.layer.{index}"]
         assert 0 < found["lkd_after"] < found["lkd_before"]
         assert (shown[index]["loss_before"], shown[index]["loss_after"]) == (found["lkd_before"], found["lkd_after"])
-    said = [event.message for event in events if isinstance(event, pipeline.Note)]
+    said = [event.message for event in events if isinstance(event, job.Note)]
     assert any(one.startswith("block.1: LKD loss ") and one.endswith(" in 30 steps") for one in said)
 
 

@@ -209,6 +209,12 @@ class ZeroQuant(Method):
         return self._rounds_with_data or self.options.lkd.enabled
 
     @property
+    def independent(self) -> bool:
+        """Where a block learns from what the float model computes alone: not with rounding that corrects what the
+        blocks before it left, nor with LKD on the student's inputs."""
+        return not self._rounds_with_data and not (self.options.lkd.enabled and self.options.lkd.inputs == "student")
+
+    @property
     def differentiates(self) -> bool:
         """Where a block learns, or its tokens count by their gradients."""
         return self.options.lkd.enabled or self._weighs_tokens
@@ -230,12 +236,15 @@ class ZeroQuant(Method):
         return self._remarks.get(unit.name, "")
 
     def passes(self, batches: int) -> float:
-        """Both models go on; a stage's inputs are half a block of both; gradients and steps of LKD are three each."""
+        """Models that go on (both, or the float one), half a block of both for a stage's inputs, and three blocks each
+        for gradients and steps of LKD.
+        """
         if not self.learns:
             return 0.0
-        lkd = self.options.lkd
+        lkd, models = self.options.lkd, 1.0 if self.independent else 2.0
         taught = lkd.steps * (3 + 2 / CHECK_STEPS) / batches if lkd.enabled else 0.0
-        return 2.0 + (_STAGES if self._rounds_with_data else 0) + (3 if self._weighs_tokens else 0) + taught
+        careful = (_STAGES if self._rounds_with_data else 0) + (3 if self._weighs_tokens else 0)
+        return models + careful + taught
 
     def in_hand(self, module: Any, description: Mapping[str, Any]) -> int:
         """Codes in rows, padded, in tiles; a matrix the other way round; what rounding with care takes whole."""

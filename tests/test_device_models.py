@@ -151,6 +151,6 @@ def test_heads_are_searched(tiny: Any, tmp_path: Path, metric: str, search: str)
     wanted = analyze_heads(tiny.model, "sst2", tmp_path / "cpu", request)
     with emulated_cuda() as gpu:
         found = analyze_heads(tiny.model, "sst2", tmp_path / "cuda", replace(request, device="cuda"))
-        assert gpu.operations > 1000
+        assert gpu.operations > 500
     apart = {name for name in wanted if found[name] != wanted[name]}
     assert apart == {"fingerprint"} and "Emulated GPU" in found["fingerprint"]["instruction set"]

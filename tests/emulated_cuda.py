@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -271,6 +272,10 @@ class _Indexed(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.device:  # makes one, and takes none
             return GPU if args == (0,) else function(*args, **(kwargs or {}))
+        if function is scaled_dot_product_attention and kwargs and kwargs.get("is_causal") and args[0].is_cuda:
+            # Taken apart, it would make its mask where C++ believes the query to be.
+            mask = torch.ones(args[0].shape[-2], args[1].shape[-2], dtype=torch.bool, device=GPU).tril()
+            kwargs = {**kwargs, "attn_mask": mask, "is_causal": False}
         known = torch._has_compatible_shallow_copy_type
         if function is known and any(isinstance(one, OnGpu) for one in args):
             return False  # so that a module makes new parameters

@@ -169,8 +169,10 @@ def emit_json(value: Any, target: str | None) -> None:
         sys.stdout.flush()
     elif target is not None:
         from qtool.artifact import write_text
+        from qtool.ranks import current
 
-        write_text(Path(target).resolve(), json_text(value) + "\n")
+        if current().first:
+            write_text(Path(target).resolve(), json_text(value) + "\n")
 
 
 def plan_json(job: "Job", batches: "Batches", expected: "Estimate") -> dict[str, Any]:

@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from qtool import __version__, artifact, audit, card, golden
+from qtool import __version__, artifact, audit, card, golden, ranks
 from qtool.anatomy import Anatomy, Unit
 from qtool.anatomy import anatomy as anatomy_of
 from qtool.artifact import FORMAT_VERSION, PRUNED, QUANT_METHOD
-from qtool.calibrate.observers import OBSERVERS
+from qtool.calibrate.observers import OBSERVERS, Observer
 from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
 from qtool.checkpoint import Checkpoint, load_config, open_float, opened, sha256, skeleton, tied_names
@@ -203,11 +203,13 @@ def unit_seed(seed: int, unit: str) -> int:
 def calibrate(job: Job, batches: Batches, keep: Keep = list) -> Generator[Event, None, Statistics]:
     """Pass 1: stream the float units once. Returns the statistics that the job's method asked for.
 
-    `keep` makes the lists of hidden states.
+    `keep` makes the lists of hidden states. Ranks share the batches, and each returns the statistics of all.
     """
     stream = Stream(job.model, job.anatomy, job.checkpoint.tensor, job.device)
     states: dict[tuple[str, str], Any] = {}
-    flow = keep()
+    flow, group = keep(), ranks.current()
+    mine = list(group.share(len(batches.batches)))
+    firsts = _first_rows(batches)
     observed = job.observed()
     units = job.anatomy.units if job.anatomy.head.name in observed else job.anatomy.units[:-1]
     sites = [site for unit in observed.values() for site in unit]
@@ -218,24 +220,53 @@ def calibrate(job: Job, batches: Batches, keep: Keep = list) -> Generator[Event,
             observers = {site: OBSERVERS[name]() for site, name in observed.get(unit.name, {}).items()}
             with stream.loaded(unit):
                 if unit.kind == "embeddings":
-                    for batch in batches.batches:
-                        flow.append(stream.embed(batch))
+                    for number in mine:
+                        flow.append(stream.embed(batches.batches[number]))
                         give_back()
                 else:
-                    for number, (hidden, calls) in enumerate(flow):
+                    for place, (hidden, calls) in enumerate(flow):
+                        number = mine[place]
                         batch = batches.batches[number]
+                        if group.size > 1:
+                            for observer in observers.values():
+                                observer.begin(number, firsts[number])
                         real = batch["attention_mask"].bool().to(job.device)
                         with watching(stream.model, observers, real, probes):
                             if unit.kind == "head":
                                 stream.head(batch, hidden)
                             else:
-                                flow[number] = stream.block(unit, hidden, calls[index - 1]), calls
+                                flow[place] = stream.block(unit, hidden, calls[index - 1]), calls
                         give_back()
-            for site, observer in observers.items():
+            for site, observer in _put_together(observers).items():
                 state = {name: value.cpu() for name, value in observer.state().items()}
                 states[site, observed[unit.name][site]] = state
             yield _ended("calibrate", unit, index, len(units), started)
     return Statistics(states, job.statistics_fingerprint(batches))
+
+
+def _first_rows(batches: Batches) -> list[int]:
+    """The number among all real tokens of the first one of each batch."""
+    sizes = [int(batch["attention_mask"].sum()) for batch in batches.batches]
+    return [sum(sizes[:number]) for number in range(len(sizes))]
+
+
+def _put_together(observers: Mapping[str, Observer]) -> Mapping[str, Observer]:
+    """Observers of what all ranks saw, by site."""
+    group = ranks.current()
+    if group.size == 1:
+        return observers
+    sites = list(observers)
+    mine = {
+        f"{place}|{name}": value.cpu()
+        for place, site in enumerate(sites)
+        for name, value in observers[site].parts().items()
+    }
+    found: dict[str, Observer] = {site: type(observers[site])() for site in sites}
+    for theirs in group.exchange(mine):
+        for place, site in enumerate(sites):
+            start = f"{place}|"
+            found[site].absorb({key[len(start) :]: x for key, x in theirs.items() if key.startswith(start)})
+    return found
 
 
 def _ended(stage: str, unit: Unit, index: int, total: int, started: float) -> Progress:

@@ -12,11 +12,25 @@ import qtool
 ROOT = Path(qtool.__file__).parent
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "plugins", "__init__"}),
-    frozenset({"numerics", "rows"}),
-    frozenset({"kernels", "device"}),
+    frozenset({"numerics", "rows", "ranks"}),
+    frozenset({"kernels"}),
+    frozenset({"device"}),
     frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream", "lesson", "distill", "pruning"}),
     frozenset(
-        {"artifact", "methods", "recipe", "rundir", "golden", "card", "hf", "encoder", "decoder", "fused", "audit"}
+        {
+            "artifact",
+            "methods",
+            "recipe",
+            "rundir",
+            "golden",
+            "card",
+            "hf",
+            "encoder",
+            "decoder",
+            "fused",
+            "audit",
+            "recorded",
+        }
     ),
     frozenset(
         {
@@ -34,7 +48,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "analysis",
         }
     ),
-    frozenset({"api"}),
+    frozenset({"api", "jobs"}),
     frozenset({"cli", "console", "demo", "__main__"}),
 )
 """Lowest first. A package may import its own layer and those below."""

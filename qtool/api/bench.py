@@ -11,9 +11,12 @@ from qtool.api.scores import recorded_source
 from qtool.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from qtool.bench.batches import Workload
     from qtool.bench.contest import Entry, Listener
     from qtool.bench.engines import Engine
+    from qtool.bench.products import Products
     from qtool.bench.report import Report
+    from qtool.bench.shapes import Limits, Shape
     from qtool.pipeline import Event
 
 RANDOM_SETS = ("calibration.source=random", "calibration.num_samples=16")
@@ -34,42 +37,92 @@ def bench(
     max_length: int | None = 128,
     load: float | None = None,
     listener: "Listener | None" = None,
+    device: str = "cpu",
+    cold_l2: bool = False,
 ) -> "Report":
     """Measure `models`, float ones on all `engines` (None: the default ones that are installed), artifacts on qtool.
 
     An engine that fails is part of the result. `load` is the load average before anything of ours ran [as it is now].
-    Raises UsageError for unknown shapes or engines, InputError for models or data that cannot be used, UnavailableError
-    where a package of an engine that was named is missing.
+    `device` is `cpu`, `cuda` or `cuda:N`; with `cold_l2` a GPU's L2 cache is emptied before each timed call. Raises
+    UsageError for unknown shapes or engines, InputError for models or data that cannot be used, UnavailableError where
+    a package of an engine that was named is missing, or the GPU.
     """
     import torch
 
     from qtool.bench import contest, machine
     from qtool.bench import shapes as forms
-    from qtool.bench.engines import chosen
+    from qtool.bench.engines import chosen, with_cache
     from qtool.bench.report import Report
+    from qtool.device import usable
 
+    place = usable(device)
+    if cold_l2 and place.type == "cpu":
+        raise UsageError("cold_l2 is for a GPU; measure with device cuda")
     load = machine.load_average() if load is None else load
     listener = listener or contest.Silent()
     wanted = forms.parse(forms.DEFAULT if shapes is None else shapes)
-    competing, missing = chosen(engines)
+    competing, missing = chosen(engines, place.type)
+    if decoding := [shape.name for shape in wanted if isinstance(shape, forms.Decoding)]:
+        competing, unable = with_cache(competing, decoding[0], engines is not None)
+        missing += unable
     if machine.is_busy(load, torch.get_num_threads()):
         listener.note(f"this machine is busy (load average {load:.2f}): times will be off")
     entries, configs = lineup(models, competing)
     limits, first = forms.limits_of(configs), entries[0].folder
-    settings = contest.Settings(rounds, seconds, threads or torch.get_num_threads())
-    workloads = [
-        forms.fixed(shape, limits, seed)
-        if isinstance(shape, forms.Fixed)
-        else forms.ragged(shape, first, limits, _place(data, shape.task), max_length, limit)
-        for shape in wanted
-    ]
+    settings = contest.Settings(rounds, seconds, threads or torch.get_num_threads(), device, cold_l2)
+    workloads = [_workload(shape, limits, seed, first, data, max_length, limit) for shape in wanted]
     samples = forms.samples(first, limits, max_length, seed)
     everybody = contest.without_reference(entries)
-    with tempfile.TemporaryDirectory(prefix="qtool-bench-") as scratch:
-        outcomes = contest.hold(
-            everybody, workloads, samples, settings, Path(scratch).resolve(), limits.positions, listener
-        )
-    return Report(machine.describe(load), settings, seed, workloads, outcomes, missing)
+    about, peaks, products = machine.describe(load), None, {}
+    with tempfile.TemporaryDirectory(prefix="qtool-bench-") as made:
+        scratch = Path(made).resolve()
+        if place.type == "cuda":
+            about["gpu"] = _gpu(place, listener)
+            peaks = contest.peaks_of(first, settings, scratch, listener)
+            products = _products(entries, listener)
+        outcomes = contest.hold(everybody, workloads, samples, settings, scratch, limits.positions, listener)
+    return Report(about, settings, seed, workloads, outcomes, missing, peaks, products)
+
+
+def _gpu(device: Any, listener: "Listener") -> dict[str, Any]:
+    """The GPU as it is before anything of ours runs, and a word where others use it."""
+    from qtool.bench import gpu
+
+    found = gpu.describe(device)
+    if (used := found["utilization_percent"]) is not None and used > gpu.BUSY:
+        listener.note(f"this GPU is busy ({used:.0f} % used by others): times will be off")
+    return found
+
+
+def _products(entries: "Sequence[Entry]", listener: "Listener") -> "dict[Path, Products]":
+    """What the matrix products of each model take; a word on one where that cannot be counted."""
+    from qtool.bench.products import products_of
+
+    found = {}
+    for entry in {entry.folder: entry for entry in entries}.values():
+        try:
+            found[entry.folder] = products_of(entry.folder)
+        except (InputError, RuntimeError) as error:  # torch's, where a forward looks at values
+            listener.note(f"the operations of {entry.model} are not counted: {error}")
+    return found
+
+
+def _workload(
+    shape: "Shape",
+    limits: "Limits",
+    seed: int,
+    model: Path,
+    data: Mapping[str, str] | str | None,
+    max_length: int | None,
+    limit: int | None,
+) -> "Workload":
+    from qtool.bench import shapes as forms
+
+    if isinstance(shape, forms.Fixed):
+        return forms.fixed(shape, limits, seed)
+    if isinstance(shape, forms.Decoding):
+        return forms.decoding(shape, limits, seed)
+    return forms.ragged(shape, model, limits, _place(data, shape.task), max_length, limit)
 
 
 def _place(data: Mapping[str, str] | str | None, task: str) -> str | None:

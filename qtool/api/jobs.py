@@ -173,7 +173,10 @@ def note_latest(out: Path) -> None:
     """`qtool-out/latest` names the newest artifact; a place that cannot be written is no reason to fail."""
     from qtool.artifact import write_text
     from qtool.errors import UnavailableError
+    from qtool.ranks import current
 
+    if not current().first:
+        return
     try:
         Path(DEFAULT_FOLDER).mkdir(exist_ok=True)
         write_text(Path(DEFAULT_FOLDER) / LATEST, f"{out.resolve()}\n")
@@ -232,7 +235,7 @@ def calibrate_events(
     model: str, recipe: Recipe, file: Path, *, overwrite: bool = False, device: str = "cpu"
 ) -> Generator["Event", None, int]:
     """Pass 1 alone, into a statistics file; ends with the number of activations that were observed."""
-    from qtool import pipeline
+    from qtool import pipeline, ranks
     from qtool.artifact import write_tensors
     from qtool.device import usable
     from qtool.spill import SpilledStates
@@ -251,5 +254,6 @@ def calibrate_events(
     yield pipeline.Note(f"calibration data: {batches.description}")
     keep = partial(SpilledStates, file.absolute().parent) if budget.spill else list
     statistics = yield from pipeline.calibrate(job, batches, keep)
-    write_tensors(file, statistics.tensors())
+    if ranks.current().first:
+        write_tensors(file, statistics.tensors())
     return len(statistics.states)

@@ -28,11 +28,15 @@ FAR_BELOW = -1e30
 
 @dataclass(frozen=True)
 class Workload:
-    """The batches of one shape; `name` is the shape as it is written on the command line."""
+    """The batches of one shape; `name` is the shape as it is written on the command line.
+
+    With a `context` a call takes the last token of each text, and a cache holds so many before it.
+    """
 
     name: str
     batches: list[Batch]
     ragged: bool = False
+    context: int = 0
 
     @property
     def sequences(self) -> int:
@@ -41,13 +45,13 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Real ones, padding not counted, in one pass over all batches."""
-        return sum(int(batch["attention_mask"].sum()) for batch in self.batches)
+        """Real ones, padding not counted, nor what a cache holds, in one pass over all batches."""
+        return sum(int(batch["attention_mask"][:, self.context :].sum()) for batch in self.batches)
 
     @property
     def padded_tokens(self) -> int:
         """With padding, in one pass over all batches."""
-        return sum(batch["attention_mask"].size for batch in self.batches)
+        return sum(batch["attention_mask"][:, self.context :].size for batch in self.batches)
 
 
 def write(workload: Workload, path: Path) -> None:
@@ -59,7 +63,8 @@ def write(workload: Workload, path: Path) -> None:
         for number, batch in enumerate(workload.batches)
         for name, value in batch.items()
     }
-    save_file(named, path, metadata={"name": workload.name, "ragged": str(int(workload.ragged))})
+    about = {"name": workload.name, "ragged": str(int(workload.ragged)), "context": str(workload.context)}
+    save_file(named, path, metadata=about)
 
 
 def read(path: Path) -> Workload:
@@ -73,7 +78,7 @@ def read(path: Path) -> Workload:
     for name, value in tensors.items():
         number, _, own = name.partition(".")
         batches[int(number)][own] = value
-    return Workload(about["name"], batches, bool(int(about["ragged"])))
+    return Workload(about["name"], batches, bool(int(about["ragged"])), int(about["context"]))
 
 
 def comparable(outputs: Mapping[str, Any], mask: NDArray[np.int64]) -> Outputs:

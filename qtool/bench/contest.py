@@ -11,6 +11,7 @@ from qtool.bench.agreement import Agreement, compare
 from qtool.bench.batches import Outputs, Workload
 from qtool.bench.crew import EngineError, Peer, crew, prepare
 from qtool.bench.engines import ENGINES, QTOOL, REFERENCE
+from qtool.bench.peaks import Peaks
 from qtool.bench.runtimes import Request
 from qtool.bench.timing import Timing, rotated
 
@@ -68,17 +69,21 @@ class Outcome:
     exit_code: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     peak_bytes: int = 0
+    gpu_bytes: int | None = None
     timings: dict[str, Timing] = field(default_factory=dict)
     agreement: Agreement | None = None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How it is measured. `seconds` is the least length of a turn."""
+    """How it is measured. `seconds` is the least length of a turn; `cold_l2` empties a GPU's L2 cache before
+    each call."""
 
     rounds: int = 5
     seconds: float = 0.5
     threads: int = 1
+    device: str = "cpu"
+    cold_l2: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,10 @@ def _request(
     folder.mkdir(exist_ok=True)
     inputs = list(workloads[0].batches[0])
     calibration = scratch / CALIBRATION
-    return Request(entry.engine, entry.folder, settings.threads, folder, inputs, calibration, max_tokens)
+    return Request(
+        entry.engine, entry.folder, settings.threads, folder, inputs, calibration, max_tokens, settings.device,
+        settings.cold_l2,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -214,8 +222,20 @@ def _turn(player: _Player, workload: Workload, settings: Settings) -> None:
 
 def _finish(player: _Player, workloads: Sequence[Workload]) -> None:
     """Memory and times."""
-    player.outcome.peak_bytes = player.peer.ask("memory")["peak_bytes"]
+    memory = player.peer.ask("memory")
+    player.outcome.peak_bytes, player.outcome.gpu_bytes = memory["peak_bytes"], memory.get("gpu_bytes")
     player.outcome.timings = {w.name: Timing(player.rounds[w.name], len(w.batches)) for w in workloads}
+
+
+def peaks_of(folder: Path, settings: Settings, scratch: Path, listener: Listener) -> Peaks | None:
+    """The peaks of the GPU, measured by a worker that is gone afterwards; None, and a note, where that failed."""
+    request = Request(REFERENCE, folder, settings.threads, scratch, [], scratch / CALIBRATION, device=settings.device)
+    try:
+        with crew() as start:
+            return Peaks.from_json(start(request).ask("peaks"))
+    except EngineError as error:
+        listener.note(f"the peaks of the GPU were not measured: {error}")
+        return None
 
 
 def without_reference(entries: Sequence[Entry]) -> list[Entry]:

@@ -1,12 +1,16 @@
 """The result of a benchmark: as JSON, and as the rows of its tables."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from qtool.bench import gpu, rates
 from qtool.bench.batches import Workload
 from qtool.bench.contest import Outcome, Settings
 from qtool.bench.engines import REFERENCE
+from qtool.bench.peaks import Peaks
+from qtool.bench.products import Products
 from qtool.bench.timing import Timing, percentile
 
 Table = tuple[str, list[str], list[list[str]]]
@@ -15,7 +19,11 @@ Table = tuple[str, list[str], list[list[str]]]
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that `qtool bench` found. `missing` has a line for each engine that could not be asked."""
+    """Everything that `qtool bench` found. `missing` has a line for each engine that could not be asked.
+
+    On a GPU `machine` describes it under `gpu`, `peaks` says what it can do, and `products` what each model folder's
+    matrix products take.
+    """
 
     machine: dict[str, Any]
     settings: Settings
@@ -23,6 +31,13 @@ class Report:
     workloads: Sequence[Workload]
     outcomes: Sequence[Outcome]
     missing: Sequence[str] = ()
+    peaks: Peaks | None = None
+    products: Mapping[Path, Products] = field(default_factory=dict)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU was measured."""
+        return "gpu" in self.machine
 
     @property
     def shown(self) -> list[Outcome]:
@@ -57,6 +72,7 @@ class Report:
         return {
             "schema_version": 1,
             "machine": self.machine,
+            "peaks": self.peaks and self.peaks.to_json(),
             "settings": {**vars(self.settings), "seed": self.seed},
             "shapes": shapes,
             "baseline": None if base is None else {"model": base.entry.model, "engine": base.entry.engine},
@@ -75,7 +91,8 @@ class Report:
             return known
         memory = {
             "peak_rss_bytes": outcome.peak_bytes, "imports_rss_bytes": facts["imports_bytes"],
-            "above_imports_bytes": outcome.peak_bytes - facts["imports_bytes"],
+            "above_imports_bytes": outcome.peak_bytes - facts["imports_bytes"], "peak_gpu_bytes": outcome.gpu_bytes,
+            "read_bytes": facts.get("read_bytes"),
         }  # fmt: skip
         agreement = found and {**vars(found), "wrong": found.wrong}
         timings = [self._timing(outcome, workload) for workload in self.workloads]
@@ -91,7 +108,12 @@ class Report:
             "sequences_per_second": timing.per_second(workload.sequences),
             "tokens_per_second": timing.per_second(workload.tokens),
             "spread_percent": timing.spread_percent, "calls": len(timing.calls), "pass_ms": timing.pass_ms,
+            "rates": self._rates(outcome, workload).to_json() if self.on_gpu else None,
         }  # fmt: skip
+
+    def _rates(self, outcome: Outcome, workload: Workload) -> rates.Rates:
+        timing, products = outcome.timings[workload.name], self.products.get(outcome.entry.folder)
+        return rates.rates(timing, workload, products, outcome.facts.get("read_bytes"), self.peaks)
 
     def tables(self) -> list[Table]:
         """One a shape, one about the engines, one of failures if there are any."""
@@ -99,12 +121,16 @@ class Report:
         able = [outcome for outcome in self.shown if outcome.error is None]
         tables = [self._shape_table(workload, able) for workload in self.workloads if able]
         if able:
-            tables.append(("Engines", _ENGINE_COLUMNS, [_engine_row(outcome) for outcome in able]))
+            columns = _engine_columns(self.on_gpu)
+            tables.append(("Engines", columns, [_engine_row(outcome, self.on_gpu) for outcome in able]))
         return [*tables, ("Failed", ["model", "engine", "why"], failed)] if failed else tables
 
     def _shape_table(self, workload: Workload, able: Sequence[Outcome]) -> Table:
         columns = ["ratio", "rounds", "engine", "model", "p50 ms", "p95 ms", "sequences/s", "tokens/s", "spread %"]
         rows = [self._row(outcome, outcome.timings[workload.name], workload) for outcome in able]
+        if self.on_gpu:
+            columns += rates.COLUMNS
+            rows = [row + self._rates(outcome, workload).cells() for row, outcome in zip(rows, able, strict=True)]
         return _title(workload), columns, rows
 
     def _row(self, outcome: Outcome, timing: Timing, workload: Workload) -> list[str]:
@@ -126,6 +152,9 @@ class Report:
             f"{machine['cpu']}, {machine['cores']} cores ({' '.join(machine['flags']) or 'no flags known'})",
             f"{found.threads} threads; {about}; load average before {'unknown' if load is None else f'{load:.2f}'}",
         ]
+        if self.on_gpu:
+            lines += gpu.lines(machine["gpu"], found.cold_l2)
+            lines.append(self.peaks.line if self.peaks else "the peaks of the GPU were not measured")
         if base is not None:
             lines.append(
                 f"ratio: how many times as fast as {base.entry.model} on {base.entry.engine}, middle of rounds"
@@ -133,15 +162,15 @@ class Report:
         return [*lines, *self.missing]
 
 
-_ENGINE_COLUMNS = [
-    "engine", "model", "weights", "peak memory", "above imports", "threads", "top-1 %", "max difference", "version",
-    "details",
-]  # fmt: skip
+def _engine_columns(on_gpu: bool) -> list[str]:
+    memory = ["weights", "peak memory", "above imports", *(["GPU memory"] if on_gpu else [])]
+    return ["engine", "model", *memory, "threads", "top-1 %", "max difference", "version", "details"]
 
 
-def _engine_row(outcome: Outcome) -> list[str]:
+def _engine_row(outcome: Outcome, on_gpu: bool) -> list[str]:
     facts, found = outcome.facts, outcome.agreement
-    sizes = (facts["size_bytes"], outcome.peak_bytes, outcome.peak_bytes - facts["imports_bytes"])
+    sizes = [facts["size_bytes"], outcome.peak_bytes, outcome.peak_bytes - facts["imports_bytes"]]
+    sizes += [outcome.gpu_bytes or 0] if on_gpu else []
     same = ["-", "-"] if found is None else [_number(found.top1, ".1f"), _number(found.max_abs, ".4f")]
     details = ", ".join(f"{name} {value}" for name, value in facts["details"].items())
     memory = [f"{size / 1e6:,.1f} MB" for size in sizes]

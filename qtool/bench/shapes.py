@@ -1,4 +1,6 @@
-"""What is asked of the engines: `8x128` is eight sequences of 128 random tokens, `sst2:32` the sentences of a task."""
+"""What is asked of the engines: `8x128` is eight sequences of 128 random tokens, `sst2:32` the sentences of a task,
+`1@128` the token behind 128 others that a cache holds.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -42,16 +44,33 @@ class Ragged:
         return f"{self.task}:{self.batch}"
 
 
-Shape = Fixed | Ragged
+@dataclass(frozen=True)
+class Decoding:
+    """One more token of each of `batch` sequences, behind `context` random ones in a cache."""
+
+    batch: int
+    context: int
+
+    @property
+    def name(self) -> str:
+        """As it is written."""
+        return f"{self.batch}@{self.context}"
+
+
+Shape = Fixed | Ragged | Decoding
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What every model of a run can take: ids below `vocabulary`, positions (None: no limit), token types or none."""
+    """What every model of a run can take: ids below `vocabulary`, positions (None: no limit), token types or none.
+
+    `causal` is whether all of them are causal language models.
+    """
 
     vocabulary: int
     positions: int | None
     typed: bool
+    causal: bool = False
 
 
 def parse(text: str) -> list[Shape]:
@@ -70,19 +89,28 @@ def _parse(text: str) -> Shape:
         return Fixed(int(fixed[1]), int(fixed[2]))
     if ragged := re.fullmatch(r"([A-Za-z][\w-]*):([1-9]\d{0,5})", text):
         return Ragged(task(ragged[1]).name, int(ragged[2]))
-    raise UsageError(f"'{text}' is no shape: write BATCHxTOKENS, such as 8x128, or TASK:BATCH, such as sst2:32")
+    if decoding := re.fullmatch(r"([1-9]\d{0,5})@([1-9]\d{0,6})", text):
+        return Decoding(int(decoding[1]), int(decoding[2]))
+    raise UsageError(
+        f"'{text}' is no shape: write BATCHxTOKENS, such as 8x128, TASK:BATCH, such as sst2:32, or BATCH@CONTEXT, such "
+        "as 1@128"
+    )
 
 
 def limits_of(configs: Mapping[str, Any]) -> Limits:
     """The least of all models' limits, by the configs of transformers under the models' names."""
-    from qtool.anatomy import max_tokens
+    from qtool.anatomy import HEADS, max_tokens
 
     for name, config in configs.items():
         if not hasattr(config, "vocab_size"):
             raise InputError(f"{name} takes no tokens; bench runs models of text")
     positions = [found for config in configs.values() if (found := max_tokens(config)) is not None]
     typed = [getattr(config, "type_vocab_size", 0) >= 2 for config in configs.values()]
-    return Limits(min(config.vocab_size for config in configs.values()), min(positions, default=None), all(typed))
+    writing = tuple(suffix for suffix, kind in HEADS.items() if kind == "causal-lm")
+    causal = all((config.architectures or [""])[0].endswith(writing) for config in configs.values())
+    return Limits(
+        min(config.vocab_size for config in configs.values()), min(positions, default=None), all(typed), causal
+    )
 
 
 def fixed(shape: Fixed, limits: Limits, seed: int) -> Workload:
@@ -93,6 +121,14 @@ def fixed(shape: Fixed, limits: Limits, seed: int) -> Workload:
     draw = np.random.default_rng([seed, shape.batch, shape.tokens])
     ids = draw.integers(first, limits.vocabulary, (shape.batch, shape.tokens), dtype=np.int64)
     return Workload(shape.name, [_whole({"input_ids": ids, "attention_mask": np.ones_like(ids)}, limits)])
+
+
+def decoding(shape: Decoding, limits: Limits, seed: int) -> Workload:
+    """One batch. Raises InputError where not all models are causal language models, or have fewer positions."""
+    if not limits.causal:
+        raise InputError(f"shape {shape.name} is for causal language models; measure others on shapes such as 1x128")
+    whole = fixed(Fixed(shape.batch, shape.context + 1), limits, seed)
+    return Workload(shape.name, whole.batches, context=shape.context)
 
 
 def ragged(

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
+
+from qtool.bench.clock import Clock
 
 Item = TypeVar("Item")
 
@@ -22,20 +23,28 @@ def rotated(items: Sequence[Item], turn: int) -> list[Item]:
 
 
 def timed_calls(
-    run: Callable[[Any], Any], feeds: Sequence[Any], seconds: float, clock: Callable[[], float] = perf_counter
+    run: Callable[[Any], Any],
+    feeds: Sequence[Any],
+    seconds: float,
+    clock: Clock,
+    ready: Callable[[Any], Any] | None = None,
 ) -> list[float]:
     """Milliseconds of each call, over whole passes of `feeds` until `seconds` are over.
 
-    One call before them is not counted: the caches hold what the engine before left there.
+    One call before them is not counted: the caches hold what the engine before left there. Nor is `ready`, which
+    prepares a feed for its next call.
     """
-    run(feeds[0])
+
+    def took(feed: Any) -> float:
+        if ready is not None:
+            ready(feed)
+        return clock.took(lambda: run(feed))
+
+    took(feeds[0])
     found: list[float] = []
-    began = clock()
-    while not found or (len(feeds) == 1 and len(found) < MIN_CALLS) or clock() - began < seconds:
-        for feed in feeds:
-            start = clock()
-            run(feed)
-            found.append(1000 * (clock() - start))
+    began = clock.now()
+    while not found or (len(feeds) == 1 and len(found) < MIN_CALLS) or clock.now() - began < seconds:
+        found += [took(feed) for feed in feeds]
     return found
 
 

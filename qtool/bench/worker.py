@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qtool.bench.batches import Outputs, comparable, read
+from qtool.bench.clock import clock_for
 from qtool.bench.engines import ENGINES, QTOOL
 from qtool.bench.runtimes import Request, Runner
 from qtool.bench.timing import timed_calls
@@ -33,6 +34,7 @@ class Worker:
         self.request = request
         engine = {**ENGINES, QTOOL.name: QTOOL}[request.engine] if runtime is None else None
         self.runtime = import_module(f"qtool.bench.runtimes.{engine.runtime}") if engine else runtime
+        self.clock = clock_for(request.device, request.cold)
         self.runner: Runner | None = None
         self.feeds: dict[str, list[Any]] = {}
 
@@ -64,18 +66,28 @@ class Worker:
     def warm(self, file: str) -> dict[str, Any]:
         """Take a workload, and run all its batches twice: buffers are allocated, what compiles compiles."""
         runner, workload = self._loaded(), read(Path(file))
-        self.feeds[workload.name] = [runner.feed(batch) for batch in workload.batches]
-        for feed in 2 * self.feeds[workload.name]:
+        self.feeds[workload.name] = feeds = [runner.feed(batch, workload.context) for batch in workload.batches]
+        for feed in 2 * feeds:
+            runner.ready(feed)
             runner.run(feed)
         return {}
 
     def measure(self, workload: str, seconds: float) -> dict[str, Any]:
         """A turn: milliseconds of each call."""
-        return {"ms": timed_calls(self._loaded().run, self.feeds[workload], seconds)}
+        runner = self._loaded()
+        return {"ms": timed_calls(runner.run, self.feeds[workload], seconds, self.clock, runner.ready)}
 
     def memory(self) -> dict[str, Any]:
-        """The largest resident set so far."""
-        return {"peak_bytes": peak_rss()}
+        """The largest resident set so far, and the most that torch held of a GPU."""
+        return {"peak_bytes": peak_rss(), "gpu_bytes": gpu_bytes(self.request.device)}
+
+    def peaks(self) -> dict[str, Any]:
+        """What the GPU can do at most."""
+        import torch
+
+        from qtool.bench.peaks import measured
+
+        return measured(torch.device(self.request.device), self.clock).to_json()
 
     def _loaded(self) -> Runner:
         assert self.runner is not None, "load comes first"
@@ -89,6 +101,7 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "warm": Worker.warm,
     "measure": Worker.measure,
     "memory": Worker.memory,
+    "peaks": Worker.peaks,
 }
 """What a line may ask for, by the value of its key `do`; its other keys are the arguments."""
 
@@ -101,6 +114,15 @@ def peak_rss() -> int:
         found = None
     kilobytes = int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return 1024 * kilobytes
+
+
+def gpu_bytes(device: str) -> int | None:
+    """The most that torch reserved on a GPU, graphs included; None on the CPU."""
+    if device == "cpu":
+        return None
+    import torch
+
+    return torch.cuda.max_memory_reserved(device)
 
 
 def answer(worker: Worker, command: Mapping[str, Any]) -> dict[str, Any]:

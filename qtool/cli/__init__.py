@@ -9,6 +9,7 @@ import click
 
 from qtool import __version__
 from qtool.cli import analyze, bench, evaluate, look, quantize
+from qtool.cli.together import meeting, speaks, tell_in_json
 from qtool.errors import RESUMABLE, InterruptedRun, QtoolError, UnavailableError, UsageError
 
 CONTEXT = {
@@ -49,7 +50,8 @@ def main() -> None:
 
 def _status() -> int:
     try:
-        cli.main(prog_name="qtool", standalone_mode=False)
+        with meeting():
+            cli.main(prog_name="qtool", standalone_mode=False)
     except (QtoolError, InterruptedRun) as error:
         return _fail(str(error), error.exit_code)
     except click.exceptions.Exit as error:
@@ -86,6 +88,9 @@ def _status() -> int:
 
 def _fail(message: str, code: int) -> int:
     """One line on stderr."""
+    if not speaks():
+        return code
+    tell_in_json(message, code, sys.argv[1:])
     print(f"qtool: {' '.join(message.split())}", file=sys.stderr)
     return code
 

@@ -10,6 +10,7 @@ import click
 
 from qtool.cli.evaluate import places_of
 from qtool.cli.options import drain, json_option, screen_of, verbosity
+from qtool.cli.together import alone
 from qtool.errors import InterruptedRun, QtoolError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 @click.command("bench")
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option(
-    "--shapes", metavar="LIST", help="BATCHxTOKENS of random ids, TASK:BATCH of real texts [1x32,1x128,8x128,1x384]."
+    "--shapes",
+    metavar="LIST",
+    help="BATCHxTOKENS of random ids, TASK:BATCH of real texts, BATCH@CONTEXT of a token behind a cache "
+    "[1x32,1x128,8x128,1x384].",
 )
 @click.option("--engines", metavar="LIST", help="What runs float models [torch and the peers that are installed].")
 @click.option("--task", metavar="NAME", help="Also the texts of a task, 32 at a time: the shape NAME:32.")
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
 @click.option(
     "--seconds", type=click.FloatRange(0, 3600), default=0.5, show_default=True, help="Least length of a turn."
 )
+@click.option("--device", metavar="NAME", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--cold-l2", is_flag=True, help="Empty the L2 cache of the GPU before each timed call.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of every engine [torch's own choice].")
 @click.option("--random-init", metavar="DIR", help="A model of random weights by the config.json in DIR.")
 @click.option("--method", "methods", multiple=True, metavar="NAME", help="Quantize the random model with it, too.")
@@ -51,7 +57,9 @@ def bench(context: click.Context, /, models: tuple[str, ...], **params: Any) -> 
     qtool bench model out --shapes 1x128,8x128
     qtool bench model out --shapes sst2:32 --data DATA/sst2 --engines torch,onnxruntime
     qtool bench --random-init CONFIG --method ibert --method zeroquant
+    qtool bench model out --device cuda --shapes 1x128,32x128
     """
+    alone("bench")
     from qtool import console
 
     console.check_json_target(params["json_file"])
@@ -76,6 +84,8 @@ def _check_random(models: tuple[str, ...], params: dict[str, Any]) -> None:
         raise UsageError("which models? Pass folders or hub names, or --random-init with a folder that holds a config")
     if math.isnan(params["seconds"]):
         raise UsageError("--seconds is not a number")
+    if params["cold_l2"] and params["device"] == "cpu":
+        raise UsageError("--cold-l2 is for a GPU; add --device cuda")
 
 
 def _measured(screen: "Screen", models: tuple[str, ...], params: dict[str, Any], scratch: Path) -> "Report":
@@ -83,6 +93,7 @@ def _measured(screen: "Screen", models: tuple[str, ...], params: dict[str, Any],
     from qtool.bench import machine
     from qtool.bench import shapes as forms
     from qtool.bench.engines import chosen as chosen_engines
+    from qtool.device import usable
 
     load = machine.load_average()
     shapes = forms.DEFAULT if params["shapes"] is None else params["shapes"]
@@ -91,12 +102,13 @@ def _measured(screen: "Screen", models: tuple[str, ...], params: dict[str, Any],
     if params["places"] and not tasks:
         raise UsageError("--data is for the texts of a task; name one with --task, or a shape such as sst2:32")
     engines = None if params["engines"] is None else [name.strip() for name in params["engines"].split(",")]
-    chosen_engines(engines)  # a wrong name is said before models are made
+    chosen_engines(engines, usable(params["device"]).type)  # what is not here is said before models are made
     made: list[Path] = []
     if params["random_init"] is not None:
         chosen = {name: params[name] for name in ("methods", "sets", "seed", "threads")}
         made = drain(screen, api.random_models(params["random_init"], scratch, **chosen))
     passed = {name: params[name] for name in ("rounds", "seconds", "threads", "seed", "limit", "max_length")}
+    passed |= {name: params[name] for name in ("device", "cold_l2")}
     return api.bench(
         [*models, *made],
         shapes=shapes,

@@ -18,6 +18,7 @@ from qtool.cli.options import (
     screen_of,
     verbosity,
 )
+from qtool.cli.together import jobs_option
 from qtool.errors import GateError, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ _PASSED_ON = (
 @click.option("--revision", help="Branch, tag or commit of MODEL on the hub.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of torch [its own choice].")
 @device_option
+@jobs_option
 @click.option(
     "--predictions",
     metavar="FILE",
@@ -257,6 +259,7 @@ def conclude(
 @click.option("-o", "--output", metavar="DIR", help="Where the model goes; for one recipe only.")
 @max_memory_option
 @device_option
+@jobs_option
 @run_options
 @json_option
 @verbosity

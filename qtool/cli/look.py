@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from qtool.cli.options import json_option, screen_of, verbosity
+from qtool.cli.together import alone
 from qtool.errors import InputError
 
 
@@ -103,6 +104,7 @@ def doctor(context: click.Context, json_file: str | None) -> None:
 @click.pass_context
 def demo(context: click.Context, /, output: str, threads: int | None, json_file: str | None, **params: Any) -> None:
     """Quantize a real sentiment model with every method and compare them with float, in under three minutes."""
+    alone("demo")
     from qtool import console
     from qtool.demo.show import show
 

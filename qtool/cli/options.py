@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qtool.cli.together import quiet
 from qtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def screen_of(context: click.Context) -> "Iterator[Screen]":
     """The screen of a command; its bars end with the command, however it ends."""
     from qtool.console import Screen
 
-    screen = Screen(-1 if context.params.get("quiet") else int(bool(context.params.get("verbose"))))
+    screen = Screen(-1 if quiet(context.params) else int(bool(context.params.get("verbose"))))
     try:
         yield screen
     finally:

@@ -17,6 +17,7 @@ from qtool.cli.options import (
     screen_of,
     verbosity,
 )
+from qtool.cli.together import jobs_option
 
 if TYPE_CHECKING:
     from qtool.calibrate.sources import Batches
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", metavar="DIR", help="Where the model goes [qtool-out/<model>-<method>].")
 @click.option("--statistics", metavar="FILE", help="Statistics from `qtool calibrate` instead of a pass over the data.")
 @device_option
+@jobs_option
 @run_options
 @click.option(
     "--dry-run", is_flag=True, help="Say what would become of the model, in what time and memory; write nothing."
@@ -87,6 +89,7 @@ def _rehearse(
 @recipe_options
 @click.option("-o", "--output", required=True, metavar="FILE", help="Statistics file to write.")
 @device_option
+@jobs_option
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 @verbosity
 @click.pass_context

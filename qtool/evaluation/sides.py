@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from qtool import ranks
 from qtool.device import CPU, mover, on_host, synchronize
 from qtool.errors import InputError
 from qtool.evaluation.batches import collate, cut, longest
@@ -96,6 +97,7 @@ def load_sides(subjects: Sequence[Subject], exam: Exam, dtype: str, device: torc
 def measure(sides: Sequence[Side], exam: Exam, progress: Progress) -> None:
     """Run every batch through every side, and keep what the exam collects in the order of each side's rows.
 
+    Ranks share the batches, which are cut over all rows; afterwards each has everything.
     Sides with rows of their own (another tokenizer) have batches of their own, as many as there are. Where their
     distributions can be compared the logits of one batch are kept until the other side has seen it.
     """
@@ -106,14 +108,29 @@ def measure(sides: Sequence[Side], exam: Exam, progress: Progress) -> None:
     total, compared = max(map(len, plans)), exam.comparable(sides)
     if compared:
         sides[-1].divergences = [np.empty(0)] * len(sides[-1].rows)
-    for done in range(total):
+    mine = ranks.current().share(total)
+    for done, number in enumerate(mine, start=1):
         if compared:
-            _compare(sides, exam, plans[0][done])
+            _compare(sides, exam, plans[0][number])
         else:
             for side, plan in zip(sides, plans, strict=True):
-                if done < len(plan):
-                    _run(side, exam, plan[done])
-        progress("evaluate", done + 1, total)
+                if number < len(plan):
+                    _run(side, exam, plan[number])
+        progress("evaluate", done, len(mine))
+    for side, plan in zip(sides, plans, strict=True):
+        put_together(side, [index for number in mine if number < len(plan) for index in plan[number]])
+
+
+def put_together(side: Side, mine: Sequence[int]) -> None:
+    """Let every rank have what came of all rows; `mine` are those of this rank."""
+    if ranks.current().size == 1:
+        return
+    collected = ranks.gathered({index: side.collected[index] for index in mine})
+    side.collected = [collected[index] for index in range(len(side.rows))]
+    if side.divergences:
+        divergences = ranks.gathered({index: side.divergences[index] for index in mine})
+        side.divergences = [divergences[index] for index in range(len(side.rows))]
+    side.seconds = sum(ranks.gathered({ranks.current().rank: side.seconds}).values())
 
 
 def _run(side: Side, exam: Exam, indices: Sequence[int]) -> tuple[Any, Batch, list[Any]]:

@@ -54,6 +54,8 @@ class Plan:
     """
 
     runs_checks = False
+    backend = ""
+    """Which one runs it."""
 
     def __init__(self, roots: Sequence[nn.Module], settings: Sequence[str] = (), *, called: bool = False) -> None:
         self._kept: list[Any] = []
@@ -162,19 +164,23 @@ def _rebuild(make: Callable[[Any], Any], cls: Any) -> Any:
 P = TypeVar("P", bound=Plan)
 
 
-def kept_plan(owner: nn.Module, roots: Sequence[nn.Module], make: Callable[[], P]) -> P | None:
+def kept_plan(
+    owner: nn.Module, roots: Sequence[nn.Module], make: Callable[[], P], backends: Sequence[str] = ("native",)
+) -> P | None:
     """The plan for `roots` that `owner` keeps, made again when a module or tensor changed.
 
-    None without the native backend or inside `one_by_one`, while units of the model are still to be loaded, and where
-    somebody watches. Where operands are fleeting, so is the plan, which holds them.
+    None with a backend that is none of `backends` or inside `one_by_one`, while units of the model are still to be
+    loaded, and where somebody watches. Where operands are fleeting, so is the plan, which holds them.
     """
-    if kernels.backend(_device(roots)).name != "native" or _ONE_BY_ONE.get():
+    name = kernels.backend(_device(roots)).name
+    if name not in backends or _ONE_BY_ONE.get():
         return None
     known: P | None = owner.__dict__.get("_plan")
-    if known is None or not known.holds(roots):
+    if known is None or known.backend != name or not known.holds(roots):
         if any(tensor.is_meta for root in roots for tensor in (*root.buffers(), *root.parameters())):
             return None
         known = make()
+        known.backend = name
         if not fleeting():
             owner.__dict__["_plan"] = known
     return None if known.watched() else known

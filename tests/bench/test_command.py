@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qtool.bench import engines
+from qtool.kernels import triton
 
 Command = Callable[..., Any]
+COMPILED = ("torch", "torch-compile", "torchao")  # or the reference itself
 QUICK = ("--rounds", 2, "--seconds", 0, "--threads", 1)
 
 
@@ -29,6 +32,9 @@ QUICK = ("--rounds", 2, "--seconds", 0, "--threads", 1)
         (("MODEL", "--task", "sst"), "unknown task 'sst'"),
         (("MODEL", "--shapes", ""), "is no shape"),
         (("MODEL", "--seconds", "nan"), "--seconds is not a number"),
+        (("MODEL", "--device", "gpu"), "unknown device 'gpu'; models compute on cpu, cuda or cuda:N"),
+        (("MODEL", "--cold-l2"), "--cold-l2 is for a GPU"),
+        (("--random-init", "nowhere", "--device", "gpu"), "unknown device 'gpu'"),
         (("--random-init", "MODEL", "--seed", "99999999999999999999"), "--seed"),
         (("--random-init", "nowhere", "--engines", "tensorflow"), "unknown engine 'tensorflow'"),
     ],
@@ -44,6 +50,7 @@ def test_usage_errors(tiny: Any, desk: Path, qtool_command: Command, arguments: 
     [
         (("nowhere/at/all",), "no model"),
         (("MODEL", "--shapes", "1x400"), "positions"),
+        (("MODEL", "--shapes", "1@8"), "for causal language models"),
         (("MODEL", "--shapes", "1x8", "--json", "nowhere/file.json"), "--json cannot write"),
         (("--random-init", "."), "has no config.json"),
     ],
@@ -99,6 +106,36 @@ def test_an_engine_that_is_not_installed(
     ended = qtool_command("bench", tiny.model, "--shapes", "1x8", "--engines", "torch,onnxruntime")
     assert ended.code == 4
     assert ended.errors == ["engine onnxruntime needs onnxruntime, onnx, onnxscript: pip install 'qtool[bench]'"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_without_a_gpu(tiny: Any, desk: Path, qtool_command: Command, device: str) -> None:
+    for model in ((tiny.model,), ("--random-init", "nowhere")):  # said before anything is looked for or made
+        ended = qtool_command("bench", *model, "--device", device)
+        assert ended.code == 4 and ended.out == ""
+        assert ended.errors == [f"--device {device}: {triton.reason()}, or leave it out: the CPU serves every model"]
+
+
+@pytest.mark.slow
+def test_a_decoder_writes_behind_a_cache(desk: Path, qtool_command: Command) -> None:
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64,
+    }  # fmt: skip
+    Path("shape").mkdir()
+    Path("shape", "config.json").write_text(json.dumps(config), "utf-8")
+    ended = qtool_command(
+        "bench", "--random-init", "shape", "--method", "zeroquant", "--shapes", "2@8", "--engines", "torch", "--json",
+        "-", *QUICK,
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    body = json.loads(ended.out)
+    assert (body["shapes"][0]["tokens"], body["peaks"], body["settings"]["device"]) == (2, None, "cpu")
+    assert [entry["engine"] for entry in body["entries"]] == ["torch", "qtool"]
+    for entry in body["entries"]:
+        assert entry["timings"][0]["p50_ms"] > 0 and entry["timings"][0]["rates"] is None
+        assert entry["read_bytes"] > 0 and entry["peak_gpu_bytes"] is None
 
 
 @pytest.mark.slow
@@ -166,7 +203,7 @@ def test_a_config_alone_is_enough(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [name for name in engines.ENGINES if name not in ("torch", "torch-compile")])
+@pytest.mark.parametrize("engine", [name for name in engines.ENGINES if name not in COMPILED])
 def test_every_engine_computes_the_model(tiny: Any, desk: Path, qtool_command: Command, engine: str) -> None:
     lacking = [package for package in engines.ENGINES[engine].packages if find_spec(package) is None]
     if lacking:

@@ -13,7 +13,7 @@ from qtool.errors import UnavailableError, UsageError
 def test_every_engine_has_its_runtime() -> None:
     for engine in engines.ENGINES.values():
         assert find_spec(f"qtool.bench.runtimes.{engine.runtime}") is not None
-    assert set(engines.DEFAULT) <= set(engines.ENGINES)
+    assert all(set(names) <= set(engines.ENGINES) for names in engines.DEFAULTS.values())
 
 
 def test_runtimes_have_their_functions() -> None:
@@ -51,3 +51,24 @@ def test_cpu_facts() -> None:
 
 def test_busy() -> None:
     assert machine.is_busy(1.5, 4) and not machine.is_busy(0.5, 4) and not machine.is_busy(None, 4)
+
+
+def test_engines_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    found, missing = engines.chosen(None, "cuda")
+    assert [engine.name for engine in found] == ["torch", "torch-bf16"]
+    assert missing == ["engine torchao needs torchao: pip install 'qtool[bench]'"]
+    with pytest.raises(UnavailableError, match="engine torchao needs torchao"):
+        engines.chosen(["torchao"], "cuda")
+    with pytest.raises(UsageError, match="engine torch-int8 does not run on cuda; those that do: torch, torch-compile"):
+        engines.chosen(["torch", "torch-int8"], "cuda")
+
+
+def test_engines_without_a_cache_do_not_decode() -> None:
+    wanted = [engines.ENGINES[name] for name in ("torch", "onnxruntime", "torch-int8", "openvino")]
+    found, lines = engines.with_cache(wanted, "1@8", named=False)
+    assert [engine.name for engine in found] == ["torch", "torch-int8"]
+    assert lines[0] == "engine onnxruntime keeps no cache, which shape 1@8 takes" and len(lines) == 2
+    with pytest.raises(UsageError, match=r"engine onnxruntime keeps no cache, .* leave out the engine or the shape"):
+        engines.with_cache(wanted, "1@8", named=True)
+    assert engines.with_cache(found, "1@8", named=True) == (found, [])

@@ -9,19 +9,21 @@ import pytest
 import transformers
 
 from qtool.bench import batches, shapes
-from qtool.bench.shapes import Fixed, Limits, Ragged
+from qtool.bench.shapes import Decoding, Fixed, Limits, Ragged
 from qtool.errors import InputError, UsageError
 
 LIMITS = Limits(vocabulary=65, positions=40, typed=True)
 
 
 def test_shapes_as_they_are_written() -> None:
-    found = shapes.parse("1x32, 8x128,sst2:32")
-    assert found == [Fixed(1, 32), Fixed(8, 128), Ragged("sst2", 32)]
-    assert [shape.name for shape in found] == ["1x32", "8x128", "sst2:32"]
+    found = shapes.parse("1x32, 8x128,sst2:32,4@128")
+    assert found == [Fixed(1, 32), Fixed(8, 128), Ragged("sst2", 32), Decoding(4, 128)]
+    assert [shape.name for shape in found] == ["1x32", "8x128", "sst2:32", "4@128"]
 
 
-@pytest.mark.parametrize("text", ["", "x", "0x8", "8x0", "8", "8x", "-1x8", "8x8x8", "1x8,", "sst2:0", "sst2:", "8X8"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "0x8", "8x0", "8", "8x", "-1x8", "8x8x8", "1x8,", "sst2:0", "sst2:", "8X8", "1@0", "0@8", "@8"]
+)
 def test_what_is_no_shape_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is no shape"):
         shapes.parse(text)
@@ -53,6 +55,19 @@ def test_limits_are_the_least_of_all_models() -> None:
     roberta = transformers.RobertaConfig(vocab_size=90, max_position_embeddings=34, type_vocab_size=1, pad_token_id=1)
     assert shapes.limits_of({"a": small, "b": roberta}) == Limits(50, 32, False)
     assert shapes.limits_of({"a": small}) == Limits(50, 64, True)
+
+
+def test_decoding_is_for_causal_models_with_room_for_one_more() -> None:
+    llama = transformers.LlamaConfig(architectures=["LlamaForCausalLM"], vocab_size=65, max_position_embeddings=40)
+    bert = transformers.BertConfig(architectures=["BertForMaskedLM"], vocab_size=65)
+    limits = shapes.limits_of({"a": llama})
+    made = shapes.decoding(Decoding(2, 39), limits, 0)
+    assert (made.name, made.context, made.batches[0]["input_ids"].shape) == ("2@39", 39, (2, 40))
+    assert (made.sequences, made.tokens) == (2, 2)
+    with pytest.raises(InputError, match="40 positions"):
+        shapes.decoding(Decoding(1, 40), limits, 0)
+    with pytest.raises(InputError, match="shape 1@8 is for causal language models"):
+        shapes.decoding(Decoding(1, 8), shapes.limits_of({"a": llama, "b": bert}), 0)
 
 
 def test_texts_keep_their_order_and_are_padded_to_the_longest_of_their_batch(tiny: Any, zoo: Any) -> None:
@@ -92,9 +107,9 @@ def test_samples_are_apart_and_random_without_a_tokenizer(tiny: Any, zoo: Any) -
 
 def test_files_hold_what_was_written(tmp_path: Path) -> None:
     made = [shapes.fixed(Fixed(2, tokens), LIMITS, 0).batches[0] for tokens in range(1, 13)]
-    batches.write(batches.Workload("sst2:2", made, ragged=True), tmp_path / "file")
+    batches.write(batches.Workload("sst2:2", made, ragged=True, context=3), tmp_path / "file")
     found = batches.read(tmp_path / "file")
-    assert (found.name, found.ragged, len(found.batches)) == ("sst2:2", True, 12)
+    assert (found.name, found.ragged, found.context, len(found.batches)) == ("sst2:2", True, 3, 12)
     for one, other in zip(made, found.batches, strict=True):
         assert one.keys() == other.keys()
         for name in one:

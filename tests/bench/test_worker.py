@@ -25,9 +25,13 @@ class Doubling:
     """Its outputs are twice the ids."""
 
     facts = Facts("fake 1.0", 3, 12, {"kind": "fake"})
+    readied = 0
 
-    def feed(self, batch: Any) -> Any:
+    def feed(self, batch: Any, context: int = 0) -> Any:
         return batch["input_ids"]
+
+    def ready(self, feed: Any) -> None:
+        self.readied += 1
 
     def run(self, feed: Any) -> Any:
         if feed.max() > 100:
@@ -78,7 +82,14 @@ def test_a_worker_loads_checks_and_measures(request_: Request, tmp_path: Path) -
     outputs = load_file(checked["outputs"])
     assert {name: value.tolist() for name, value in outputs.items()} == {"0.logits": [[2, 4]], "1.logits": [[6, 8]]}
     assert len(measured["ms"]) == 2 and all(ms > 0 for ms in measured["ms"])
-    assert memory["peak_bytes"] >= loaded["imports_bytes"] > 0
+    assert memory["peak_bytes"] >= loaded["imports_bytes"] > 0 and memory["gpu_bytes"] is None
+
+
+def test_every_call_of_a_worker_is_made_ready(request_: Request, tmp_path: Path) -> None:
+    file, engine = workload(tmp_path / "file", [1, 2]), Doubling()
+    measure = {"do": "measure", "workload": "two", "seconds": 0.0}
+    *_, measured = conversation(request_, {"do": "load"}, {"do": "warm", "file": file}, measure, load=lambda r: engine)
+    assert engine.readied == 2 + 1 + len(measured["ms"])  # warm, not counted, counted
 
 
 def test_errors_are_lines_and_the_worker_goes_on(request_: Request, tmp_path: Path) -> None:

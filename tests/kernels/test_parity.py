@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from draws import Draw
 
 from qtool.kernels import native, reference
 from qtool.kernels.codebook import WholeCodebook
 from qtool.kernels.integer import Native
-from qtool.numerics import Dyadic, QTensor, QuantSpec
+from qtool.numerics import QTensor, QuantSpec
 from qtool.numerics.qtensor import tile
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.reason() or "")
@@ -24,27 +25,6 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setattr(native, "isa", lambda: request.param)
     assert native.code_offset() == (127 if request.param == "avx512vnni" else 0)
     yield request.param
-
-
-class Draw:
-    """Seeded random tensors."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-        return torch.randint(low, high + 1, shape, generator=self.generator, dtype=torch.int64).to(dtype)
-
-    def codes(self, *shape: int) -> torch.Tensor:
-        drawn = self.integers(-127, 127, *shape, dtype=torch.int8)
-        drawn[..., ::5] = 127  # extremes, where sums are largest
-        return drawn
-
-    def ratios(self, low: float, high: float, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-        exponent = torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low
-        sign = self.integers(0, 1, *shape) * 2 - 1
-        dyadic = Dyadic.from_float(2.0**exponent * sign)
-        return dyadic.multiplier, dyadic.shift
 
 
 @pytest.mark.parametrize("width", WIDTHS)

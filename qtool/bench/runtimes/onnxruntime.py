@@ -7,7 +7,7 @@ import onnxruntime
 
 from qtool.bench.batches import Batch
 from qtool.bench.machine import has_vnni
-from qtool.bench.runtimes import Facts, Request
+from qtool.bench.runtimes import Facts, Request, Stateless
 
 _LARGE = 1_500_000_000  # protobuf ends at 2 GB: larger weights go beside the graph
 
@@ -54,7 +54,7 @@ def _weights_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.data")
 
 
-class OnnxRunner:
+class OnnxRunner(Stateless):
     """An inference session."""
 
     def __init__(self, session: Any, facts: Facts) -> None:
@@ -62,7 +62,7 @@ class OnnxRunner:
         self.inputs = {item.name for item in session.get_inputs()}
         self.outputs = [item.name for item in session.get_outputs()]
 
-    def feed(self, batch: Batch) -> Batch:
+    def feed(self, batch: Batch, context: int = 0) -> Batch:
         """Only what the graph still takes: an input that nothing reads is left out of it."""
         return {name: value for name, value in batch.items() if name in self.inputs}
 

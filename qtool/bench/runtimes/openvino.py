@@ -6,7 +6,7 @@ from typing import Any
 import openvino
 
 from qtool.bench.batches import Batch, read
-from qtool.bench.runtimes import Facts, Request
+from qtool.bench.runtimes import Facts, Request, Stateless
 
 _PRECISION = {
     "openvino-fp32": {"INFERENCE_PRECISION_HINT": "f32"},
@@ -57,7 +57,7 @@ def _file(request: Request) -> Path:
     return request.scratch / name
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(Stateless):
     """A compiled model and one request."""
 
     def __init__(self, compiled: Any, facts: Facts) -> None:
@@ -65,7 +65,7 @@ class OpenVinoRunner:
         self.inputs = {item.any_name for item in compiled.inputs}
         self.outputs = [item.any_name for item in compiled.outputs]
 
-    def feed(self, batch: Batch) -> Batch:
+    def feed(self, batch: Batch, context: int = 0) -> Batch:
         """Only what the graph still takes."""
         return {name: value for name, value in batch.items() if name in self.inputs}
 

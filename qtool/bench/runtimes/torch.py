@@ -1,23 +1,36 @@
-"""Float models by torch, and artifacts of qtool: both load with plain transformers."""
+"""Float models by torch and torchao, and artifacts of qtool: all load with plain transformers."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.cache_utils import DynamicCache, StaticCache, StaticLayer
 
 import qtool.hf  # artifacts load as ordinary models from here on
 from qtool.bench.batches import OUTPUTS, Batch
 from qtool.bench.runtimes import Facts, Request
+from qtool.bench.runtimes.weights import read_bytes, state_bytes
 from qtool.checkpoint import load_config
-from qtool.errors import InputError
+from qtool.errors import InputError, UnavailableError
 from qtool.evaluation.models import Subject, load_for
 from qtool.kernels import backend
 
+MODE = "max-autotune"
+"""Of `torch.compile` on a GPU: the products are tuned, and a forward is one CUDA graph. Its strongest."""
+
+STRIDE = 32
+"""Compiled for fixed shapes on a GPU, padded batches are padded on to a multiple of so many tokens."""
+
+_SHAPES = 64  # that torch compiles a model for; 8 by itself, and more would then run eagerly without a word
+
 
 def imports(request: Request) -> None:
-    """The model's class; packages came with this module."""
+    """The model's class; packages came with this module, but for torchao."""
     _class_name(request.model)
+    if request.engine == "torchao":
+        import torchao.quantization  # noqa: F401
 
 
 def prepare(request: Request) -> None:
@@ -27,19 +40,28 @@ def prepare(request: Request) -> None:
 def load(request: Request) -> "TorchRunner":
     """Raises InputError for a model that transformers cannot load."""
     torch.set_num_threads(request.threads)
-    dtype = "bfloat16" if request.engine == "torch-bf16" else "float32"
-    model = load_model(request.model, dtype)
+    torch.set_float32_matmul_precision("highest")  # no TF32: what is called float32 is
+    device = torch.device(request.device)
+    on_gpu = device.type == "cuda"
+    dtype = "bfloat16" if request.engine in ("torch-bf16", "torchao") else "float32"
+    model = load_model(request.model, dtype).to(device)
     facts = Facts(f"torch {torch.__version__}", torch.get_num_threads(), weight_bytes(request.model))
     if request.engine == "qtool":
         facts.version = f"qtool {qtool.__version__}"
-        facts.details["backend"] = backend().name
+        facts.details["backend"] = backend(device).name
     elif request.engine == "torch-int8":
         model = _dynamic_int8(model)
         facts.details["kernels"] = str(torch.backends.quantized.engine)
-        facts.size_bytes = _state_bytes(model)
-    elif request.engine == "torch-compile":
-        model = torch.compile(model)
-    return TorchRunner(model, facts)
+        facts.size_bytes = state_bytes(model)
+    elif request.engine == "torchao":
+        facts.version = _torchao_int8(model)
+        facts.size_bytes = state_bytes(model)
+    facts.read_bytes = None if request.engine == "torch-int8" else read_bytes(model)
+    compiled = request.engine in ("torch-compile", "torchao") or (request.engine == "torch-bf16" and on_gpu)
+    if compiled:
+        model = _compiled(model, on_gpu)
+        facts.details["compiled"] = MODE if on_gpu else "default"
+    return TorchRunner(model, facts, device, compiled and on_gpu, request.max_tokens)
 
 
 def load_model(folder: Path, dtype: str = "float32") -> Any:
@@ -72,34 +94,119 @@ def _dynamic_int8(model: Any) -> Any:
     return quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
 
 
-def _state_bytes(model: Any) -> int:
-    """Bytes that the weights of a dynamically quantized model take when saved; packed layers give them up as pairs."""
-    found = 0
-    stack = list(model.state_dict().values())
-    while stack:
-        value = stack.pop()
-        if isinstance(value, torch.Tensor):
-            found += value.numel() * value.element_size()
-        elif isinstance(value, tuple):
-            stack += value
-    return found
+def _torchao_int8(model: Any) -> str:
+    """The same as torchao offers it, in place: a scale per channel and per token. Its version."""
+    import torchao
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return f"torchao {torchao.__version__}"
+
+
+def _compiled(model: Any, on_gpu: bool) -> Any:
+    """Compiled at the first forward of each shape."""
+    if not on_gpu:
+        return torch.compile(model)
+    torch._dynamo.config.recompile_limit = _SHAPES
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(model, mode=MODE, dynamic=False)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a forward takes; `width`, the tokens of its outputs that belong to the batch (None: all); and `context`, how
+    many its cache holds."""
+
+    inputs: dict[str, Any]
+    width: int | None = None
+    context: int = 0
 
 
 class TorchRunner:
-    """A model of transformers."""
+    """A model of transformers. With `fixed_shapes` it is compiled anew for each shape of a batch.
 
-    def __init__(self, model: Any, facts: Facts) -> None:
-        self.model, self.facts = model, facts
+    `max_tokens` are the model's positions, where it has a limit.
+    """
 
-    def feed(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Tensors on the same memory."""
-        return {name: torch.from_numpy(value) for name, value in batch.items()}
+    def __init__(
+        self,
+        model: Any,
+        facts: Facts,
+        device: torch.device,
+        fixed_shapes: bool = False,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.model, self.facts, self.device = model, facts, device
+        self.fixed_shapes, self.max_tokens = fixed_shapes, max_tokens
 
-    def run(self, feed: dict[str, torch.Tensor]) -> Any:
-        """The forward."""
+    def feed(self, batch: Batch, context: int = 0) -> Feed:
+        """Tensors on the device; on the CPU, on the same memory.
+
+        Compiled for fixed shapes, a model gets no mask where nothing is padded, so that attention takes its fastest
+        way, and where something is, a few shapes serve all batches.
+        """
+        tensors = {name: torch.from_numpy(value) for name, value in batch.items()}
+        if context:
+            return self._decoding(tensors["input_ids"].to(self.device), context)
+        width = tensors["attention_mask"].shape[1]
+        if self.fixed_shapes:
+            tensors = fixed(tensors, int(self.model.config.pad_token_id), self.max_tokens)
+        return Feed({name: value.to(self.device) for name, value in tensors.items()}, width)
+
+    def _decoding(self, ids: torch.Tensor, context: int) -> Feed:
+        """The last token, and a cache of those before; one of a fixed size where the model is compiled for it."""
+        config = self.model.config
+        static = self.fixed_shapes
+        cache = StaticCache(config=config, max_cache_len=ids.shape[1]) if static else DynamicCache(config=config)
+        if static and not all(type(layer) is StaticLayer for layer in cache.layers):
+            raise UnavailableError(f"a {config.model_type} is not compiled for a cache whose layers differ")
+        plain = getattr(self.model, "_orig_mod", self.model)
         with torch.inference_mode():
-            return self.model(**feed, return_dict=True)
+            plain(input_ids=ids[:, :context], past_key_values=cache, use_cache=True)
+        return Feed({"input_ids": ids[:, context:], "past_key_values": cache, "use_cache": True}, context=context)
 
-    def arrays(self, result: Any) -> dict[str, Any]:
+    def ready(self, feed: Feed) -> None:
+        """Take what a call added out of its cache."""
+        cache = feed.inputs.get("past_key_values")
+        if cache is None:
+            return
+        if self.fixed_shapes:
+            with torch.inference_mode():
+                for layer in cache.layers:
+                    layer.cumulative_length.fill_(feed.context)
+        else:
+            cache.crop(feed.context - cache.get_seq_length())
+
+    def run(self, feed: Feed) -> tuple[Any, int | None]:
+        """The forward, and the width of the feed."""
+        with torch.inference_mode():
+            return self.model(**feed.inputs, return_dict=True), feed.width
+
+    def arrays(self, result: tuple[Any, int | None]) -> dict[str, Any]:
         """Float32."""
-        return {name: result[name].float().numpy() for name in OUTPUTS if result.get(name) is not None}
+        outputs, width = result
+        found = {name: outputs[name].float().cpu() for name in OUTPUTS if outputs.get(name) is not None}
+        return {
+            name: (value[:, :width] if name in _BY_TOKEN or value.ndim == 3 else value).numpy()
+            for name, value in found.items()
+        }
+
+
+_BY_TOKEN = ("start_logits", "end_logits")
+"""Outputs `[sequences, tokens]`; those of three axes have tokens as their second one too."""
+
+
+def fixed(tensors: dict[str, torch.Tensor], padding: int, max_tokens: int | None) -> dict[str, torch.Tensor]:
+    """The batch as a model compiled for fixed shapes takes it: its own tokens, and more of padding behind them.
+
+    A batch padded on the left stays as it is: further padding would move positions.
+    """
+    mask = tensors["attention_mask"]
+    if bool(mask.all()):
+        return {name: value for name, value in tensors.items() if name != "attention_mask"}
+    if bool((mask[:, 0] == 0).any()):
+        return tensors
+    width = mask.shape[1]
+    more = min(-width % STRIDE, (max_tokens or width + STRIDE) - width)
+    fill = {"input_ids": padding}
+    return {name: torch.nn.functional.pad(value, (0, more), value=fill.get(name, 0)) for name, value in tensors.items()}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from qtool.cli.options import device_option, json_option, screen_of, verbosity
+from qtool.cli.together import jobs_option
 from qtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--revision", help="Branch, tag or commit of MODEL on the hub.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of torch [its own choice].")
 @device_option
+@jobs_option
 @click.option("--resume", is_flag=True, help="Go on: what DIR has is not measured again.")
 @click.option("--overwrite", is_flag=True, help="Start again in a DIR that holds a study.")
 @json_option

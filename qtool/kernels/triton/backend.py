@@ -3,10 +3,160 @@
 Small and rare operations are the reference's own, which computes wherever its tensors are.
 """
 
-from qtool.kernels.reference import Reference
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qtool.kernels import reference
+from qtool.kernels.codebook import WholeCodebook
+from qtool.kernels.reference import Reference, Rescale
+from qtool.kernels.triton import launch
+from qtool.kernels.triton.launch import Coding, Count, Heads, Layer, Norm
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A weight as the integer product reads it: int8 codes `[out, in]` on the GPU, and the sums of their rows.
+
+    They lie beside the stored tiles, which no kernel of this backend reads: a weight takes its size twice.
+    """
+
+    codes: torch.Tensor
+    row_sums: torch.Tensor
+    correction: torch.Tensor
+    """What codes of non-negative rows lack (math.md, 3.5)."""
+
+    @classmethod
+    def of(cls, codes: torch.Tensor) -> "Operand":
+        """From int8 codes in rows."""
+        sums = codes.sum(1, dtype=torch.int32)
+        return cls(codes.contiguous(), sums, sums * reference.QMAX)
+
+
+@contextmanager
+def on(x: torch.Tensor) -> Iterator[None]:
+    """While active, kernels start on the GPU that `x` is on."""
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            yield
+    else:
+        yield
 
 
 class Triton(Reference):
     """Kernels that Triton compiles for the GPU at first use."""
 
     name = "triton"
+
+    def prepare(self, codes: torch.Tensor, shape: tuple[int, int], width: int | None = None) -> Any:
+        """The codes in rows, with their sums."""
+        return Operand.of(reference.whole_codes(codes, shape))
+
+    def row_sums(self, operand: Operand) -> torch.Tensor:  # type: ignore[override]
+        """int32 `[out]`."""
+        return operand.row_sums
+
+    @staticmethod
+    def quantize_rows(x: torch.Tensor, *, unsigned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `reference.quantize_rows`."""
+        x = x.contiguous()
+        codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+        amax = torch.empty((*x.shape[:-1], 1), dtype=torch.int64, device=x.device)
+        if x.numel():
+            with on(x):
+                launch.quantize(x, Coding(unsigned), Count(amax.numel()), codes, amax)
+        return codes, amax
+
+    @staticmethod
+    def integer_norm(
+        x: torch.Tensor, eps: torch.Tensor, to_output: Rescale, bias: torch.Tensor, bits: int
+    ) -> torch.Tensor:
+        """See `reference.integer_norm`."""
+        x = x.contiguous()
+        result = torch.empty_like(x)
+        if x.numel():
+            with on(x):
+                given = Norm(*to_output, bias, eps, (1 << (bits - 1)) - 1)
+                launch.norm(x, None, given, Count(x.numel() // x.shape[-1]), result)
+        return result
+
+    @staticmethod
+    def integer_linear(
+        codes: torch.Tensor,
+        amax: torch.Tensor | None,
+        weight: Any,
+        row_sums: torch.Tensor | None,
+        align: torch.Tensor,
+        bias: torch.Tensor,
+        to_output: Rescale,
+        bits: int,
+    ) -> torch.Tensor:
+        """See `reference.integer_linear`."""
+        codes = codes.contiguous()
+        outputs = len(weight.codes)
+        result = torch.empty((*codes.shape[:-1], outputs), dtype=torch.int32, device=codes.device)
+        correction = None if row_sums is None else weight.correction
+        limit = (1 << (bits - 1)) - 1
+        with on(codes):
+            given = Layer(weight.codes, correction, align, bias, *to_output, limit)
+            launch.layer(
+                codes, None if amax is None else amax.contiguous(), given, Count(result.numel() // outputs), result
+            )
+        return result
+
+    @staticmethod
+    def integer_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        real: torch.Tensor,
+        align: torch.Tensor,
+        to_scores: Rescale,
+        to_context: Rescale,
+        *,
+        grid: int,
+        bits: int,
+        context_bits: int,
+        book: WholeCodebook | None = None,
+    ) -> torch.Tensor:
+        """See `reference.integer_attention`."""
+        batch, tokens, heads, size = query.shape
+        starts = torch.arange(0, batch * tokens + 1, tokens, dtype=torch.int32, device=query.device)
+        key_starts = torch.nn.functional.pad(real.sum(1).cumsum(0), (1, 0)).int()
+        kept = real.flatten().nonzero().squeeze(1)
+        states = [
+            query.reshape(batch * tokens, -1),
+            *(x.to(torch.int8).flatten(2).flatten(0, 1)[kept] for x in (key, value)),
+        ]
+        result = torch.empty((batch, tokens, heads * size), dtype=torch.int32, device=query.device)
+        limit = (1 << (context_bits - 1)) - 1
+        with on(query):
+            given = Heads(heads, size, align, to_scores, to_context, grid, bits, limit, book)
+            launch.attend(states, given, starts, key_starts, tokens, result)
+        return result
+
+    @staticmethod
+    def integer_gelu(
+        x: torch.Tensor, root: torch.Tensor, one: torch.Tensor, pre_shift: torch.Tensor | int
+    ) -> torch.Tensor:
+        """See `reference.integer_gelu`."""
+        x = x.contiguous()
+        result = torch.empty(x.shape, dtype=torch.int64, device=x.device)
+        places = torch.as_tensor(pre_shift, dtype=torch.int64, device=x.device)
+        if x.numel():
+            with on(x):
+                launch.gelu(x, root, one, places, result)
+        return result
+
+    @staticmethod
+    def integer_tanh(x: torch.Tensor, grid: int) -> torch.Tensor:
+        """See `reference.integer_tanh`."""
+        x = x.contiguous()
+        result = torch.empty_like(x)
+        if x.numel():
+            with on(x):
+                launch.tanh(x, grid, result)
+        return result

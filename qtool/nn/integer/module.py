@@ -25,6 +25,11 @@ def integer_outputs() -> Iterator[None]:
         _INTEGER_OUTPUTS.reset(token)
 
 
+def gives_integers() -> bool:
+    """Whether `integer_outputs` is active."""
+    return _INTEGER_OUTPUTS.get()
+
+
 def leave(x: torch.Tensor, exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """int32 in units of 2^-exponent as floats of `dtype`, or untouched inside `integer_outputs`."""
     if _INTEGER_OUTPUTS.get():

@@ -2,11 +2,12 @@
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from qtool import kernels
 from qtool.errors import InputError
 from qtool.kernels import reference, structs
 from qtool.kernels.integer import Native, Operand
@@ -21,13 +22,13 @@ class IntPlan(Plan):
     """The embeddings and blocks of an integer encoder."""
 
     def __init__(self, embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> None:
-        super().__init__(_roots(embeddings, projection, blocks))
+        super().__init__(roots_of(embeddings, projection, blocks))
         self.width = blocks[0].part("output").out_features
         tables = [
             self._rows(embeddings.part(role)) if role in embeddings.parts else structs.IntRows() for role in TABLES
         ]
         for block in blocks:
-            _check_widths(block)
+            check_widths(block)
         layers = [structs.IntBlock(**{role: self._part(block.part(role)) for role in block.parts}) for block in blocks]
         self._blocks = (structs.IntBlock * len(layers))(*layers)
         self.encoder = structs.IntEncoder(
@@ -104,18 +105,33 @@ class IntPlan(Plan):
         )  # fmt: skip
 
 
-def _check_widths(block: IntBlock) -> None:
+def check_widths(block: IntBlock) -> None:
     """An activation is looked up without a look at its index. Raises InputError where that may leave the table."""
     up, act = block.part("up"), block.part("act")
     if isinstance(act, IntTable) and act.in_bits < up.out_bits:
         raise InputError(f"a table for {act.in_bits} bits behind a layer of {up.out_bits}: the model is damaged")
 
 
-def planned(embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> IntPlan | None:
+class Runs(Protocol):
+    """A plan of a whole encoder."""
+
+    def run(self, ids: list[torch.Tensor | None], real: torch.Tensor) -> torch.Tensor:
+        """Ids of each table `[batch, tokens]` and boolean `real` → int32 `[batch, tokens, width]`, 0 at padding."""
+
+
+def planned(embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> Runs | None:
     """The plan of an encoder, kept beside its embeddings; None where modules have to be called one by one."""
-    roots = _roots(embeddings, projection, blocks)
-    return kept_plan(embeddings, roots, lambda: IntPlan(embeddings, projection, blocks))
+
+    def make() -> Any:
+        if kernels.backend(embeddings.exponents.device).name == "native":
+            return IntPlan(embeddings, projection, blocks)
+        from qtool.nn.integer.gpu import GpuPlan  # imports triton
+
+        return GpuPlan(embeddings, projection, blocks)
+
+    return kept_plan(embeddings, roots_of(embeddings, projection, blocks), make, backends=("native", "triton"))
 
 
-def _roots(embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> list[nn.Module]:
+def roots_of(embeddings: IntEmbeddings, projection: IntLinear | None, blocks: Sequence[IntBlock]) -> list[nn.Module]:
+    """The modules that a plan depends on."""
     return [embeddings, *([] if projection is None else [projection]), *blocks]

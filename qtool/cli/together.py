@@ -1,0 +1,105 @@
+"""One command on several ranks: who speaks, with how many threads, and what `--jobs` does."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qtool.errors import UsageError
+
+
+def several() -> bool:
+    """Whether this process is one of many; as `ranks.launched`, which imports torch."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ
+
+
+def speaks() -> bool:
+    """Whether errors of this process are for people: others tell theirs to the first rank."""
+    return not several() or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """The ranks of this command together; only the first one is heard."""
+    if not several():
+        yield
+        return
+    from qtool import ranks
+
+    _set_threads()
+    with ranks.joined() as group:
+        if group.first:
+            yield
+            return
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+
+
+def _set_threads() -> None:
+    """The cores of a host divided among its ranks, unless OMP_NUM_THREADS says something else.
+
+    torchrun sets that to 1 where nobody has, which is no choice of anybody's.
+    """
+    import torch
+
+    from qtool import ranks
+
+    said = os.environ.get("OMP_NUM_THREADS")
+    if said is None or (said == "1" and "TORCHELASTIC_RUN_ID" in os.environ):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(ranks.threads_for(cores))
+
+
+def tell_in_json(message: str, code: int, arguments: Sequence[str]) -> None:
+    """Where `--json` was asked for, leave the exit code of a failed command there: launchers swallow it.
+
+    A file that exists holds results of an earlier run, and stays.
+    """
+    target = _target(arguments)
+    if target is None or not several() or not speaks():
+        return
+    text = json.dumps({"schema_version": 1, "error": message, "exit_code": code}, indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    elif not Path(target).exists() and Path(target).absolute().parent.is_dir():
+        Path(target).write_text(text, "utf-8")
+
+
+def _target(arguments: Sequence[str]) -> str | None:
+    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if word == "--json":
+            return following
+        if word.startswith("--json="):
+            return word.removeprefix("--json=")
+    return None
+
+
+def _on_ranks(context: click.Context, option: click.Parameter, count: int | None) -> None:
+    """Let `--jobs` processes run the same command, and exit as it does."""
+    if count is None or count == 1 or several() or context.resilient_parsing:
+        return
+    from qtool import jobs
+
+    context.exit(jobs.run(count, sys.argv[1:]))
+
+
+jobs_option = click.option(
+    "--jobs", metavar="N", type=click.IntRange(1, 1024), callback=_on_ranks, is_eager=True, expose_value=False,
+    help="Processes that share the work on this machine.",
+)  # fmt: skip
+
+
+def alone(what: str) -> None:
+    """Raises UsageError on several ranks."""
+    if several():
+        raise UsageError(f"{what} runs in one process; leave out torchrun")
+
+
+def quiet(params: dict[str, Any]) -> bool:
+    """Whether a command is to show no progress: asked for, or not the rank that is heard."""
+    return bool(params.get("quiet")) or not speaks()

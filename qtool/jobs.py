@@ -1,0 +1,71 @@
+"""`--jobs N`: the ranks of one command on one machine, without a launcher.
+
+The parent keeps the store in which they meet, so that it outlives each of them, and starts the same command line once
+for every rank. Its exit code is that of the command, which torchrun would not pass on.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from qtool.errors import RESUMABLE, UnavailableError
+
+_GRACE = 15.0
+"""Seconds that ranks have to end by themselves after one has."""
+
+
+def run(count: int, arguments: Sequence[str]) -> int:
+    """Run `qtool` with `arguments` on `count` ranks and return the exit code. Only rank 0 writes and prints."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    children = [_start(rank, count, store.port, arguments) for rank in range(count)]
+    try:
+        return _wait(children)
+    finally:
+        _end(children)
+
+
+def _start(rank: int, count: int, port: int, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
+    place = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,  # torch's word for: the store is there, only connect
+    }  # fmt: skip
+    environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+    return subprocess.Popen([sys.executable, "-m", "qtool", *arguments], env=environment)
+
+
+def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
+    """The exit code, once all have ended: that of the first rank that failed."""
+    ended: float | None = None
+    while True:
+        codes = [child.poll() for child in children]
+        killed = next((rank for rank, code in enumerate(codes) if code is not None and code < 0), None)
+        if killed is not None:
+            name = signal.Signals(-int(codes[killed] or 0)).name
+            raise UnavailableError(f"rank {killed} was ended by {name}; {RESUMABLE}")
+        if all(code is not None for code in codes):
+            return next((code for code in codes if code), 0)
+        if any(code for code in codes):
+            ended = ended or time.monotonic()
+            if time.monotonic() - ended > _GRACE:
+                return next(code for code in codes if code)
+        time.sleep(0.1)
+
+
+def _end(children: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """Nobody stays behind, whatever ended the parent."""
+    for child in children:
+        with suppress(ProcessLookupError):
+            child.terminate()
+    for child in children:
+        try:
+            child.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()

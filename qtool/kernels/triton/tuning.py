@@ -1,0 +1,91 @@
+"""How kernels are cut into programs: one small table for each generation of GPUs.
+
+Integers are the same however they are cut. Sizes follow from what a generation has (the shape of its tensor core
+instructions, shared memory) and from the registers that the compiler asks for: a tile of 128 × 256 spills, because an
+epilogue in 64 bits needs two for each sum. Nothing is searched for at run time: a first call is like the next.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from qtool.kernels.triton import interpreted
+
+
+class Tile(NamedTuple):
+    """What a program of a product computes, `m` rows of activations × `n` outputs, `k` inputs at a time."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+TILES: dict[int, Sequence[Tile]] = {
+    # 100 KiB of shared memory on the small chips of this generation.
+    8: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4), Tile(64, 64, 128, 4, 3), Tile(32, 64, 128, 4, 4),
+        Tile(16, 32, 128, 4, 5)),
+    9: (Tile(128, 128, 128, 8, 4), Tile(64, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4),
+        Tile(32, 64, 128, 4, 5), Tile(16, 32, 256, 4, 5)),
+    10: (Tile(128, 128, 128, 8, 4), Tile(64, 128, 128, 8, 4), Tile(64, 64, 128, 4, 4),
+         Tile(32, 64, 128, 4, 5), Tile(16, 32, 256, 4, 5)),
+}  # fmt: skip
+"""By the first digit of the compute capability, largest first; newer chips take the last."""
+_INTERPRETED = Tile(16, 32, 32, 4, 1)
+_ROW_VALUES = 4096
+"""Values that a program on whole rows has at most, unless a row has more."""
+
+
+@functools.cache
+def machine() -> tuple[int, int]:
+    """Generation and number of multiprocessors of the present GPU; (0, 1) where kernels are interpreted."""
+    if interpreted():
+        return 0, 1
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return properties.major, properties.multi_processor_count
+
+
+def tile(rows: int, outputs: int) -> Tile:
+    """The largest that leaves no multiprocessor without work and has no more rows than there are."""
+    generation, processors = machine()
+    if not generation:
+        return _INTERPRETED
+    tiles = TILES[min(generation, max(TILES))]
+    for found in tiles:
+        if found.m < 2 * rows and -(-rows // found.m) * -(-outputs // found.n) >= processors:
+            return found
+    return next((found for found in reversed(tiles) if found.m >= rows), tiles[-1])
+
+
+def power_of_two(n: int) -> int:
+    """The least that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def rows_of(width: int) -> tuple[int, int, int]:
+    """Rows a program, their padded width, and warps."""
+    padded = power_of_two(width)
+    rows = 16 if interpreted() else max(1, min(4, _ROW_VALUES // padded))
+    return rows, padded, max(1, min(8, rows * padded // 512))
+
+
+class Window(NamedTuple):
+    """What a program of attention computes at a time: `m` queries × `n` keys; `single` where these are all."""
+
+    m: int
+    n: int
+    single: bool
+    warps: int
+
+
+def window(tokens: int, *, coded: bool) -> Window:
+    """For texts of up to so many tokens. Codes need more registers."""
+    if interpreted():
+        return Window(16, max(32, power_of_two(tokens)), True, 4) if tokens <= 32 else Window(16, 32, False, 4)
+    longest = 64 if coded else 128
+    if tokens <= longest:
+        return Window(64 if tokens > 32 else 32, max(32, power_of_two(tokens)), True, 8 if tokens > 64 else 4)
+    return Window(64, 64, False, 8)

@@ -1,0 +1,57 @@
+"""What the compiler makes of the kernels, which needs no GPU: they compile, run on tensor cores, and hold no float.
+
+Interpreting proves the arithmetic; that a kernel also is a program for a GPU, and which one, shows its PTX.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+PRODUCTS = {"linear_kernel", "attention_kernel"}
+INTEGER = PRODUCTS | {"embed_kernel", "norm_kernel", "quantize_kernel", "tanh_kernel", "gelu_kernel"}
+
+
+def compiled(calls: str, capability: int, cache: Path) -> dict[str, Any]:
+    """In a process of its own: here Triton may interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE.parents[1], *sys.path))),
+        "TRITON_CACHE_DIR": str(cache),
+    }
+    command = [sys.executable, str(HERE / "compiling.py"), calls, str(capability)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return {name: forms[str(capability)] for name, forms in json.loads(result.stdout).items()}
+
+
+@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+def test_integer_kernels(capability: int, tmp_path: Path) -> None:
+    found = compiled("integer_calls", capability, tmp_path)
+    assert found.keys() == INTEGER
+    for name, forms in found.items():
+        assert all(form["tensor_cores"] == (name in PRODUCTS) for form in forms), name
+        assert [form["floats"] for form in forms] == [[]] * len(forms), name
+
+
+def test_a_float_instruction_would_be_seen(tmp_path: Path) -> None:
+    """The same script on a kernel that computes with floats."""
+    (tmp_path / "float_calls.py").write_text(
+        "import torch, triton, triton.language as tl\n"
+        "@triton.jit\n"
+        "def scaled(x, y):\n"
+        "    tl.store(y, tl.load(x).to(tl.float32) * 0.5 + 1.0)\n"
+        "def calls():\n"
+        "    scaled[(1,)](torch.zeros(1, dtype=torch.int32), torch.zeros(1))\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        (form,) = compiled("float_calls", 90, tmp_path)["scaled"]
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert any(name.startswith("fma") for name in form["floats"]) and not form["tensor_cores"]

@@ -1,0 +1,224 @@
+"""Processes that work together: what they exchange, and how they end when one of them does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed import TCPStore
+
+from qtool import ranks
+
+CODE = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from qtool import errors, ranks
+def main():
+    with ranks.joined() as group:
+        {body}
+try:
+    main()
+except errors.QtoolError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+class Crew:
+    """Python processes that meet in a store of this one."""
+
+    def __init__(self, body: str, count: int, folder: Path) -> None:
+        self.store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        code = CODE.format(body=textwrap.indent(textwrap.dedent(body), " " * 8).strip())
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
+        shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+        self.children = [
+            subprocess.Popen(
+                [sys.executable, "-c", code], cwd=folder, env={**os.environ, **shared, "RANK": str(rank)},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(count)
+        ]  # fmt: skip
+
+    def ends(self) -> list[tuple[int, str, str]]:
+        """Of each its exit code, stdout and stderr."""
+        return [(child.wait(120), *child.communicate()) for child in self.children]
+
+
+@pytest.fixture
+def crews() -> Iterator[list[Crew]]:
+    made: list[Crew] = []
+    yield made
+    for child in (child for crew in made for child in crew.children):
+        child.kill()
+        child.wait()
+
+
+def crew(crews: list[Crew], body: str, count: int, folder: Path) -> Crew:
+    crews.append(Crew(body, count, folder))
+    return crews[-1]
+
+
+def test_one_process_is_all_ranks() -> None:
+    alone = ranks.current()
+    assert (alone.rank, alone.size, alone.first) == (0, 1, True)
+    assert list(alone.share(3)) == [0, 1, 2]
+    assert [{name: x.tolist() for name, x in part.items()} for part in alone.exchange({"x": torch.ones(2)})] == [
+        {"x": [1.0, 1.0]}
+    ]
+    assert alone.told([1, "a"]) == [1, "a"]
+    alone.agree("anything", object())
+    alone.check()
+    assert not ranks.launched()
+
+
+def test_shares_are_all_pieces_once() -> None:
+    for size in (1, 2, 3, 8):
+        for count in (0, 1, 7, 8):
+            shares = []
+            for rank in range(size):
+                one = ranks.Ranks()
+                one.rank, one.size = rank, size
+                shares.append(list(one.share(count)))
+                assert all(one.owner(piece) == rank for piece in shares[-1])
+            assert sorted(piece for share in shares for piece in share) == list(range(count))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_ranks_exchange(crews: list[Crew], tmp_path: Path, size: int) -> None:
+    (tmp_path / "sent").write_bytes(bytes(range(256)) * 300)
+    body = """
+    mine = {"a": torch.arange(group.rank + 1), f"only {group.rank}": torch.tensor([0.5 + group.rank])}
+    for _ in range(3):
+        parts = group.exchange(mine)
+    ranks._CHUNK = 1000
+    if group.rank == group.size - 1:
+        group.send(Path("sent"))
+    elif group.first:
+        group.receive(Path("received"), group.size - 1)
+    found = [[part["a"].tolist(), part[f"only {rank}"].item()] for rank, part in enumerate(parts)]
+    print(found, group.told(group.rank))
+    """
+    ends = crew(crews, body, size, tmp_path).ends()
+    wanted = [[list(range(rank + 1)), 0.5 + rank] for rank in range(size)]
+    assert [(code, out.strip(), error) for code, out, error in ends] == [(0, f"{wanted} 0", "")] * size
+    assert (tmp_path / "received").read_bytes() == (tmp_path / "sent").read_bytes()
+    assert not (tmp_path / "received.part").exists()
+
+
+@pytest.mark.parametrize("waits", ["group.exchange({})", "time.sleep(60)"])
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_an_error_ends_all_ranks_with_its_message(crews: list[Crew], tmp_path: Path, culprit: int, waits: str) -> None:
+    """Whether the others wait for each other or compute."""
+    body = f"""
+    if group.rank == {culprit}:
+        raise errors.InputError("no such file")
+    {waits}
+    """
+    started = time.monotonic()
+    ends = crew(crews, body, 2, tmp_path).ends()
+    assert time.monotonic() - started < 45
+    assert [code for code, _, _ in ends] == [3, 3]
+    assert ends[culprit][2] == "no such file\n"
+    assert f"rank {culprit}: no such file" in ends[1 - culprit][2]
+
+
+@pytest.mark.parametrize("waits", ["group.exchange({})", "time.sleep(90)"])
+def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, waits: str) -> None:
+    body = f"""
+    group.exchange({{}})
+    ranks.LOST = 6.0
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    {waits}
+    """
+    started = time.monotonic()
+    (code, _, said), (killed, _, _) = crew(crews, body, 2, tmp_path).ends()
+    assert time.monotonic() - started < 60
+    assert killed == -signal.SIGKILL and code == 4
+    assert "ended without a word" in said or "rank 1 is gone" in said
+    assert "--resume" in said
+
+
+def test_ranks_with_other_data_are_refused(crews: list[Crew], tmp_path: Path) -> None:
+    body = """
+    group.agree("data", {"digest": "a"})
+    group.agree("data", {"digest": str(group.rank)})
+    """
+    ends = crew(crews, body, 2, tmp_path).ends()
+    assert [code for code, _, _ in ends] == [3, 3]
+    assert "rank 1 has another data than rank 0" in ends[0][2]
+
+
+def test_nobody_to_meet(tmp_path: Path) -> None:
+    code = CODE.format(body="pass")
+    environment = {**os.environ, "RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 4
+    assert "cannot meet the other ranks at 127.0.0.1:1" in result.stderr
+
+
+def test_threads_of_a_host_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert ranks.threads_for(8) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert ranks.threads_for(8) == 2
+    assert ranks.threads_for(1) == 1
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+    | st.lists(st.floats(), max_size=3).map(lambda values: np.array(values, dtype=np.float64)),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.tuples(inner, inner) | st.dictionaries(st.integers(), inner, max_size=3)
+    ),
+    max_leaves=8,
+)  # fmt: skip
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Of one type and value; NaN equals itself."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, np.ndarray):
+        return a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    return bool(a == b or (a != a and b != b))
+
+
+@given(VALUES)
+def test_values_travel_as_they_are(value: Any) -> None:
+    sent = json.loads(json.dumps(ranks.packed(value)))
+    assert equal(ranks.unpacked(sent), value)
+
+
+def test_what_cannot_travel_is_named() -> None:
+    with pytest.raises(TypeError, match="a set does not travel"):
+        ranks.packed([{1}])
+
+
+def test_pieces_are_put_in_order(crews: list[Crew], tmp_path: Path) -> None:
+    body = """
+    found = ranks.gathered({piece: (piece, [0.1 * piece]) for piece in group.share(5)})
+    assert list(found.items()) == [(piece, (piece, [0.1 * piece])) for piece in range(5)], found
+    """
+    assert crew(crews, body, 3, tmp_path).ends() == [(0, "", "")] * 3
+    assert ranks.gathered({2: "b", 1: (1.5, None)}) == {1: (1.5, None), 2: "b"}

@@ -11,7 +11,7 @@ find nothing to do.
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -309,6 +309,8 @@ _CUDA: dict[str, Callable[..., Any]] = {
     "memory_reserved": lambda device=None: 0,
     "memory_allocated": lambda device=None: 0,
     "empty_cache": lambda: None,
+    "device": lambda device: nullcontext(),
+    "is_current_stream_capturing": lambda: True,  # graphs are not emulated: so nobody records one
 }
 
 

@@ -122,6 +122,13 @@ def kept(model: Any) -> list[str]:
     return [path for path, value in known if value is not None]
 
 
+def test_what_a_model_recorded_goes_when_it_moves(integer: Path) -> None:
+    model = load(integer)
+    vars(model)["_plan"] = vars(model.bert)["_plan"] = "a graph that was recorded on a GPU"
+    model.to("cpu")
+    assert kept(model) == []
+
+
 def test_half_of_it_on_the_gpu_is_no_use(integer: Path) -> None:
     with emulated_cuda():
         model = AutoModelForSequenceClassification.from_pretrained(integer, device_map="cuda").eval()

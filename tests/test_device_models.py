@@ -82,6 +82,7 @@ def test_every_kind_of_task_is_scored(zoo: Any, task: str) -> None:
 
 MADE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     (BERT, ("ibert",), ()),
+    ("BertModel", ("ibert",), ()),
     ("DistilBertForMaskedLM", ("ibert",), ()),
     (BERT, ("zeroquant",), ()),
     (LLAMA, ("zeroquant", "logattn"), ("weights.spec=int4:group:16",)),
@@ -93,7 +94,7 @@ MADE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
 def test_models_go_to_the_gpu_and_back(
     tmp_path: Path, architecture: str, methods: tuple[str, ...], sets: tuple[str, ...]
 ) -> None:
-    source = save(tmp_path / "float", architecture, **ATTENDING[architecture])
+    source = save(tmp_path / "float", architecture, **ATTENDING.get(architecture, {}))
     folder, texts = quantized(tmp_path, source, *methods, sets=sets), five_texts()
     model = load(folder)
     with using("reference"):

@@ -43,6 +43,11 @@ def integrate(model: Any) -> None:
 class IntegerEncoder:
     """Marks a model whose forward is one of this file; copies and pickles as its own class does."""
 
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        self.__dict__.pop("_plan", None)  # recordings of its forward, which hold memory of the device that it leaves
+        above: Any = super()
+        return above._apply(*args, **options)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         cls: Any = type(self)
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__

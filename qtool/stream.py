@@ -11,13 +11,14 @@ nothing about the calls is guessed, and the head runs inside that forward too, w
 import ctypes
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qtool.anatomy import Anatomy, Unit
 from qtool.device import CPU, mover
@@ -124,7 +125,7 @@ class Stream:
         method makes of the numbers and the golden outputs do not depend on which kernels join them."""
         module, move = self.model.get_submodule(unit.modules[0]), mover(self.device)
         hidden, call = move(hidden), call.moved(move)
-        with self._plain_errors(), one_by_one():
+        with self._plain_errors(), one_by_one(), self._repeatable():
             if call.keyword is None:
                 out = module(hidden, *call.args, **call.kwargs)
             else:
@@ -134,6 +135,15 @@ class Stream:
             hidden = out[0] if several else out
             assert isinstance(hidden, torch.Tensor), f"a block returns {type(hidden).__name__}, no tensor"
         return hidden
+
+    def _repeatable(self) -> AbstractContextManager[Any]:
+        """A GPU adds up gradients of fused attention in any order: where some are wanted, it is taken apart.
+
+        Or the same run would learn other numbers.
+        """
+        fused = self.device.type == "cuda" and torch.is_grad_enabled()
+        found: AbstractContextManager[Any] = sdpa_kernel(SDPBackend.MATH) if fused else nullcontext()
+        return found
 
     @torch.inference_mode()
     def head(self, batch: Batch, hidden: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -11,13 +11,14 @@ find nothing to do.
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -32,6 +33,7 @@ _aten: Any = torch.ops.aten
 
 _PRODUCTS = {
     _aten.mm: "addmm_cuda", _aten.addmm: "addmm_cuda", _aten.bmm: "baddbmm_cuda", _aten.baddbmm: "baddbmm_cuda",
+    _aten.matmul: "addmm_cuda", _aten.linear: "addmm_cuda", _aten.einsum: "baddbmm_cuda",
     _aten.mv: "addmv_impl_cuda", _aten.addmv: "addmv_impl_cuda", _aten.dot: "dot",
 }  # fmt: skip
 """Operations that CUDA has for floats alone, by the name in its message."""
@@ -75,12 +77,7 @@ class OnGpu(torch.Tensor):
         return 0
 
     def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        device, dtype, _, form = torch._C._nn._parse_to(
-            *(_described(one) for one in args), **{k: v for k, v in kwargs.items() if k != "copy"}
-        )
-        if args and isinstance(args[0], torch.Tensor):
-            device, dtype = args[0].device, args[0].dtype
-        return _moved(self, device or GPU, dtype or self.dtype, bool(kwargs.get("copy")), form)
+        return _to_method(self, *args, **kwargs)
 
     def cpu(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         return _moved(self, _CPU, self.dtype)
@@ -108,6 +105,16 @@ class OnGpu(torch.Tensor):
     numpy = _unlike_cpu("numpy")
     __array__ = _unlike_cpu("__array__")
     __dlpack__ = _unlike_cpu("__dlpack__")
+
+
+def _to_method(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`x.to(…)`, with gradients that come back to the device of `x`: to C++ there is only one."""
+    device, dtype, _, form = torch._C._nn._parse_to(
+        *(_described(one) for one in args), **{name: value for name, value in kwargs.items() if name != "copy"}
+    )
+    if args and isinstance(args[0], torch.Tensor):
+        device, dtype = args[0].device, args[0].dtype
+    return _moved(x, device or x.device, dtype or x.dtype, bool(kwargs.get("copy")), form)
 
 
 def _described(argument: Any) -> Any:
@@ -150,7 +157,9 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)]
     device = kwargs.get("device")
     if function.overloadpacket is _aten._to_copy:
-        return _copied(function, args, kwargs, device)
+        return _copied(args[0], kwargs, device)
+    if function.overloadpacket is _aten.to:  # whole in inference mode, where nothing is taken apart before
+        return _to(**{**dict(zip((one.name for one in function._schema.arguments), args, strict=False)), **kwargs})
     here = _checked(function, args, kwargs, tensors)
     _PRESENT.operations += here
     asked = device is not None and torch.device(device).type == "cuda"
@@ -181,13 +190,21 @@ def _inner(value: Any) -> Any:
     return value.inner if isinstance(value, OnGpu) else value
 
 
-def _copied(function: Any, args: Any, kwargs: dict[str, Any], device: Any) -> torch.Tensor:
-    source = args[0]
+def _to(self: torch.Tensor, other: Any = None, device: Any = None, dtype: Any = None, **rest: Any) -> torch.Tensor:
+    if other is not None:
+        device, dtype = other.device, other.dtype
+    stays = device is None or torch.device(device).type == self.device.type
+    if stays and dtype in (None, self.dtype) and not rest.get("copy"):
+        return self
+    return _copied(self, {"dtype": dtype, "memory_format": rest.get("memory_format")}, device)
+
+
+def _copied(source: torch.Tensor, kwargs: dict[str, Any], device: Any) -> torch.Tensor:
     to_gpu = source.is_cuda if device is None else torch.device(device).type == "cuda"
     rest = {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking", "pin_memory")}
     if device is not None and torch.device(device).type not in ("cuda", "cpu"):
         rest["device"] = device
-    found: torch.Tensor = function(_inner(source), **rest)
+    found: torch.Tensor = _aten._to_copy.default(_inner(source), **rest)
     return OnGpu.of(found) if to_gpu else found
 
 
@@ -248,18 +265,27 @@ class _Gpu(TorchDispatchMode):
 class _Indexed(TorchFunctionMode):
     """`cuda` is `cuda:0`: a torch without CUDA cannot ask which one is current.
 
-    `as_tensor` of a tensor moves it in C++, past every dispatcher: here by `to`.
+    `as_tensor` of a tensor moves it in C++, past every dispatcher; gradients of `to` would not come back: see
+    `_to_method`.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.device:  # makes one, and takes none
-            return function(*args, **(kwargs or {}))
+            return GPU if args == (0,) else function(*args, **(kwargs or {}))
+        if function is scaled_dot_product_attention and kwargs and kwargs.get("is_causal") and args[0].is_cuda:
+            # Taken apart, it would make its mask where C++ believes the query to be.
+            mask = torch.ones(args[0].shape[-2], args[1].shape[-2], dtype=torch.bool, device=GPU).tril()
+            kwargs = {**kwargs, "attn_mask": mask, "is_causal": False}
+        known = torch._has_compatible_shallow_copy_type
+        if function is known and any(isinstance(one, OnGpu) for one in args):
+            return False  # so that a module makes new parameters
         if getattr(function, "__name__", "") == "cuda" and args and not isinstance(args[0], OnGpu):
             function, args, kwargs = torch.Tensor.to, (args[0], GPU), {}
-        if function is torch.as_tensor and args and isinstance(args[0], torch.Tensor):
-            function = torch.Tensor.to if type(args[0]) is torch.Tensor else OnGpu.to
         args, kwargs = tuple(map(_indexed, args)), {name: _indexed(value) for name, value in (kwargs or {}).items()}
-        return function(*args, **kwargs)
+        kwargs |= {"device": GPU} if type(kwargs.get("device")) is int else {}
+        moves = function is torch.as_tensor and isinstance(args[0], torch.Tensor)
+        moves = moves or (function is torch.Tensor.to and GPU in (*args[1:], *kwargs.values()))
+        return _to_method(*args, **kwargs) if moves else function(*args, **kwargs)
 
 
 def _indexed(value: Any) -> Any:
@@ -283,6 +309,8 @@ _CUDA: dict[str, Callable[..., Any]] = {
     "memory_reserved": lambda device=None: 0,
     "memory_allocated": lambda device=None: 0,
     "empty_cache": lambda: None,
+    "device": lambda device: nullcontext(),
+    "is_current_stream_capturing": lambda: True,  # graphs are not emulated: so nobody records one
 }
 
 
@@ -304,7 +332,7 @@ def emulated_cuda(backend: str | None = "reference") -> Iterator[Gpu]:
             patch.delenv("QTOOL_BACKEND", raising=False)
         else:
             patch.setenv("QTOOL_BACKEND", backend)
-        patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
+        patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # dispatchers are those of a thread
         lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         caches: tuple[Any, ...] = (triton.reason, kernels._default)

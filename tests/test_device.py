@@ -1,6 +1,7 @@
 """`--device cuda` on an emulated GPU: calibrating and quantizing give what they give on the CPU."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from emulated_cuda import emulated_cuda
 from small_models import ATTENDING, DATA, golden_check_here, save
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import qtool
 from qtool import pipeline, spill
@@ -16,6 +18,7 @@ from qtool.calibrate.observers import OBSERVERS
 from qtool.errors import InputError
 from qtool.inspection import inspect
 from qtool.spill import SpilledStates
+from qtool.stream import Stream
 
 BERT, LLAMA = "BertForSequenceClassification", "LlamaForCausalLM"
 LEARNING = ("methods.zeroquant.lkd.enabled=true", "methods.zeroquant.lkd.steps=4", "calibration.batch_size=2")
@@ -78,12 +81,40 @@ def test_ibert_is_the_same_artifact(tmp_path: Path, correction: str) -> None:
     ],
     ids=["lkd", "gptq", "sensitivity", "gpfq", "smoothing"],
 )
-def test_zeroquant_is_the_same_artifact(tmp_path: Path, architecture: str, sets: tuple[str, ...]) -> None:
+def test_zeroquant_is_the_same_artifact(
+    tmp_path: Path, architecture: str, sets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients go through attention that is taken apart on a GPU; here on the CPU too, which rounds them alike."""
+    monkeypatch.setattr(Stream, "_repeatable", lambda stream: apart() if torch.is_grad_enabled() else nullcontext())
     cpu, cuda = on_both(tmp_path, architecture, "zeroquant", sets=sets)
     figures = report(cpu)["figures"]
     assert figures == report(cuda)["figures"]
     learned = [found for found in figures.values() if "lkd_after" in found]
     assert any(found["lkd_after"] < found["lkd_before"] for found in learned) == ("lkd" in str(sets))
+
+
+def apart() -> AbstractContextManager[Any]:
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def test_attention_is_taken_apart_for_gradients_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused attention adds up gradients in any order there, so that the same run would give other bytes."""
+    fused: list[tuple[str, bool]] = []
+
+    def attend(query: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        flags = torch.backends.cuda
+        fused.append((query.device.type, flags.mem_efficient_sdp_enabled() or flags.flash_sdp_enabled()))
+        assert torch.is_grad_enabled() or fused[-1][1]
+        return real(query, *args, **options)
+
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    source = save(tmp_path / "float", BERT)
+    quantized(tmp_path, "cpu", source, "zeroquant", sets=LEARNING)
+    assert set(fused) == {("cpu", True)}
+    with emulated_cuda():
+        quantized(tmp_path, "cuda", source, "zeroquant", sets=LEARNING)
+    assert {("cuda", False), ("cuda", True)} <= set(fused)
 
 
 def test_attention_codes_are_the_same_artifact(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_every_kind_of_task_is_scored(zoo: Any, task: str) -> None:
 
 MADE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
     (BERT, ("ibert",), ()),
+    ("BertModel", ("ibert",), ()),
     ("DistilBertForMaskedLM", ("ibert",), ()),
     (BERT, ("zeroquant",), ()),
     (LLAMA, ("zeroquant", "logattn"), ("weights.spec=int4:group:16",)),
@@ -93,7 +94,7 @@ MADE: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
 def test_models_go_to_the_gpu_and_back(
     tmp_path: Path, architecture: str, methods: tuple[str, ...], sets: tuple[str, ...]
 ) -> None:
-    source = save(tmp_path / "float", architecture, **ATTENDING[architecture])
+    source = save(tmp_path / "float", architecture, **ATTENDING.get(architecture, {}))
     folder, texts = quantized(tmp_path, source, *methods, sets=sets), five_texts()
     model = load(folder)
     with using("reference"):
@@ -120,6 +121,13 @@ def kept(model: Any) -> list[str]:
     """Modules with a plan or an operand, which hold tensors that have left."""
     known = ((path, vars(module).get(name)) for path, module in model.named_modules() for name in ("_plan", "_operand"))
     return [path for path, value in known if value is not None]
+
+
+def test_what_a_model_recorded_goes_when_it_moves(integer: Path) -> None:
+    model = load(integer)
+    vars(model)["_plan"] = vars(model.bert)["_plan"] = "a graph that was recorded on a GPU"
+    model.to("cpu")
+    assert kept(model) == []
 
 
 def test_half_of_it_on_the_gpu_is_no_use(integer: Path) -> None:
@@ -151,6 +159,6 @@ def test_heads_are_searched(tiny: Any, tmp_path: Path, metric: str, search: str)
     wanted = analyze_heads(tiny.model, "sst2", tmp_path / "cpu", request)
     with emulated_cuda() as gpu:
         found = analyze_heads(tiny.model, "sst2", tmp_path / "cuda", replace(request, device="cuda"))
-        assert gpu.operations > 1000
+        assert gpu.operations > 500
     apart = {name for name in wanted if found[name] != wanted[name]}
     assert apart == {"fingerprint"} and "Emulated GPU" in found["fingerprint"]["instruction set"]

@@ -29,6 +29,7 @@ COMMANDS = {
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine without a GPU, whatever this one has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     triton.reason.cache_clear()
     yield
     triton.reason.cache_clear()
@@ -93,6 +94,12 @@ def test_scores_of_another_device_are_not_kept(tiny: Any, desk: Path, qtool_comm
         devices.append((json.loads((desk / "scores.json").read_text())["settings"]["device"], ran))
     gpu_name = "cuda:0 (Emulated GPU)"
     assert devices == [("cpu", False), (gpu_name, True), (gpu_name, False)]  # the third was known
+
+
+def test_an_interpreter_of_kernels_is_no_gpu(without_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(UnavailableError, match="--device cuda: there is no GPU, and TRITON_INTERPRET=1 interprets"):
+        usable("cuda")
 
 
 def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -753,6 +753,7 @@ def test_static_scales_survive_half_precision(quantized: Quantized) -> None:
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine without a GPU, whatever this one has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     triton.reason.cache_clear()
     yield
     triton.reason.cache_clear()

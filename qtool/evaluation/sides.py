@@ -84,7 +84,9 @@ def load_sides(subjects: Sequence[Subject], exam: Exam, dtype: str, device: torc
                 f"{exam.task.name} cannot be compared"
             )
         model = load_for(item, dtype)
-        model = model if device.type == "cpu" else model.to(device)
+        if device.type != "cpu":
+            with torch.inference_mode(False), torch.no_grad():  # gradients may flow through the model later
+                model.to(device)
         model.config.use_cache = False  # nobody reads what a decoder would keep for its next token
         if getattr(model.config, "pad_token_id", None) is None:  # a decoder's classifier looks for the last other token
             model.config.pad_token_id = tokenizer.pad_token_id

@@ -109,6 +109,7 @@ def test_a_model_without_a_cache_writes_the_same(decoder: Any, alphabet: Alphabe
     def forgets(input_ids: torch.Tensor, **_: Any) -> Any:
         return CausalLMOutput(logits=decoder(input_ids=input_ids, use_cache=False).logits)
 
+    forgets.device = decoder.device  # type: ignore[attr-defined]
     assert torch.equal(texts(forgets, alphabet), texts(decoder, alphabet))
 
 

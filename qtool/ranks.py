@@ -207,9 +207,12 @@ class Group(Ranks):
 
     def leave(self) -> None:
         """Say goodbye, and wait until all have: who goes earlier would be taken for dead."""
+        import torch.distributed as dist
+
         self.exchange({})
         self._stop.set()
         self._watch.join()
+        dist.destroy_process_group()  # its threads must not outlive the interpreter
 
     def tell(self, error: BaseException) -> None:
         """Let the other ranks end with this error, unless one has ended before."""

@@ -208,7 +208,7 @@ def headers_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             yield Headers(inner)
 
     with monkeypatch.context() as patch:
-        for module in (checkpoint, artifact, pipeline):
+        for module in (checkpoint, artifact, lowering):
             patch.setattr(module, "opened", guarded)
         yield
 
@@ -440,7 +440,7 @@ def test_resume_adopts_the_recorded_threads(tiny: Any, desk: Path) -> None:
 def test_resuming_what_is_finished_does_nothing(tiny: Any, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     completed(quantize_events(str(tiny.model), recipe_of(tiny), Path("out")))
     before = files(Path("out"))
-    monkeypatch.setattr(pipeline, "_lower_all", lambda *args: pytest.fail("quantized again"))
+    monkeypatch.setattr(pipeline, "lower_all", lambda *args: pytest.fail("quantized again"))
     events = completed(quantize_events(str(tiny.model), recipe_of(tiny), Path("out"), resume=True))
     assert any("already published" in getattr(event, "message", "") for event in events)
     assert files(Path("out")) == before

@@ -150,7 +150,7 @@ def test_matrices_that_a_rule_keeps_do_not_learn(train: str, tiny: Any, desk: Pa
 
 
 @pytest.mark.parametrize(
-    ("way", "passes"), [("gptq", 2 + 4), ("weighed", 2 + 4 + 3), ("lkd", 2 + 30 * (3 + 2 / 25) / 8), ("smoothing", 0)]
+    ("way", "passes"), [("gptq", 2 + 4), ("weighed", 2 + 4 + 3), ("lkd", 1 + 30 * (3 + 2 / 25) / 8), ("smoothing", 0)]
 )
 def test_a_rehearsal_counts_what_learning_takes(
     way: str, passes: float, tiny: Any, desk: Path, qtool_command: Command

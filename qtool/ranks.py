@@ -173,7 +173,8 @@ class Group(Ranks):
 
     def told(self, value: Any) -> Any:
         """See `Ranks`."""
-        return _read(self.exchange(_written(value if self.first else None))[0])
+        found = self.exchange(_written(value if self.first else None))[0]
+        return value if self.first else _read(found)
 
     def send(self, file: Path) -> None:
         """See `Ranks`."""
@@ -293,6 +294,8 @@ def gathered(mine: Mapping[int, Any]) -> dict[int, Any]:
 
     Values are None, numbers, strings, numpy arrays of float64, and lists, tuples and dictionaries of such.
     """
+    if current().size == 1:
+        return dict(sorted(mine.items()))
     parts = [
         _read(part) for part in current().exchange(_written([[key, packed(value)] for key, value in mine.items()]))
     ]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from qtool import ranks
 from qtool.analysis.search import NOTHING, Head, Heads
 from qtool.anatomy import known_blocks
 from qtool.errors import InputError
@@ -21,7 +22,7 @@ from qtool.evaluation.batches import cut
 from qtool.evaluation.divergence import row_divergences
 from qtool.evaluation.exams import Exam
 from qtool.evaluation.exams.classification import Classification
-from qtool.evaluation.sides import Side
+from qtool.evaluation.sides import Side, put_together
 from qtool.pruning import Attention, attentions
 
 Kind = Literal["score", "agreement", "kl"]
@@ -88,9 +89,12 @@ class Judge:
     long as there is room, and taken for the blocks before the first that loses a head: the same numbers, sooner.
     """
 
-    def __init__(self, exam: Exam, side: Side, kind: Kind) -> None:
-        """Raises InputError for a metric that the task does not have, or a model whose score is NaN."""
-        self.exam, self.side, self.kind = exam, side, kind
+    def __init__(self, exam: Exam, side: Side, kind: Kind, group: ranks.Ranks = ranks.ALONE) -> None:
+        """Of a `group` of ranks the first one asks, the others `serve` it, and each measures a share of the batches.
+
+        Raises InputError for a metric that the task does not have, or a model whose score is NaN.
+        """
+        self.exam, self.side, self.kind, self._group = exam, side, kind, group
         self._batches = cut(side.rows, exam.batch_size())
         self._blocks = [side.model.get_submodule(unit.modules[0]) for unit in known_blocks(side.model)]
         self._states: dict[int, list[Any]] = {}
@@ -117,15 +121,31 @@ class Judge:
 
     def measure(self, heads: Heads) -> Measured:
         """The model without `heads` on all examples."""
-        return self._measured(heads) if heads else self.whole
+        if not heads:
+            return self.whole
+        self._group.told([list(head) for head in sorted(heads)])
+        return self._measured(heads)
+
+    def serve(self) -> None:
+        """Measure what the first rank asks for, until it is done."""
+        while (asked := self._group.told(None)) is not None:
+            self._measured(frozenset((layer, head) for layer, head in asked))
+
+    def dismiss(self) -> None:
+        """Let the ranks that serve go."""
+        self._group.told(None)
+        self._group = ranks.ALONE
 
     @torch.inference_mode()
     def _measured(self, heads: Heads) -> Measured:
         empty: Any = np.empty(0)
         divergences = [empty] * len(self.side.rows) if self.kind == "kl" else []
         side = replace(self.side, collected=[None] * len(self.side.rows), divergences=divergences)
-        for number, indices in enumerate(self._batches):
-            self._batch(side, number, indices, heads)
+        mine = self._group.share(len(self._batches))
+        for number in mine:
+            self._batch(side, number, self._batches[number], heads)
+        if self._group.size > 1:
+            put_together(side, [index for number in mine for index in self._batches[number]])
         answers = self.exam.answers(side)
         score = metrics.points(self.exam.task.metric, answers, self.exam.references)
         found = self.exam.divergences(side) if divergences else []

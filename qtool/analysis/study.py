@@ -4,12 +4,13 @@ Everything found lies in one JSON value, which is handed to `write` after each p
 what was written last.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from qtool import ranks
 from qtool.analysis.attending import Attending
 from qtool.analysis.attention import HeadTally, edges, summarise
 from qtool.analysis.sweep import (
@@ -31,6 +32,7 @@ SCHEMA_VERSION = 1
 MARK = 1e-3
 """The paper's threshold: where codes begin unless asked otherwise."""
 
+P = TypeVar("P")
 Body = dict[str, Any]
 Write = Callable[[Body], None]
 
@@ -81,17 +83,29 @@ def study(
     body = _begin(variants, asked, fingerprint, known or {})
     if body["distribution"] is None:
         limits = {*asked.thresholds, *((known or {}).get("distribution") or {}).get("thresholds", ())}
-        body["float"], body["distribution"] = _float(variants), _distribution(variants, attending, sorted(limits))
+        found = _float(variants), _distribution(variants, attending, sorted(limits))
+        body["float"], body["distribution"] = ranks.current().told(list(found))
         write(body)
-    for setting in asked.settings():
-        if setting.key not in {_key(point) for point in body["points"]}:
-            body["points"].append(measure(setting, variants, attending))
-            write(body)
-    for artifact in asked.artifacts:
-        if artifact not in {found["artifact"] for found in body["artifacts"]}:
-            body["artifacts"].append(measure_artifact(artifact, variants))
-            write(body)
+    there = {_key(point) for point in body["points"]}
+    settings = [setting for setting in asked.settings() if setting.key not in there]
+    for points in _shared(settings, lambda setting: measure(setting, variants, attending)):
+        body["points"] += points
+        write(body)
+    shown = {found["artifact"] for found in body["artifacts"]}
+    artifacts = [artifact for artifact in asked.artifacts if artifact not in shown]
+    for points in _shared(artifacts, lambda artifact: measure_artifact(artifact, variants)):
+        body["artifacts"] += points
+        write(body)
     return _finished(body, asked)
+
+
+def _shared(pieces: Sequence[P], measured: Callable[[P], dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """What is measured of each piece, a round at a time in which every rank takes one."""
+    group = ranks.current()
+    for start in range(0, len(pieces), group.size):
+        mine = start + group.rank
+        found = {mine: measured(pieces[mine])} if mine < len(pieces) else {}
+        yield list(ranks.gathered(found).values())
 
 
 def require_equal(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -1,7 +1,9 @@
 """`analyze_attention`: what a model's attention is like and what it tolerates, as JSON and as a page."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +59,12 @@ def analyze_attention(
     """Study the attention of a float model on a task; `out` gets attention.json and attention.html, `png` every figure.
 
     Both files are written anew after each part that is finished, so that a run that was killed goes on with `resume`.
-    `out` is locked against other processes meanwhile.
+    `out` is locked against other processes meanwhile. Ranks share the points; the first one reads and writes `out`.
 
     Raises UsageError for what cannot be asked, InputError for a model, data or an output that cannot be used,
     UnavailableError where figures are wanted as PNG and the package for that is missing.
     """
+    from qtool import ranks
     from qtool.analysis.picture import require_renderer
     from qtool.analysis.study import study
     from qtool.device import usable
@@ -76,8 +79,9 @@ def analyze_attention(
     usable(wanted.device)
     if png:
         require_renderer()
-    with locked(folder / LOCK), torch_threads(wanted.threads):
-        known = _prepare(folder, resume=resume, overwrite=overwrite)
+    group = ranks.current()
+    with locked(folder / LOCK) if group.first else nullcontext(), torch_threads(wanted.threads):
+        known = group.told(_prepare(folder, resume=resume, overwrite=overwrite) if group.first else None)
         variants = Variants(
             model,
             chosen,
@@ -87,9 +91,12 @@ def analyze_attention(
             device=wanted.device,
             progress=progress,
         )
-        body = study(variants, asked, _fingerprint(variants, wanted), lambda part: _write(folder, part), known)
-        _write(folder, body)
-        if png:
+        fingerprint = _fingerprint(variants, wanted)
+        group.agree(fingerprint)
+        write = partial(_write, folder) if group.first else _nowhere
+        body = study(variants, asked, fingerprint, write, known)
+        write(body)
+        if png and group.first:
             _draw(folder, body)
     return body
 
@@ -126,6 +133,10 @@ def _fingerprint(variants: "Variants", wanted: AttentionRequest) -> dict[str, An
         "instruction set": instruction_set(variants.device),
         "versions": versions(),
     }
+
+
+def _nowhere(body: "Body") -> None:
+    """What ranks that do not publish do with a result."""
 
 
 def _write(folder: Path, body: "Body") -> None:

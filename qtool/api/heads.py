@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Sequence
-from contextlib import closing
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,33 +82,70 @@ def analyze_heads(
 
     Raises UsageError for an unknown task, metric or search, InputError for a model or data that cannot be used.
     """
+    from qtool import ranks
     from qtool.analysis.heads import BUDGETS, Judge
-    from qtool.analysis.kept import Kept
-    from qtool.analysis.outcome import outcome
-    from qtool.artifact import write_json
     from qtool.device import usable
     from qtool.evaluation.runner import torch_threads
     from qtool.evaluation.tasks import task as task_named
 
     usable(request.device if request else "cpu")
-    wanted, folder, chosen = request or HeadsRequest(), Path(out), task_named(task)
+    wanted, chosen, group = request or HeadsRequest(), task_named(task), ranks.current()
     kind = _known(wanted)
     budget = BUDGETS[kind] if wanted.max_drop is None else wanted.max_drop
-    _prepare(folder, resume=resume, overwrite=overwrite)  # what is there goes only when all else was found right
     report = progress or (lambda stage, done, total: None)
-    with torch_threads(wanted.threads):
+    with torch_threads(wanted.threads), _folder(Path(out)) as folder:
+        if group.first:
+            _prepare(
+                folder, resume=resume, overwrite=overwrite
+            )  # what is there goes only when all else was found right
         exams = _exams(chosen, wanted, folder)
         sides = _sides(str(model), exams, wanted, report)
-        judge = Judge(exams[0], sides[0], kind)
-        _check_knows(judge, wanted.metric)
         fingerprint = _fingerprint(sides[0], exams[0], wanted)
-        kept = Kept(folder / MEASURED, fingerprint, judge, fresh=overwrite)
-        with closing(kept):
-            if overwrite:
-                (folder / RESULT).unlink(missing_ok=True)
-            found, importance = _searched(judge, kept, report, budget, wanted)
+        group.agree(fingerprint)
+        judge = Judge(exams[0], sides[0], kind, group)
+        _check_knows(judge, wanted.metric)
+        if not group.first:
+            judge.serve()
+            return dict(group.told(None))
         asked = {"model": str(model), "metric": wanted.metric, "search": wanted.search, "max_drop": budget}
-        body = outcome(asked, judge, found, kept.found, importance, exams[1], sides[1])
+        body = _told(judge, folder, fingerprint, asked, (exams[1], sides[1]), report, wanted, fresh=overwrite)
+    return dict(group.told(body))
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """Where a rank writes: the first one into the output, another where nobody looks."""
+    from qtool import ranks
+
+    if ranks.current().first:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="qtool-") as aside:
+        yield Path(aside)
+
+
+def _told(
+    judge: "Judge",
+    folder: Path,
+    fingerprint: dict[str, Any],
+    asked: dict[str, Any],
+    held_out: "tuple[Exam, Side]",
+    report: "Progress",
+    wanted: HeadsRequest,
+    *,
+    fresh: bool,
+) -> dict[str, Any]:
+    """The search and its result, which is written."""
+    from qtool.analysis.kept import Kept
+    from qtool.analysis.outcome import outcome
+    from qtool.artifact import write_json
+
+    with closing(Kept(folder / MEASURED, fingerprint, judge, fresh=fresh)) as kept:
+        if fresh:
+            (folder / RESULT).unlink(missing_ok=True)
+        found, importance = _searched(judge, kept, report, asked["max_drop"], wanted)
+    body = outcome(asked, judge, found, kept.found, importance, *held_out)
+    judge.dismiss()
     body["fingerprint"] = fingerprint  # `headprune` looks whether its model is this one
     write_json(folder / RESULT, body, sort=False)
     return body

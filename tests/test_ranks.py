@@ -28,11 +28,15 @@ from qtool import errors, ranks
 def main():
     with ranks.joined() as group:
         {body}
+code = 0
 try:
     main()
 except errors.QtoolError as error:
     print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
+    code = error.exit_code
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)  # as the command line does
 """
 
 

@@ -178,11 +178,12 @@ def evaluate_recipe(
     """
     from qtool.artifact import report
     from qtool.checkpoint import locate
+    from qtool.ranks import current
 
     wanted = recipe.evaluate
     options = {**wanted.model_dump(exclude={"task", "data", "baseline"}), "device": device}
     baseline = wanted.baseline or locate(source, recipe.model.revision)
-    known = report(out).get("scores", []) if resume else []
+    known = current().told(report(out).get("scores", []) if resume and current().first else [])
     places = wanted.data if isinstance(wanted.data, str | None) else dict(wanted.data)
     yield from evaluations(
         out, wanted.tasks, places, baseline=baseline, known=known, progress=progress, threads=recipe.threads, **options
@@ -193,6 +194,9 @@ def record_scores(out: Path, results: Sequence["Evaluation"]) -> None:
     """Keep the scores of `qtool run` in the artifact's report and on its card."""
     from qtool import card
     from qtool.artifact import REPORT, report, write_json
+    from qtool.ranks import current
 
+    if not current().first:
+        return
     write_json(out / REPORT, {**report(out), "scores": [result.to_json() for result in results]}, sort=False)
     card.write(out)

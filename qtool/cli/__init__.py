@@ -9,7 +9,7 @@ import click
 
 from qtool import __version__
 from qtool.cli import analyze, bench, evaluate, look, quantize
-from qtool.cli.together import meeting, speaks, tell_in_json
+from qtool.cli.together import meeting, several, speaks, tell_in_json
 from qtool.errors import RESUMABLE, InterruptedRun, QtoolError, UnavailableError, UsageError
 
 CONTEXT = {
@@ -45,7 +45,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _on_signal)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, _on_signal)  # the terminal was closed
-    sys.exit(_status())
+    code = _status()
+    if several():
+        # A thread of torch.distributed that lets go of a tensor while the interpreter ends would abort the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _status() -> int:

@@ -119,9 +119,7 @@ def evaluate(context: click.Context, /, model: str | None, **params: Any) -> Non
             baseline, missing = api.baseline_for(target, required=any(map(gate.needs_baseline, metrics)))
             if missing:
                 screen.note(missing)
-        known = api.kept_results(target_file) if params["resume"] else []
-        if files:  # predictions are not among what was kept
-            known = [body for body in known if body["task"] in files and files[body["task"]].is_file()]
+        known = _known_results(target_file, files) if params["resume"] else []
         results: list[Evaluation] = []
         shown: list[tuple[str, Evaluation]] = []
         with _shown_if_interrupted(screen, shown):
@@ -147,6 +145,19 @@ def evaluate(context: click.Context, /, model: str | None, **params: Any) -> Non
         body = {**_several(results), **verdict} if several else {**results[0].to_json(), **verdict}
         console.emit_json(body, target_file)
         conclude(screen, shown, failures, target_file)
+
+
+def _known_results(target: str | None, files: dict[str, Path]) -> list[dict[str, Any]]:
+    """What an earlier run left in its JSON file, as far as it wrote the predictions that are wanted."""
+    from qtool import api
+    from qtool.ranks import current
+
+    if not current().first:
+        return list(current().told(None))
+    known = api.kept_results(target)
+    if files:  # predictions are not among what was kept
+        known = [body for body in known if body["task"] in files and files[body["task"]].is_file()]
+    return list(current().told(known))
 
 
 def _gate_of(params: dict[str, Any]) -> "Gate":
@@ -205,8 +216,9 @@ def _prediction_files(name: str | None, tasks: list[str]) -> dict[str, Path]:
 
 def _write_predictions(result: "Evaluation", file: Path | None) -> None:
     from qtool.evaluation.result import write_predictions
+    from qtool.ranks import current
 
-    if file is not None and result.predictions:  # none of a result that was kept: its file is there already
+    if file is not None and result.predictions and current().first:  # none of a kept result: its file is there already
         write_predictions(result, file)
 
 

@@ -71,9 +71,9 @@ def tell_in_json(message: str, code: int, arguments: Sequence[str]) -> None:
 
 
 def _target(arguments: Sequence[str]) -> str | None:
-    for word, following in zip(arguments, [*arguments[1:], None], strict=True):
+    for number, word in enumerate(arguments):
         if word == "--json":
-            return following
+            return next(iter(arguments[number + 1 :]), None)
         if word.startswith("--json="):
             return word.removeprefix("--json=")
     return None

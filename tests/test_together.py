@@ -1,0 +1,218 @@
+"""Commands on two ranks: the same bytes and the same scores as on one, and one clear end when a rank fails or dies."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from qtool.cli import together
+from qtool.errors import UsageError
+from qtool.rundir import beside
+
+Command = Callable[..., Any]
+LEARNING = ("-c", "zeroquant-w8a8", "--set", "methods.zeroquant.lkd=true")
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(x) for key, x in value.items() if key not in ("seconds", "speed_ratio")}
+    return [without_times(x) for x in value] if isinstance(value, list) else value
+
+
+def read(file: str) -> Any:
+    return without_times(json.loads(Path(file).read_text("utf-8")))
+
+
+def made(folder: str) -> tuple[bytes, bytes]:
+    return tuple((Path(folder) / name).read_bytes() for name in ("model.safetensors", "config.json"))  # type: ignore[return-value]
+
+
+def data_of(tiny: Any) -> tuple[str, ...]:
+    return ("--task", "sst2", "--data", str(tiny.data), "--batch-size", "8", "--threads", "1")
+
+
+def learned(tiny: Any, out: str, *more: str, steps: int = 4) -> tuple[str, ...]:
+    count = ("--set", f"methods.zeroquant.lkd.steps={steps}", "--num-samples", "60")
+    return ("quantize", str(tiny.model), *LEARNING, *count, *data_of(tiny), "-o", out, *more)
+
+
+class Agents:
+    """Two torchrun agents, each as it runs on a host of its own, that meet on the loopback."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            place = f"127.0.0.1:{free.getsockname()[1]}"
+        launch = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", place)
+        command = [sys.executable, "-m", "torch.distributed.run", *launch, "-m", "qtool", *arguments]
+        self.hosts = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
+        ]
+
+    def ends(self) -> list[tuple[int, str, str]]:
+        """Of each its exit code, stdout and stderr."""
+        try:
+            return [(host.wait(200), *host.communicate()) for host in self.hosts]
+        finally:
+            for host in self.hosts:
+                host.kill()
+
+
+def test_two_hosts_teach_the_blocks_of_a_model(tiny: Any, desk: Path, qtool_command: Command) -> None:
+    assert qtool_command(*learned(tiny, "one")).code == 0
+    ends = Agents(learned(tiny, "two")).ends()
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert made("one") == made("two")
+    said = [out for _, out, _ in ends if out]
+    assert len(said) == 1 and "two: " in said[0]  # one rank speaks
+    figures = [json.loads((Path(name) / "qtool.json").read_text("utf-8"))["figures"] for name in ("one", "two")]
+    assert figures[0] == figures[1] and any("lkd_after" in found for found in figures[0].values())
+
+
+def test_two_ranks_score_together(tiny: Any, desk: Path, qtool_command: Command) -> None:
+    asked = ("eval", tiny.model, *data_of(tiny), "--baseline", tiny.model, "--allow-weak-baseline")
+    for name, more in (("one", ()), ("two", ("--jobs", "2"))):
+        ended = qtool_command(*asked, "--json", f"{name}.json", "--predictions", f"{name}.jsonl", *more)
+        assert ended.code == 0, ended.err
+    assert read("one.json") == read("two.json")
+    assert Path("one.jsonl").read_bytes() == Path("two.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--max-memory", "1GB")])
+def test_two_ranks_calibrate_together(tiny: Any, desk: Path, qtool_command: Command, options: tuple[str, ...]) -> None:
+    for name, more in (("one", ()), ("two", ("--jobs", "2"))):
+        asked = ("calibrate", tiny.model, "--method", "ibert", *data_of(tiny), "-o", name, *options)
+        assert qtool_command(*asked, *more).code == 0
+    assert Path("one").read_bytes() == Path("two").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [("--method", "ibert"), ("--method", "logattn"), ("-c", "zeroquant-w8a8-static"), ("-c", "zeroquant-w4a16")],
+)
+def test_every_kind_of_recipe(tiny: Any, desk: Path, qtool_command: Command, recipe: tuple[str, ...]) -> None:
+    """Blocks that build on each other, a recipe without codes, statistics, rounding with data."""
+    for name, more in (("one", ()), ("two", ("--jobs", "2"))):
+        ended = qtool_command("quantize", tiny.model, *recipe, *data_of(tiny), "-o", name, *more)
+        assert ended.code == 0, ended.err
+    assert made("one") == made("two")
+
+
+@pytest.mark.slow
+def test_two_ranks_study_together(tiny: Any, desk: Path, qtool_command: Command) -> None:
+    for name, more in (("one", ()), ("two", ("--jobs", "2"))):
+        attention = ("--thresholds", "0.01,0.1", "--bits", "3", "--allow-weak-baseline", "-o", name)
+        ended = qtool_command("analyze", "attention", tiny.model, *data_of(tiny), *attention, *more)
+        assert ended.code == 0, ended.err
+        heads = ("--metric", "agreement", "--max-evaluations", "6", "-o", f"{name}-heads")
+        ended = qtool_command("analyze", "heads", tiny.model, *data_of(tiny), *heads, *more)
+        assert ended.code == 0, ended.err
+    assert read("one/attention.json") == read("two/attention.json")
+    assert read("one-heads/heads.json") == read("two-heads/heads.json")
+
+
+@pytest.mark.slow
+def test_a_recipe_with_its_gate(tiny: Any, desk: Path, qtool_command: Command) -> None:
+    Path("recipe.yaml").write_text(
+        f"model: {{name: {tiny.model}}}\nmethods: [zeroquant]\nthreads: 1\n"
+        f"evaluate: {{task: sst2, data: {tiny.data}, allow_weak_baseline: true}}\ngate: {{min_score: 99.9}}\n"
+    )
+    for name, more in (("one", ()), ("two", ("--jobs", "2"))):
+        ended = qtool_command("run", "recipe.yaml", "-o", name, "--json", f"{name}.json", *more)
+        assert ended.code == 5, ended.err
+    assert made("one") == made("two")
+    one, two = (json.loads(Path(f"{name}.json").read_text("utf-8")) for name in ("one", "two"))
+    assert without_times(one["evaluate"]) != {} and one["gate"] == two["gate"] and not one["gate"]["passed"]
+
+
+def test_an_error_is_said_once_with_its_code(desk: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "qtool",
+        "eval",
+        "nowhere",
+        "--task",
+        "sst2",
+        "--json",
+        "result.json",
+        "--jobs",
+        "2",
+    ]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 3 and ended.stdout == ""
+    assert ended.stderr.count("no model at ./nowhere") == 1 and "Traceback" not in ended.stderr
+    assert json.loads(Path("result.json").read_text("utf-8"))["exit_code"] == 3
+
+
+def learners(parent: int) -> list[psutil.Process]:
+    """The ranks that a process has started, by rank."""
+    children = psutil.Process(parent).children(recursive=True)
+    ranks = [(child.environ().get("RANK"), child) for child in children]
+    return [child for rank, child in sorted(ranks, key=lambda pair: str(pair[0])) if rank is not None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_all_and_one_rank_goes_on(
+    tiny: Any, desk: Path, qtool_command: Command, victim: int
+) -> None:
+    steps = 400
+    command = [sys.executable, "-m", "qtool", *learned(tiny, "two", "--jobs", "2", steps=steps)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    shard = beside(Path("two"), "run") / "embeddings.safetensors"
+    deadline = time.monotonic() + 120
+    while not shard.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(1)  # into the first round of blocks
+    learners(process.pid)[victim].send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    _, said = process.communicate(timeout=90)
+    assert time.monotonic() - started < 60
+    assert process.returncode == 4
+    assert f"rank {victim} was ended by SIGKILL" in said and "--resume" in said and "Traceback" not in said
+    assert not Path("two").exists()
+    assert qtool_command(*learned(tiny, "two", "--resume", steps=steps)).code == 0
+    assert qtool_command(*learned(tiny, "one", steps=steps)).code == 0
+    assert made("one") == made("two")
+
+
+def test_what_runs_in_one_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    together.alone("bench")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UsageError, match="bench runs in one process; leave out torchrun"):
+        together.alone("bench")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "target"),
+    [([], None), (["--json", "a"], "a"), (["--json=b", "x"], "b"), (["--json"], None), (["-o", "--json", "-"], "-")],
+)
+def test_where_json_goes(arguments: list[str], target: str | None) -> None:
+    assert together._target(arguments) == target
+
+
+def test_a_failure_in_json_never_replaces_results(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    Path("kept.json").write_text("{}")
+    for target in ("kept.json", "new.json", "-", "nowhere/new.json"):
+        together.tell_in_json("it failed", 4, ["eval", "--json", target])
+    wanted = {"schema_version": 1, "error": "it failed", "exit_code": 4}
+    assert Path("kept.json").read_text() == "{}" and json.loads(Path("new.json").read_text()) == wanted
+    assert json.loads(capsys.readouterr().out) == wanted
+    monkeypatch.setenv("RANK", "1")
+    together.tell_in_json("it failed", 4, ["--json", "other.json"])
+    assert sorted(os.listdir()) == ["kept.json", "new.json"]

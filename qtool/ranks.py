@@ -26,7 +26,7 @@ from safetensors.torch import load, save
 
 from qtool.errors import RESUMABLE, InputError, QtoolError, UnavailableError
 
-BEAT = 2.0
+BEAT = 1.0
 """Seconds between two signs of life."""
 LOST = 30.0
 """Seconds without one after which a rank is taken for dead."""
@@ -219,10 +219,15 @@ class Group(Ranks):
         """Let the other ranks end with this error, unless one has ended before."""
         self._stop.set()
         code, message = ending(error)
-        note = json.dumps({"rank": self.rank, "code": code, "message": message})
+        self._note(self._store, self.rank, code, message)
+
+    @staticmethod
+    def _note(store: Any, rank: int, code: int, message: str) -> None:
+        """Say what ended a rank, unless one has ended before, and give the others time to read it."""
+        note = json.dumps({"rank": rank, "code": code, "message": message})
         try:
-            self._store.compare_set(_ENDED, "", note)
-            time.sleep(2 * BEAT)  # the store may be this process's: others must have read it
+            store.compare_set(_ENDED, "", note)
+            time.sleep(2 * BEAT)  # the store may be this process's
         except RuntimeError:  # whoever kept the store is gone, and with it all ranks that could be told
             return
 
@@ -257,12 +262,14 @@ class Group(Ranks):
                 if not self._stop.is_set():
                     self._end(f"rank {found['rank']}: {found['message']}", found["code"], found["rank"])
             elif silent:
-                self._end(f"rank {silent[0]} is gone; {RESUMABLE}", UnavailableError.exit_code, silent[0])
+                code, message = UnavailableError.exit_code, f"it is gone; {RESUMABLE}"
+                self._note(store, silent[0], code, message)
+                self._end(f"rank {silent[0]}: {message}", code, silent[0])
 
     def _silent(self, store: Any, seen: dict[int, tuple[bytes, float]]) -> list[int]:
-        """Ranks without a sign of life for too long."""
+        """Ranks without a sign of life for too long. The first one looks at all, the others at the first."""
         now = time.monotonic()
-        for rank in range(self.size):
+        for rank in range(self.size) if self.first else (0,):
             key = f"beat {rank}"
             beat = store.get(key) if store.check([key]) else b""
             if rank not in seen or seen[rank][0] != beat:

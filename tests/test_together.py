@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from qtool import cli
 from qtool.cli import together
 from qtool.errors import UsageError
 from qtool.rundir import beside
@@ -191,6 +192,18 @@ def test_what_runs_in_one_process_says_so(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_where_json_goes(arguments: list[str], target: str | None) -> None:
     assert together._target(arguments) == target
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        ("eval m --task sst2 --jobs 3", 3), ("eval --jobs=2 m", 2), ("analyze heads m --jobs 4 -o x", 4), ("eval m", 1),
+        ("eval m --jobs 0", 1), ("eval m --jobs many", 1), ("eval m --jobs", 1), ("bench m --jobs 2", 1),
+        ("nothing --jobs 2", 1),        ("", 1), ("--jobs 2", 1),
+    ],
+)  # fmt: skip
+def test_how_many_processes_are_asked_for(arguments: str, count: int) -> None:
+    assert together.jobs_of(cli.cli, arguments.split()) == count
 
 
 def test_a_failure_in_json_never_replaces_results(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

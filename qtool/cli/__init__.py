@@ -9,7 +9,7 @@ import click
 
 from qtool import __version__
 from qtool.cli import analyze, bench, evaluate, look, quantize
-from qtool.cli.together import meeting, several, speaks, tell_in_json
+from qtool.cli.together import jobs_of, meeting, several, speaks, tell_in_json
 from qtool.errors import RESUMABLE, InterruptedRun, QtoolError, UnavailableError, UsageError
 
 CONTEXT = {
@@ -56,6 +56,10 @@ def main() -> None:
 
 def _status() -> int:
     try:
+        if (count := jobs_of(cli, sys.argv[1:])) > 1:
+            from qtool import jobs
+
+            return jobs.run(count, sys.argv[1:])
         with meeting():
             ended = cli.main(prog_name="qtool", standalone_mode=False)
     except (QtoolError, InterruptedRun) as error:

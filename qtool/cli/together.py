@@ -71,27 +71,35 @@ def tell_in_json(message: str, code: int, arguments: Sequence[str]) -> None:
 
 
 def _target(arguments: Sequence[str]) -> str | None:
+    return _value(arguments, "--json")
+
+
+def _value(arguments: Sequence[str], option: str) -> str | None:
+    """What an option is given on a command line; the first time, as text."""
     for number, word in enumerate(arguments):
-        if word == "--json":
+        if word == option:
             return next(iter(arguments[number + 1 :]), None)
-        if word.startswith("--json="):
-            return word.removeprefix("--json=")
+        if word.startswith(f"{option}="):
+            return word.removeprefix(f"{option}=")
     return None
 
 
-def _on_ranks(context: click.Context, option: click.Parameter, count: int | None) -> None:
-    """Let `--jobs` processes run the same command, and exit as it does."""
-    if count is None or count == 1 or several() or context.resilient_parsing:
-        return
-    from qtool import jobs
-
-    context.exit(jobs.run(count, sys.argv[1:]))
-
-
 jobs_option = click.option(
-    "--jobs", metavar="N", type=click.IntRange(1, 1024), callback=_on_ranks, is_eager=True, expose_value=False,
+    "--jobs", metavar="N", type=click.IntRange(1, 1024), expose_value=False,
     help="Processes that share the work on this machine.",
 )  # fmt: skip
+
+
+def jobs_of(group: click.Group, arguments: Sequence[str]) -> int:
+    """How many processes a command line asks for with `--jobs`; 1 where it is wrong, which click will say."""
+    command = group.commands.get(arguments[0]) if arguments else None
+    if isinstance(command, click.Group):
+        return jobs_of(command, arguments[1:])
+    count = _value(arguments, "--jobs")
+    if several() or count is None or not count.isdecimal() or not 1 <= int(count) <= 1024:
+        return 1
+    known = command is not None and any("--jobs" in option.opts for option in command.params)
+    return int(count) if known else 1
 
 
 def alone(what: str) -> None:

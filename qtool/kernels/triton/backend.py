@@ -13,7 +13,7 @@ import torch
 from qtool.kernels import reference
 from qtool.kernels.codebook import WholeCodebook
 from qtool.kernels.reference import Reference, Rescale
-from qtool.kernels.triton import launch
+from qtool.kernels.triton import float_launch, launch
 from qtool.kernels.triton.launch import Coding, Count, Heads, Layer, Norm
 
 
@@ -25,15 +25,16 @@ class Operand:
     """
 
     codes: torch.Tensor
+    width: int
     row_sums: torch.Tensor
     correction: torch.Tensor
     """What codes of non-negative rows lack (math.md, 3.5)."""
 
     @classmethod
-    def of(cls, codes: torch.Tensor) -> "Operand":
-        """From int8 codes in rows."""
+    def of(cls, codes: torch.Tensor, width: int) -> "Operand":
+        """From int8 codes in rows, of which `width` share a scale."""
         sums = codes.sum(1, dtype=torch.int32)
-        return cls(codes.contiguous(), sums, sums * reference.QMAX)
+        return cls(codes.contiguous(), width, sums, sums * reference.QMAX)
 
 
 @contextmanager
@@ -53,11 +54,43 @@ class Triton(Reference):
 
     def prepare(self, codes: torch.Tensor, shape: tuple[int, int], width: int | None = None) -> Any:
         """The codes in rows, with their sums."""
-        return Operand.of(reference.whole_codes(codes, shape))
+        return Operand.of(reference.whole_codes(codes, shape), min(width or shape[1], shape[1]))
 
     def row_sums(self, operand: Operand) -> torch.Tensor:  # type: ignore[override]
         """int32 `[out]`."""
         return operand.row_sums
+
+    def int8_linear(
+        self,
+        x: torch.Tensor,
+        operand: Operand,  # type: ignore[override]
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        act_scale: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Reference.int8_linear`; the same bits. Codes pass no gradient on."""
+        x = x.detach().contiguous()
+        if not len(x):
+            return x.new_empty((0, len(operand.codes)))
+        with on(x):
+            codes, scales = float_launch.tokens(x, act_scale)
+            return float_launch.linear(codes, scales, operand.codes, operand.width, weight_scale, weight_offset, bias)
+
+    def code_linear(
+        self,
+        x: torch.Tensor,
+        operand: reference.Codes,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Reference.code_linear`; codes are read where they are stored."""
+        x = x.detach().contiguous()
+        if not len(x):
+            return x.new_empty((0, operand.shape[0]))
+        with on(x):
+            return float_launch.code_linear(x, operand, weight_scale, weight_offset, bias)
 
     @staticmethod
     def quantize_rows(x: torch.Tensor, *, unsigned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,6 +60,22 @@ def tile(rows: int, outputs: int) -> Tile:
     return next((found for found in reversed(tiles) if found.m >= rows), tiles[-1])
 
 
+def float_tile(rows: int) -> tuple[int, int, int, int]:
+    """Rows, outputs and inputs of a program that multiplies floats, and its warps.
+
+    The order of its sums depends on these: one table for all machines of a generation, whatever else they have.
+    """
+    if interpreted():
+        return 16, 32, 32, 4
+    return (16, 64, 32, 4) if rows <= 16 else (64, 64, 32, 4) if rows <= 64 else (128, 64, 32, 8)
+
+
+def pieces(panels: int, tiles: int, least: int) -> int:
+    """Into how many stretches sums are cut, so that every multiprocessor has work and none has less than `least`."""
+    wanted = -(-4 * machine()[1] // panels)
+    return max(1, min(wanted, tiles // least))
+
+
 def power_of_two(n: int) -> int:
     """The least that is not below n."""
     return 1 << max(0, n - 1).bit_length()

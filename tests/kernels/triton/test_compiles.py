@@ -39,6 +39,19 @@ def test_integer_kernels(capability: int, tmp_path: Path) -> None:
         assert [form["floats"] for form in forms] == [[]] * len(forms), name
 
 
+@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+def test_linear_kernels(capability: int, tmp_path: Path) -> None:
+    """Each step of an INT8 layer's scales is one operation: nothing is fused, nothing divided approximately."""
+    found = compiled("linear_calls", capability, tmp_path)
+    assert found.keys() == {"tokens_kernel", "float_linear_kernel", "matrix_kernel", "vector_kernel"}
+    for name, forms in found.items():
+        assert all(form["tensor_cores"] == (name in ("float_linear_kernel", "matrix_kernel")) for form in forms), name
+        words = {word for form in forms for word in form["floats"]}
+        if name in ("tokens_kernel", "float_linear_kernel"):
+            assert not [word for word in words if word.startswith(("fma", "div.full", "div.approx", "rcp"))], words
+    assert any(word.startswith("div.rn") for form in found["tokens_kernel"] for word in form["floats"])
+
+
 def test_a_float_instruction_would_be_seen(tmp_path: Path) -> None:
     """The same script on a kernel that computes with floats."""
     (tmp_path / "float_calls.py").write_text(

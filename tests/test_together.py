@@ -98,12 +98,9 @@ def test_two_ranks_calibrate_together(tiny: Any, desk: Path, qtool_command: Comm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "recipe",
-    [("--method", "ibert"), ("--method", "logattn"), ("-c", "zeroquant-w8a8-static"), ("-c", "zeroquant-w4a16")],
-)
+@pytest.mark.parametrize("recipe", [("--method", "ibert"), ("-c", "zeroquant-w8a8-static")])
 def test_every_kind_of_recipe(tiny: Any, desk: Path, qtool_command: Command, recipe: tuple[str, ...]) -> None:
-    """Blocks that build on each other, a recipe without codes, statistics, rounding with data."""
+    """Blocks that build on each other, and blocks that are lowered by statistics alone."""
     for name, more in (("one", ()), ("two", ("--jobs", "2"))):
         ended = qtool_command("quantize", tiny.model, *recipe, *data_of(tiny), "-o", name, *more)
         assert ended.code == 0, ended.err

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from qtool.kernels import reference
+from qtool.kernels import attention, reference
 from qtool.kernels.codebook import WholeCodebook
 from qtool.kernels.reference import Reference, Rescale
-from qtool.kernels.triton import launch
+from qtool.kernels.triton import float_attention, launch
 from qtool.kernels.triton.launch import Coding, Count, Heads, Layer, Norm
 
 
@@ -137,6 +137,38 @@ class Triton(Reference):
             given = Heads(heads, size, align, to_scores, to_context, grid, bits, limit, book)
             launch.attend(states, given, starts, key_starts, tokens, result)
         return result
+
+    @staticmethod
+    def int8_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        value_scale: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        book: WholeCodebook | None = None,
+        level_unit: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `attention.int8_attention`; the same bits.
+
+        Soft caps, masks that are added and heads of more than `float_attention.MAX_SIZE` channels are the reference's.
+        """
+        (batch, heads, queries, size), keys = query.shape, key.shape[2]
+        added = mask is not None and mask.dtype != torch.bool
+        if softcap is not None or added or size > float_attention.MAX_SIZE:
+            options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "book": book, "level_unit": level_unit}
+            return Reference.int8_attention(query, key, value, value_scale, mask, **options)
+        attention.check_codebook(book, level_unit, keys)
+        given = float_attention.coded(query, key, value, value_scale, scaling)
+        seen = None if mask is None else mask.expand(batch, heads, queries, keys)
+        context = torch.empty((batch, heads, queries, size), dtype=torch.float32, device=query.device)
+        codes = torch.empty((batch, heads, queries, keys), dtype=torch.uint8, device=query.device)
+        if query.numel():
+            with on(query):
+                float_attention.attend(given, seen, book, level_unit, context, codes)
+        return context.transpose(1, 2), codes
 
     @staticmethod
     def integer_gelu(

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from qtool.kernels import attention
 from qtool.kernels.codebook import EDGE_BITS, WholeCodebook
+from qtool.kernels.reference import QMAX
 from qtool.kernels.triton import tuning
 from qtool.kernels.triton.attention import LEVELS, PLAIN, PRUNED
 
@@ -24,16 +25,16 @@ MAX_SIZE = 256
 _PLAIN = tl.constexpr(PLAIN)
 _PRUNED = tl.constexpr(PRUNED)
 _LEVELS = tl.constexpr(LEVELS)
-_QMAX = tl.constexpr(attention.QMAX)
+_QMAX = tl.constexpr(QMAX)
 _TOP_CODE = tl.constexpr(attention.LEVELS)
-_LARGEST = tl.constexpr(attention._LARGEST)
-_DIGIT_BITS = tl.constexpr(attention._DIGIT_BITS)
-_DIGIT_MASK = tl.constexpr((1 << attention._DIGIT_BITS) - 1)
+_LARGEST = tl.constexpr(attention.LARGEST)
+_DIGIT_BITS = tl.constexpr(attention.DIGIT_BITS)
+_DIGIT_MASK = tl.constexpr((1 << attention.DIGIT_BITS) - 1)
 _EDGE_BITS = tl.constexpr(EDGE_BITS)
 _EDGE_MASK = tl.constexpr((1 << EDGE_BITS) - 1)
-_LOWEST = tl.constexpr(attention._LOWEST)
-_EXP2 = tl.constexpr(attention._EXP2)
-_DEGREE = tl.constexpr(len(attention._EXP2))
+_LOWEST = tl.constexpr(attention.LOWEST)
+_EXP2 = tl.constexpr(attention.EXP2)
+_DEGREE = tl.constexpr(len(attention.EXP2))
 _INFINITY = tl.constexpr(math.inf)
 _NAN = tl.constexpr(math.nan)
 
@@ -53,7 +54,7 @@ def float_attention_kernel(
 
     int8 `query` `[texts, groups, rows, size]`, `key` `[texts, groups, keys, size]`, `value` `[texts, groups, size,
     value_step]` with the keys in a row; float32 `unit` and `key_unit` are what their rows are worth, in octaves, NaN
-    where they are not numbers. `value_sums` int32 `[texts, groups, size]` is read where codes, less 127, are multiplied.
+    where they are not numbers. `value_sums` int32 `[texts, groups, size]` are read where codes, less 127, are mixed.
     `mask` uint8, if any, has the strides `mask_*`. The codebook's `edges` `[heads, edge_count]`, `levels`
     `[heads, edge_count + 1]`, and `factor` float32 `[heads]` or None. `context` float32 `[texts, groups, rows, size]`,
     `codes` uint8 `[texts, groups, rows, keys]`.
@@ -219,11 +220,10 @@ def coded(
     """From floats, as `attention.int8_attention` is given them."""
     (q, k, v), unit, key_unit = attention.quantized(query, key, value, value_scale, scaling)
     # A tensor core reads integers along the keys; rows of whole vectors can be copied as such.
-    columns = torch.nn.functional.pad(v.mT, (0, -v.shape[2] % 16)).contiguous()
+    columns = torch.nn.functional.pad(v.mT, (0, -v.shape[2] % 16))
     sums = v.sum(2, dtype=torch.int32)
-    return Coded(
-        q.contiguous(), k.contiguous(), columns, unit.contiguous(), key_unit.contiguous(), sums, value_scale.contiguous()
-    )
+    parts = (q, k, columns, unit, key_unit, sums, value_scale)
+    return Coded(*(part.contiguous() for part in parts))
 
 
 def attend(
@@ -245,14 +245,14 @@ def attend(
             levels = levels.contiguous()
             if not book.renormalize:
                 assert level_unit is not None  # see attention.check_codebook
-                factor = level_unit * float(attention._LARGEST if book.relative else 1)
+                factor = level_unit * float(attention.LARGEST if book.relative else 1)
     seen = None if mask is None else mask.view(torch.uint8)
     steps = (0, 0, 0, 0) if seen is None else seen.stride()
     cut = tuning.sweep(shared * queries, size)
     float_attention_kernel[(-(-shared * queries // cut.m), groups, batch)](
         *given, seen, *steps, edges, levels, factor, count, context, codes,
         queries, keys, size, shared, given.value.shape[3],
-        KIND=kind, BITS=attention._FRACTION_BITS if book is None else attention._CODED_BITS,
+        KIND=kind, BITS=attention.FRACTION_BITS if book is None else attention.CODED_BITS,
         RELATIVE=book is not None and book.relative, RENORMALIZE=book is not None and book.renormalize,
         BLOCK_M=cut.m, BLOCK_N=cut.n, SIZE=max(32, tuning.power_of_two(size)),
         num_warps=cut.warps, enable_fp_fusion=False,

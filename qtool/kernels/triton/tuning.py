@@ -96,4 +96,5 @@ def sweep(rows: int, size: int) -> Window:
     if interpreted():
         return Window(16, 32, False, 4)
     m = max(16, min(64, power_of_two(rows)))
-    return Window(m, 64, False, 8 if m * size > 64 * 64 else 4)
+    # Where the sums of a product lie among the operands of the next, more keys would spill; see also shared memory.
+    return Window(m, 64 if machine()[0] in (9, 10) else 32, False, 8 if m * size > 64 * 64 else 4)

@@ -96,5 +96,5 @@ def sweep(rows: int, size: int) -> Window:
     if interpreted():
         return Window(16, 32, False, 4)
     m = max(16, min(64, power_of_two(rows)))
-    # Where the sums of a product lie among the operands of the next, more keys would spill; see also shared memory.
-    return Window(m, 64 if machine()[0] in (9, 10) else 32, False, 8 if m * size > 64 * 64 else 4)
+    # Other generations than 9 hold operands of int8 products in registers, where more keys would not fit.
+    return Window(m, 64 if machine()[0] == 9 else 32, False, 8 if m * size > 64 * 64 else 4)

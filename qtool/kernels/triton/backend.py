@@ -1,6 +1,8 @@
 """The triton backend: the reference's integers from kernels on a GPU.
 
-Small and rare operations are the reference's own, which computes wherever its tensors are.
+Small and rare operations are the reference's own, which computes wherever its tensors are. So is `coded_attention`:
+its products are float64, which few GPUs have tensor cores for, and where one product's result goes into the next Triton
+3.7 fails to compile some of its forms.
 """
 
 from collections.abc import Iterator

@@ -176,7 +176,10 @@ def _weights(scores: tl.tensor, there: tl.tensor, top: tl.tensor, BITS: tl.const
 
 @triton.jit
 def _exp2(x: tl.tensor) -> tl.tensor:
-    """See `attention.exp2`: the same steps."""
+    """See `attention.exp2`: the same steps.
+
+    Floor flushes denormal numbers to zero, where it would give -1: x + 1/2 is none, as x has 24 bits.
+    """
     whole = tl.floor(x + 0.5)
     rest = x - whole
     result = rest * _EXP2[_DEGREE - 1]

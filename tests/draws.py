@@ -19,6 +19,9 @@ class Draw:
         drawn[..., ::5] = 127  # extremes, where sums are largest
         return drawn
 
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
     def ratios(self, low: float, high: float, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
         exponent = torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low
         sign = self.integers(0, 1, *shape) * 2 - 1

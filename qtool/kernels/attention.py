@@ -43,14 +43,14 @@ MAX_SIZE = 133_144
 """Channels that a head may have: |Σ query · key| ≤ 127² · size within int32."""
 MAX_CODED_KEYS = 1 << 16
 """Keys that a row may have with a codebook: its sum of weights must stay within 2^38."""
-_FRACTION_BITS = 8  # places behind the point that a probability has while its rounding error is carried
-_CODED_BITS = 14  # the same where a codebook looks at it; half a unit more is still exact in float32
-_LARGEST = LEVELS << _CODED_BITS
-_DIGIT_BITS = 7
+FRACTION_BITS = 8  # places behind the point that a probability has while its rounding error is carried
+CODED_BITS = 14  # the same where a codebook looks at it; half a unit more is still exact in float32
+LARGEST = LEVELS << CODED_BITS
+DIGIT_BITS = 7
 INT32 = (1 << 31) - 1
 LOG2_E = math.log2(math.e)
-_LOWEST = -24.0  # 2^-24 of the largest weight is less than half a unit of either
-_EXP2 = (0.6931471880, 0.2402265092, 0.0555035710, 0.0096180567, 0.0013390867, 0.0001546145)  # (2^x - 1) / x
+LOWEST = -24.0  # 2^-24 of the largest weight is less than half a unit of either
+EXP2 = (0.6931471880, 0.2402265092, 0.0555035710, 0.0096180567, 0.0013390867, 0.0001546145)  # (2^x - 1) / x
 _PIECE = 1 << 16  # scores at a time: their copies stay in the cache
 
 
@@ -95,9 +95,9 @@ def int8_attention(
             scores = products[part].float().mul_(units[part]).mul_(k_unit[at])
             scores = capped(scores, softcap) if softcap is not None else scores
             scores = scores if allowed is None else masked(scores, allowed[at][part])
-            weights, alive = _weights(scores, _FRACTION_BITS if coder is None else _CODED_BITS)
+            weights, alive = _weights(scores, FRACTION_BITS if coder is None else CODED_BITS)
             if coder is None:
-                codes[at][part] = found = _diffused(weights, _FRACTION_BITS)
+                codes[at][part] = found = _diffused(weights, FRACTION_BITS)
                 mixed = values.mean(found)
             else:
                 codes[at][part], mixed = coder.encode(weights, values)
@@ -166,7 +166,7 @@ def _weights(scores: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     top = scores.amax(-1, keepdim=True)
     top.masked_fill_(top == -torch.inf, 0)
     alive = top.mul(0)
-    weights = exp2(scores.sub_(top).nan_to_num_(0).clamp_(_LOWEST, 0)).mul_(LEVELS << bits).add_(0.5)
+    weights = exp2(scores.sub_(top).nan_to_num_(0).clamp_(LOWEST, 0)).mul_(LEVELS << bits).add_(0.5)
     return weights.floor_().int(), alive
 
 
@@ -202,9 +202,9 @@ class _Values(NamedTuple):
 
     def under(self, levels: torch.Tensor) -> torch.Tensor:
         """The sum of int32 `levels` `[..., keys]` of up to two digits by values: float32 `[..., size]`."""
-        low, high = levels & ((1 << _DIGIT_BITS) - 1), levels >> _DIGIT_BITS
+        low, high = levels & ((1 << DIGIT_BITS) - 1), levels >> DIGIT_BITS
         acc = self.products(low.to(torch.int8))
-        return (acc.add_(self.products(high.to(torch.int8)), alpha=1 << _DIGIT_BITS) if high.any() else acc).float()
+        return (acc.add_(self.products(high.to(torch.int8)), alpha=1 << DIGIT_BITS) if high.any() else acc).float()
 
 
 class _Coder(NamedTuple):
@@ -219,16 +219,16 @@ class _Coder(NamedTuple):
         if book.levels is None or book.renormalize:
             return cls(book[mine], None)
         assert level_unit is not None  # see check_codebook
-        return cls(book[mine], level_unit[mine].view(-1, 1, 1) * float(_LARGEST if book.relative else 1))
+        return cls(book[mine], level_unit[mine].view(-1, 1, 1) * float(LARGEST if book.relative else 1))
 
     def encode(self, weights: torch.Tensor, values: _Values) -> tuple[torch.Tensor, torch.Tensor]:
         """uint8 codes of int32 weights `[heads, rows, keys]`, and what they stand for times values."""
         book, total = self.book, _sum(weights)
-        found = book.codes(weights, torch.full_like(total, _LARGEST) if book.relative else total)
+        found = book.codes(weights, torch.full_like(total, LARGEST) if book.relative else total)
         standing = book.standing(found, weights)
         kept = _sum(standing)
         if book.levels is None:
-            codes = _diffused(standing, _CODED_BITS)
+            codes = _diffused(standing, CODED_BITS)
             mean = values.mean(codes)
             return codes, mean if book.renormalize else mean.mul_(kept.float() / total.clamp_min(1).float())
         mixed = values.under(standing)
@@ -249,8 +249,8 @@ def exp2(x: torch.Tensor) -> torch.Tensor:
     """
     whole = x.add(0.5).floor_()
     rest = x - whole
-    result = torch.full_like(x, _EXP2[-1])
-    for coefficient in reversed((1.0, *_EXP2[:-1])):
+    result = torch.full_like(x, EXP2[-1])
+    for coefficient in reversed((1.0, *EXP2[:-1])):
         result.mul_(rest).add_(coefficient)
     power = whole.int().add_(127).bitwise_left_shift_(23).view(torch.float32)
     return result.mul_(power)

@@ -1,6 +1,8 @@
 """The triton backend: the reference's integers from kernels on a GPU.
 
-Small and rare operations are the reference's own, which computes wherever its tensors are.
+Small and rare operations are the reference's own, which computes wherever its tensors are. So is `coded_attention`:
+its products are float64, which few GPUs have tensor cores for, and where one product's result goes into the next Triton
+3.7 fails to compile some of its forms.
 """
 
 from collections.abc import Iterator
@@ -10,10 +12,10 @@ from typing import Any
 
 import torch
 
-from qtool.kernels import reference
+from qtool.kernels import attention, reference
 from qtool.kernels.codebook import WholeCodebook
 from qtool.kernels.reference import Reference, Rescale
-from qtool.kernels.triton import float_launch, launch
+from qtool.kernels.triton import float_attention, float_launch, launch
 from qtool.kernels.triton.launch import Coding, Count, Heads, Layer, Norm
 
 
@@ -170,6 +172,38 @@ class Triton(Reference):
             given = Heads(heads, size, align, to_scores, to_context, grid, bits, limit, book)
             launch.attend(states, given, starts, key_starts, tokens, result)
         return result
+
+    @staticmethod
+    def int8_attention(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        value_scale: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        book: WholeCodebook | None = None,
+        level_unit: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `attention.int8_attention`; the same bits.
+
+        Soft caps, masks that are added and heads of more than `float_attention.MAX_SIZE` channels are the reference's.
+        """
+        (batch, heads, queries, size), keys = query.shape, key.shape[2]
+        added = mask is not None and mask.dtype != torch.bool
+        if softcap is not None or added or size > float_attention.MAX_SIZE:
+            options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "book": book, "level_unit": level_unit}
+            return Reference.int8_attention(query, key, value, value_scale, mask, **options)
+        attention.check_codebook(book, level_unit, keys)
+        given = float_attention.coded(query, key, value, value_scale, scaling)
+        seen = None if mask is None else mask.expand(batch, heads, queries, keys)
+        context = torch.empty((batch, heads, queries, size), dtype=torch.float32, device=query.device)
+        codes = torch.empty((batch, heads, queries, keys), dtype=torch.uint8, device=query.device)
+        if query.numel():
+            with on(query):
+                float_attention.attend(given, seen, book, level_unit, context, codes)
+        return context.transpose(1, 2), codes
 
     @staticmethod
     def integer_gelu(

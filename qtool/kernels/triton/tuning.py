@@ -105,3 +105,12 @@ def window(tokens: int, *, coded: bool) -> Window:
     if tokens <= longest:
         return Window(64 if tokens > 32 else 32, max(32, power_of_two(tokens)), True, 8 if tokens > 64 else 4)
     return Window(64, 64, False, 8)
+
+
+def sweep(rows: int, size: int) -> Window:
+    """For attention with float scores: so many rows that share keys, heads of so many channels."""
+    if interpreted():
+        return Window(16, 32, False, 4)
+    m = max(16, min(64, power_of_two(rows)))
+    # Other generations than 9 hold operands of int8 products in registers, where more keys would not fit.
+    return Window(m, 64 if machine()[0] == 9 else 32, False, 8 if m * size > 64 * 64 else 4)

@@ -16,6 +16,12 @@ HERE = Path(__file__).parent
 PRODUCTS = {"linear_kernel", "attention_kernel"}
 INTEGER = PRODUCTS | {"embed_kernel", "norm_kernel", "quantize_kernel", "tanh_kernel", "gelu_kernel"}
 
+EXACT = (
+    "mul.rn.f32", "add.rn.f32", "sub.rn.f32", "div.rn.f32", "cvt.rn.f32.", "max.f32", "selp.f32", "setp.",
+    "cvt.rmi.ftz.f32.f32", "cvt.rzi.s32.f32", "mov.f32",
+)  # fmt: skip
+"""One IEEE operation each. The floor flushes denormal numbers, which `attention.exp2` gives it none of."""
+
 
 def compiled(calls: str, capability: int, cache: Path) -> dict[str, Any]:
     """In a process of its own: here Triton may interpret."""
@@ -50,6 +56,18 @@ def test_linear_kernels(capability: int, tmp_path: Path) -> None:
         if name in ("tokens_kernel", "float_linear_kernel"):
             assert not [word for word in words if word.startswith(("fma", "div.full", "div.approx", "rcp"))], words
     assert any(word.startswith("div.rn") for form in found["tokens_kernel"] for word in form["floats"])
+
+
+@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+def test_attention_with_float_scores(capability: int, tmp_path: Path) -> None:
+    """Each product and sum of floats is rounded by itself, to nearest; none is approximate or in another precision."""
+    found = compiled("attention_calls", capability, tmp_path)
+    assert found.keys() == {"float_attention_kernel"}
+    for form in found["float_attention_kernel"]:
+        assert form["tensor_cores"]
+        assert {"mul.rn.f32", "add.rn.f32", "sub.rn.f32"} <= set(form["floats"])
+        inexact = [name for name in form["floats"] if not name.startswith(EXACT)]
+        assert not inexact
 
 
 def test_a_float_instruction_would_be_seen(tmp_path: Path) -> None:

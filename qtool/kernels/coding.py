@@ -22,7 +22,8 @@ MAX_KEYS = 1 << 17
 """Keys that a row may have: the sum of their weights must stay exact in float64."""
 _UNIT = 2.0**36
 _LOWEST = -126.0  # of the exponents that `exp2` takes; far less than a unit
-_PIECE = 1 << 18  # scores at a time: their copies stay in the cache
+_PIECE = 1 << 18  # scores at a time: their copies stay in the CPU's cache
+_WIDE_PIECE = 1 << 26  # on a GPU, where few large operations are better
 
 
 def coded_attention(
@@ -60,7 +61,7 @@ def coded_attention(
     context = torch.empty((batch, heads, queries, size), dtype=torch.float32, device=query.device)
     for text in range(batch):
         q, k, v = (states[text].double() for states in (query, key, value))
-        for rows in _pieces(heads * keys, queries):
+        for rows in _pieces(heads * keys, queries, _PIECE if query.device.type == "cpu" else _WIDE_PIECE):
             scores = (q[:, rows].unflatten(0, shape) @ k.mT[:, None]).flatten(0, 1).mul_(scaling * LOG2_E)
             scores = scores if softcap is None else capped(scores, softcap)
             scores = scores if allowed is None else masked(scores, allowed[text, :, rows])
@@ -76,8 +77,8 @@ def coded_attention(
     return context.transpose(1, 2), codes
 
 
-def _pieces(width: int, queries: int) -> Iterator[slice]:
-    step = max(1, _PIECE // max(1, width))
+def _pieces(width: int, queries: int, most: int) -> Iterator[slice]:
+    step = max(1, most // max(1, width))
     return (slice(start, start + step) for start in range(0, queries, step))
 
 

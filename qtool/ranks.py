@@ -94,11 +94,6 @@ def current() -> Ranks:
     return _CURRENT.get()
 
 
-def launched() -> bool:
-    """Whether this process is one of several that somebody started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Meet the other ranks of the environment, and part at the end. An error on any rank ends all of them.

@@ -14,8 +14,9 @@ from qtool.errors import UsageError
 
 
 def several() -> bool:
-    """Whether this process is one of many; as `ranks.launched`, which imports torch."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1 and "RANK" in os.environ
+    """Whether somebody started this process as one of many: torchrun and its like, or `--jobs`."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return size.isdecimal() and int(size) > 1 and "RANK" in os.environ
 
 
 def speaks() -> bool:
@@ -25,8 +26,8 @@ def speaks() -> bool:
 
 @contextmanager
 def meeting() -> Iterator[None]:
-    """The ranks of this command together; only the first one is heard."""
-    if not several():
+    """The ranks of this command together; only the first one is heard. Help needs nobody else."""
+    if not several() or not sys.argv[1:] or {"-h", "--help", "--version"} & {*sys.argv[1:]}:
         yield
         return
     from qtool import ranks

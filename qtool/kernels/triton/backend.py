@@ -13,7 +13,7 @@ import torch
 from qtool.kernels import reference
 from qtool.kernels.codebook import WholeCodebook
 from qtool.kernels.reference import Reference, Rescale
-from qtool.kernels.triton import launch
+from qtool.kernels.triton import float_launch, launch
 from qtool.kernels.triton.launch import Coding, Count, Heads, Layer, Norm
 
 
@@ -28,12 +28,14 @@ class Operand:
     row_sums: torch.Tensor
     correction: torch.Tensor
     """What codes of non-negative rows lack (math.md, 3.5)."""
+    width: int
+    """Inputs of a row that share a scale."""
 
     @classmethod
-    def of(cls, codes: torch.Tensor) -> "Operand":
-        """From int8 codes in rows."""
+    def of(cls, codes: torch.Tensor, width: int | None = None) -> "Operand":
+        """From int8 codes in rows; without a `width` a row has one scale."""
         sums = codes.sum(1, dtype=torch.int32)
-        return cls(codes.contiguous(), sums, sums * reference.QMAX)
+        return cls(codes.contiguous(), sums, sums * reference.QMAX, width or codes.shape[1])
 
 
 @contextmanager
@@ -46,6 +48,11 @@ def on(x: torch.Tensor) -> Iterator[None]:
         yield
 
 
+def _whole(values: torch.Tensor | None) -> Any:
+    """Parameters as kernels read them."""
+    return None if values is None else values.detach().contiguous()
+
+
 class Triton(Reference):
     """Kernels that Triton compiles for the GPU at first use."""
 
@@ -53,7 +60,7 @@ class Triton(Reference):
 
     def prepare(self, codes: torch.Tensor, shape: tuple[int, int], width: int | None = None) -> Any:
         """The codes in rows, with their sums."""
-        return Operand.of(reference.whole_codes(codes, shape))
+        return Operand.of(reference.whole_codes(codes, shape), width)
 
     def row_sums(self, operand: Operand) -> torch.Tensor:  # type: ignore[override]
         """int32 `[out]`."""
@@ -105,6 +112,24 @@ class Triton(Reference):
             launch.layer(
                 codes, None if amax is None else amax.contiguous(), given, Count(result.numel() // outputs), result
             )
+        return result
+
+    def int8_linear(
+        self,
+        x: torch.Tensor,
+        operand: Any,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        act_scale: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Reference.int8_linear`; the same bits."""
+        result = torch.empty((len(x), len(operand.codes)), dtype=torch.float32, device=x.device)
+        if result.numel():
+            scale, offset, addend, static = map(_whole, (weight_scale, weight_offset, bias, act_scale))
+            with on(x):
+                codes, scales = float_launch.tokens(x.contiguous(), static)
+                float_launch.int8_linear(codes, scales, operand.codes, operand.width, scale, offset, addend, result)
         return result
 
     @staticmethod

@@ -48,12 +48,15 @@ def machine() -> tuple[int, int]:
     return properties.major, properties.multi_processor_count
 
 
-def tile(rows: int, outputs: int) -> Tile:
-    """The largest that leaves no multiprocessor without work and has no more rows than there are."""
+def tile(rows: int, outputs: int, *, twice: bool = False) -> Tile:
+    """The largest that leaves no multiprocessor without work and has no more rows than there are.
+
+    With `twice` a kernel keeps two sums of an output, for which the largest has too few registers.
+    """
     generation, processors = machine()
     if not generation:
         return _INTERPRETED
-    tiles = TILES[min(generation, max(TILES))]
+    tiles = TILES[min(generation, max(TILES))][twice:]
     for found in tiles:
         if found.m < 2 * rows and -(-rows // found.m) * -(-outputs // found.n) >= processors:
             return found
@@ -70,6 +73,12 @@ def rows_of(width: int) -> tuple[int, int, int]:
     padded = power_of_two(width)
     rows = 16 if interpreted() else max(1, min(4, _ROW_VALUES // padded))
     return rows, padded, max(1, min(8, rows * padded // 512))
+
+
+def sums_of(width: int) -> tuple[int, int, int]:
+    """Rows a program, columns at a time of `width`, and warps: for sums of parts of rows."""
+    size = min(1024, power_of_two(width))
+    return 16 if interpreted() else max(1, 2048 // size), size, 4
 
 
 class Window(NamedTuple):

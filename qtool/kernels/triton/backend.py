@@ -132,6 +132,26 @@ class Triton(Reference):
                 float_launch.int8_linear(codes, scales, operand.codes, operand.width, scale, offset, addend, result)
         return result
 
+    def prepare_codes(self, codes: torch.Tensor, shape: tuple[int, int], width: int) -> Any:
+        """The stored tiles, which kernels read as they are."""
+        return float_launch.Codes.of(codes, shape, width)
+
+    def code_linear(
+        self,
+        x: torch.Tensor,
+        operand: Any,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Reference.code_linear`; sums are added in another order."""
+        result = torch.empty((len(x), operand.shape[0]), dtype=torch.float32, device=x.device)
+        if result.numel():
+            scale, offset, addend = map(_whole, (weight_scale, weight_offset, bias))
+            with on(x):
+                float_launch.code_linear(x.contiguous(), operand, scale, offset, addend, result)
+        return result
+
     @staticmethod
     def integer_attention(
         query: torch.Tensor,

@@ -1,7 +1,10 @@
 """Kernels of float linear layers as functions on tensors: shapes, tiles and grids."""
 
+from typing import NamedTuple
+
 import torch
 
+from qtool.kernels.triton import codes as kernels
 from qtool.kernels.triton import float_linear, tuning
 
 Tensor = torch.Tensor
@@ -55,3 +58,51 @@ def int8_linear(
         WHOLE=blocks == 1, SINGLE=width <= depth, EVEN=even, BLOCK_M=cut.m, BLOCK_N=cut.n, BLOCK_K=depth, GROUP=8,
         num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+_ELEMENTS = 1024  # whose splits a program adds
+
+
+class Codes(NamedTuple):
+    """Tiled codes of a matrix `shape` `(outputs, inputs)` as `codes` has them, `width` columns to a scale."""
+
+    words: Tensor
+    shape: tuple[int, int]
+    width: int
+
+    @classmethod
+    def of(cls, stored: Tensor, shape: tuple[int, int], width: int) -> "Codes":
+        """The stored tiles themselves: int8 `[…, 16, 4]`, or uint8 `[…, 16, 2]` of two codes a byte."""
+        word = torch.int16 if stored.dtype == torch.uint8 else torch.int32
+        return cls(stored.contiguous().view(word), shape, min(width, shape[1]))
+
+
+def code_linear(
+    x: Tensor, codes: Codes, scale: Tensor, offset: Tensor | None, bias: Tensor | None, result: Tensor
+) -> None:
+    """float32 `x` `[rows, inputs]` times what the codes stand for, into float32 `result` `[rows, outputs]`."""
+    (outputs, inputs), count, blocks = codes.shape, len(x), scale.shape[1]
+    # A block that does not start with a tile reaches into one more.
+    words = -(-(codes.width + (3 if codes.width % 4 and blocks > 1 else 0)) // 4)
+    cut = tuning.codes_of(count, outputs, words, blocks)
+    target = result if cut.splits == 1 else result.new_empty((cut.splits, *result.shape))
+    given = (
+        x, codes.words, scale, outputs // len(scale), offset, None if offset is None else outputs // len(offset),
+        bias if cut.splits == 1 else None, target, count, inputs, outputs, codes.width, blocks, cut.chunks,
+        blocks * cut.chunks, cut.per,
+    )  # fmt: skip
+    bits, across = (4 if codes.words.dtype == torch.int16 else 8), -(-outputs // cut.n)
+    if count <= tuning.FEW_ROWS:
+        kernels.few_rows_kernel[(across, cut.splits)](
+            *given, BITS=bits, ROWS=cut.m, BLOCK_N=cut.n, WORDS=cut.words, num_warps=cut.warps
+        )
+    else:
+        kernels.many_rows_kernel[(-(-count // cut.m) * across, cut.splits)](
+            *given, BITS=bits, WHOLE=blocks == 1, BLOCK_M=cut.m, BLOCK_N=cut.n, WORDS=cut.words, GROUP=8,
+            num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
+    if cut.splits > 1:
+        size = result.numel()
+        kernels.splits_kernel[(-(-size // _ELEMENTS),)](
+            target, bias, result, size, outputs, cut.splits, SIZE=_ELEMENTS
+        )

@@ -126,7 +126,7 @@ def splits_kernel(
     parts: tl.tensor, bias: tl.tensor, result: tl.tensor, size: tl.tensor, outputs: tl.tensor, splits: tl.tensor,
     SIZE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """float32 `parts` `[splits, size]` added, and `bias` `[outputs]` or None to rows of `outputs`: `result` `[size]`."""
+    """float32 `parts` `[splits, size]` added, and to each row of `outputs` the `bias`, or None: `result` `[size]`."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     here = at < size
     total = tl.zeros((SIZE,), dtype=tl.float32)

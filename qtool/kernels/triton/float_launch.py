@@ -103,6 +103,4 @@ def code_linear(
         )  # fmt: skip
     if cut.splits > 1:
         size = result.numel()
-        kernels.splits_kernel[(-(-size // _ELEMENTS),)](
-            target, bias, result, size, outputs, cut.splits, SIZE=_ELEMENTS
-        )
+        kernels.splits_kernel[(-(-size // _ELEMENTS),)](target, bias, result, size, outputs, cut.splits, SIZE=_ELEMENTS)

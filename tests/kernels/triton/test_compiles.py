@@ -5,6 +5,7 @@ Interpreting proves the arithmetic; that a kernel also is a program for a GPU, a
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 HERE = Path(__file__).parent
 PRODUCTS = {"linear_kernel", "attention_kernel"}
 INTEGER = PRODUCTS | {"embed_kernel", "norm_kernel", "quantize_kernel", "tanh_kernel", "gelu_kernel"}
+EXACT = {"tokens_kernel", "sums_kernel", "int8_kernel"}
+ROUNDED = {"add.rn.f32", "mul.rn.f32", "div.rn.f32"}
+FLOAT_PRODUCTS = {"int8_kernel", "many_rows_kernel"}
 
 
 def compiled(calls: str, capability: int, cache: Path) -> dict[str, Any]:
@@ -37,6 +41,22 @@ def test_integer_kernels(capability: int, tmp_path: Path) -> None:
     for name, forms in found.items():
         assert all(form["tensor_cores"] == (name in PRODUCTS) for form in forms), name
         assert [form["floats"] for form in forms] == [[]] * len(forms), name
+
+
+@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+def test_float_linear_kernels(capability: int, tmp_path: Path) -> None:
+    """What has to give the reference's bits rounds every operation by itself, to the nearest, subnormal or not."""
+    found = compiled("float_linear_calls", capability, tmp_path)
+    assert found.keys() == EXACT | {"few_rows_kernel", "many_rows_kernel", "splits_kernel"}
+    for name, forms in found.items():
+        assert all(form["tensor_cores"] == (name in FLOAT_PRODUCTS) for form in forms), name
+    for name in EXACT:
+        floats = {instruction for form in found[name] for instruction in form["floats"]}
+        assert not [instruction for instruction in floats if re.match("fma|.*approx|div.full", instruction)], name
+        assert {instruction for instruction in floats if instruction.startswith(("add", "mul", "div"))} <= ROUNDED
+        assert {instruction for instruction in floats if "ftz" in instruction} <= {"cvt.rmi.ftz.f32.f32"}  # floor
+    assert {"div.rn.f32", "add.rn.f32"} <= {one for form in found["tokens_kernel"] for one in form["floats"]}
+    assert {"mul.rn.f32", "add.rn.f32"} <= {one for form in found["int8_kernel"] for one in form["floats"]}
 
 
 def test_a_float_instruction_would_be_seen(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The triton backend: the reference's integers from kernels on a GPU.
+"""The triton backend: the reference's integers, and its floats, from kernels on a GPU.
 
 Small and rare operations are the reference's own, which computes wherever its tensors are.
 """

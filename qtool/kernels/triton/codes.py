@@ -23,19 +23,19 @@ def few_rows_kernel(
     blocks: tl.tensor, chunks: tl.tensor, steps: tl.tensor, per: tl.tensor,
     BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """float32 `x` `[count, inputs]` of up to ROWS rows → float32 `result` `[splits, count, outputs]`.
+    """float32 `x` `[count, inputs]`, of `count` = ROWS rows → float32 `result` `[splits, count, outputs]`.
 
     Column blocks are `width` columns, each in `chunks` steps of WORDS words, `steps` in all; a split takes `per` of
     them. `scale` is `[outputs / share, blocks]`, `offset` likewise or None; `bias`, or None, belongs to the one split.
     """
-    rows = tl.arange(0, ROWS)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    present, known = rows < count, columns < outputs
+    known = columns < outputs
     stored = words + _column_of_words(columns, inputs)[None, :]
     scale_row = scale + (columns // share).to(tl.int64) * blocks
     offset_row = scale_row if offset is None else offset + (columns // offset_share).to(tl.int64) * blocks
-    x_row = x + rows.to(tl.int64)[:, None] * inputs
-    total = tl.zeros((ROWS, WORDS, BLOCK_N), dtype=tl.float32)
+    totals = ()  # a row each: tensors of three axes would be laid out anew for every product
+    for _ in tl.static_range(ROWS):
+        totals = totals + (tl.zeros((WORDS, BLOCK_N), dtype=tl.float32),)
     split = tl.program_id(1)
     for step in range(split * per, tl.minimum((split + 1) * per, steps)):
         block = step // chunks
@@ -43,22 +43,29 @@ def few_rows_kernel(
         place = start // 4 + step % chunks * WORDS + tl.arange(0, WORDS)
         word = tl.load(stored + place[:, None] * _PANEL, mask=(4 * place < stop)[:, None] & known[None, :], other=0)
         word = _biased(word, BITS)
-        part = tl.zeros((ROWS, WORDS, BLOCK_N), dtype=tl.float32)
-        plain = tl.zeros((ROWS, WORDS), dtype=tl.float32)
-        for j in tl.static_range(4):
-            depth = 4 * place + j
-            inside = (depth >= start) & (depth < stop)
-            value = tl.load(x_row + depth[None, :], mask=present[:, None] & inside[None, :], other=0.0)
-            part += value[:, :, None] * _code(word, j, BITS)[None, :, :]
-            plain += value
-        total += part * tl.load(scale_row + block, mask=known, other=0.0)[None, None, :]
-        if offset is not None:
-            total += plain[:, :, None] * tl.load(offset_row + block, mask=known, other=0.0)[None, None, :]
-    found = tl.sum(total, 1)
-    if bias is not None:
-        found += tl.load(bias + columns, mask=known, other=0.0)[None, :]
-    at = (split * count + rows).to(tl.int64)[:, None] * outputs + columns[None, :]
-    tl.store(result + at, found, mask=present[:, None] & known[None, :])
+        by = tl.load(scale_row + block, mask=known, other=0.0)[None, :]
+        added = by if offset is None else tl.load(offset_row + block, mask=known, other=0.0)[None, :]
+        sums = ()
+        for row in tl.static_range(ROWS):
+            part = tl.zeros((WORDS, BLOCK_N), dtype=tl.float32)
+            plain = tl.zeros((WORDS,), dtype=tl.float32)
+            for j in tl.static_range(4):
+                depth = 4 * place + j
+                inside = (depth >= start) & (depth < stop)
+                value = tl.load(x + row * inputs + depth, mask=inside, other=0.0)
+                part += value[:, None] * _code(word, j, BITS)
+                plain += value
+            total = totals[row] + part * by
+            if offset is not None:
+                total += plain[:, None] * added
+            sums = sums + (total,)
+        totals = sums
+    for row in tl.static_range(ROWS):
+        found = tl.sum(totals[row], 0)
+        if bias is not None:
+            found += tl.load(bias + columns, mask=known, other=0.0)
+        at = (split * count + row).to(tl.int64) * outputs + columns
+        tl.store(result + at, found, mask=known)
 
 
 @triton.jit

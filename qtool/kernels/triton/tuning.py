@@ -111,7 +111,7 @@ def codes_of(rows: int, outputs: int, words: int, blocks: int) -> Steps:
     processors = machine()[1]
     if rows <= FEW_ROWS:
         deep = min(32, max(8, power_of_two(words)))
-        cut = Tile(power_of_two(rows), 16 if interpreted() else _WORDS // deep, 4 * deep, 4, 1)
+        cut = Tile(rows, 16 if interpreted() else _WORDS // deep, 4 * deep, 4, 1)
         wanted = 8 * processors  # of programs so small, several share a multiprocessor
     else:
         cut = _code_tile(rows, outputs, processors)

@@ -226,7 +226,7 @@ def test_every_step_belongs_to_one_split(processors: int, monkeypatch: pytest.Mo
                 cut = tuning.codes_of(rows, outputs_, words, blocks)
                 assert (cut.splits - 1) * cut.per < blocks * cut.chunks <= cut.splits * cut.per
                 assert (cut.chunks - 1) * cut.words < words <= cut.chunks * cut.words
-                assert cut.m >= rows or rows > tuning.FEW_ROWS
+                assert cut.m == rows or rows > tuning.FEW_ROWS
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def few_rows_kernel(
     offset_row = scale_row if offset is None else offset + (columns // offset_share).to(tl.int64) * blocks
     totals = ()  # a row each: tensors of three axes would be laid out anew for every product
     for _ in tl.static_range(ROWS):
-        totals = totals + (tl.zeros((WORDS, BLOCK_N), dtype=tl.float32),)
+        totals += (tl.zeros((WORDS, BLOCK_N), dtype=tl.float32),)  # type: ignore[assignment]
     split = tl.program_id(1)
     for step in range(split * per, tl.minimum((split + 1) * per, steps)):
         block = step // chunks
@@ -58,7 +58,7 @@ def few_rows_kernel(
             total = totals[row] + part * by
             if offset is not None:
                 total += plain[:, None] * added
-            sums = sums + (total,)
+            sums += (total,)  # type: ignore[assignment]
         totals = sums
     for row in tl.static_range(ROWS):
         found = tl.sum(totals[row], 0)

@@ -14,7 +14,7 @@ from qtool.kernels.triton import tuning
 from qtool.kernels.triton.backend import Triton
 from qtool.nn.linear import QLinear
 from qtool.nn.plan import one_by_one
-from qtool.numerics import QTensor, QuantSpec
+from qtool.numerics import QParams, QTensor, QuantSpec
 from qtool.numerics.qtensor import tile
 
 WEIGHTS = ["int8:channel:sym", "int8:tensor:sym", "int6:rows:4:sym", "int8:group:8:sym", "int8:block:4x12:sym"]
@@ -184,21 +184,24 @@ def test_codes_within_the_rounding_of_float32_sums(spelling: str, device: torch.
             assert ((found.double() - exact).abs() <= (inputs + slack) * UNIT * 1.01 * size).all(), (inputs, count)
 
 
-def test_sums_are_exact_where_float32_holds_them(device: torch.device) -> None:
-    """Small whole numbers leave nothing to round: a code that is lost or doubled would show."""
+@pytest.mark.parametrize("width", [18, 31])
+def test_sums_are_exact_where_float32_holds_them(width: int, device: torch.device) -> None:
+    """Small whole numbers leave nothing to round: a code that is lost or doubled would show.
+
+    Blocks of 31 columns reach into one tile more than 31 columns fill.
+    """
     draw = torch.Generator().manual_seed(0)
-    for number_of_bits, low, high in ((8, -128, 127), (4, -8, 7)):
-        spec = QuantSpec(number_of_bits, symmetric=False, block=(1, 18), minimum=True)
+    for size, low, high in ((8, -128, 127), (4, -8, 7)):
+        spec = QuantSpec(size, symmetric=False, block=(1, width), minimum=True)
         for inputs in (1, 18, 19, 77):
             shape = 37, inputs
             blocks = spec.scale_shape(shape)
             codes = torch.randint(low, high + 1, shape, generator=draw)
-            params = type(QTensor.quantize(drawn(*shape), spec).params)
             offset = torch.randint(-3, 4, blocks, generator=draw).float()
-            stored = QTensor.store(codes, params(torch.ones(blocks), offset=offset), spec, "tiled")
+            stored = QTensor.store(codes, QParams(torch.ones(blocks), offset=offset), spec, "tiled")
             for count in (1, 2, 5):
                 x = torch.randint(-9, 10, (count, inputs), generator=draw).float()
-                wanted = x.double() @ (codes + spread(offset, shape, 18)).T
+                wanted = x.double() @ (codes + spread(offset, shape, width)).T
                 assert torch.equal(code_linear(device, stored, x, None).double(), wanted)
 
 

@@ -167,7 +167,7 @@ def test_codes_within_the_rounding_of_float32_sums(spelling: str, device: torch.
     """
     spec = QuantSpec.parse(spelling)
     slack = 4 if device.type == "cpu" else 8
-    for inputs in (1, 5, 63, 130):
+    for inputs in (1, 5, 130):
         shape = (33 if spec.block[0] == 3 else 35, inputs)
         width = min(spec.block[1] or inputs, inputs)
         stored = QTensor.quantize(drawn(*shape, seed=inputs) + 0.3, spec, layout="tiled")

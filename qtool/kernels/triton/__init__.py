@@ -1,7 +1,8 @@
 """The GPU backend: the reference's integers from Triton kernels.
 
 This file says whether it can run here and imports neither triton nor a kernel. The kernels lie by what they compute:
-`arithmetic` (functions that others are made of), `rows`, `linear`, `attention`, and `encoder`, a whole forward.
+`arithmetic` (functions that others are made of), `rows`, `linear`, `attention`, `float_linear`, `codes`, and `encoder`,
+a whole forward of integers.
 """
 
 import functools

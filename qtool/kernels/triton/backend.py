@@ -1,4 +1,4 @@
-"""The triton backend: the reference's integers from kernels on a GPU.
+"""The triton backend: the reference's integers, and its floats, from kernels on a GPU.
 
 Small and rare operations are the reference's own, which computes wherever its tensors are. So is `coded_attention`:
 its products are float64, which few GPUs have tensor cores for, and where one product's result goes into the next Triton
@@ -27,16 +27,17 @@ class Operand:
     """
 
     codes: torch.Tensor
-    width: int
     row_sums: torch.Tensor
     correction: torch.Tensor
     """What codes of non-negative rows lack (math.md, 3.5)."""
+    width: int
+    """Inputs of a row that share a scale."""
 
     @classmethod
-    def of(cls, codes: torch.Tensor, width: int) -> "Operand":
-        """From int8 codes in rows, of which `width` share a scale."""
+    def of(cls, codes: torch.Tensor, width: int | None = None) -> "Operand":
+        """From int8 codes in rows; without a `width` a row has one scale."""
         sums = codes.sum(1, dtype=torch.int32)
-        return cls(codes.contiguous(), width, sums, sums * reference.QMAX)
+        return cls(codes.contiguous(), sums, sums * reference.QMAX, width or codes.shape[1])
 
 
 @contextmanager
@@ -49,6 +50,11 @@ def on(x: torch.Tensor) -> Iterator[None]:
         yield
 
 
+def _whole(values: torch.Tensor | None) -> Any:
+    """Parameters as kernels read them."""
+    return None if values is None else values.detach().contiguous()
+
+
 class Triton(Reference):
     """Kernels that Triton compiles for the GPU at first use."""
 
@@ -56,43 +62,11 @@ class Triton(Reference):
 
     def prepare(self, codes: torch.Tensor, shape: tuple[int, int], width: int | None = None) -> Any:
         """The codes in rows, with their sums."""
-        return Operand.of(reference.whole_codes(codes, shape), min(width or shape[1], shape[1]))
+        return Operand.of(reference.whole_codes(codes, shape), width)
 
     def row_sums(self, operand: Operand) -> torch.Tensor:  # type: ignore[override]
         """int32 `[out]`."""
         return operand.row_sums
-
-    def int8_linear(
-        self,
-        x: torch.Tensor,
-        operand: Operand,  # type: ignore[override]
-        weight_scale: torch.Tensor,
-        bias: torch.Tensor | None,
-        act_scale: torch.Tensor | None,
-        weight_offset: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Reference.int8_linear`; the same bits. Codes pass no gradient on."""
-        x = x.detach().contiguous()
-        if not len(x):
-            return x.new_empty((0, len(operand.codes)))
-        with on(x):
-            codes, scales = float_launch.tokens(x, act_scale)
-            return float_launch.linear(codes, scales, operand.codes, operand.width, weight_scale, weight_offset, bias)
-
-    def code_linear(
-        self,
-        x: torch.Tensor,
-        operand: reference.Codes,
-        weight_scale: torch.Tensor,
-        bias: torch.Tensor | None,
-        weight_offset: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `Reference.code_linear`; codes are read where they are stored."""
-        x = x.detach().contiguous()
-        if not len(x):
-            return x.new_empty((0, operand.shape[0]))
-        with on(x):
-            return float_launch.code_linear(x, operand, weight_scale, weight_offset, bias)
 
     @staticmethod
     def quantize_rows(x: torch.Tensor, *, unsigned: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,6 +114,44 @@ class Triton(Reference):
             launch.layer(
                 codes, None if amax is None else amax.contiguous(), given, Count(result.numel() // outputs), result
             )
+        return result
+
+    def int8_linear(
+        self,
+        x: torch.Tensor,
+        operand: Any,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        act_scale: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Reference.int8_linear`; the same bits."""
+        result = torch.empty((len(x), len(operand.codes)), dtype=torch.float32, device=x.device)
+        if result.numel():
+            scale, offset, addend, static = map(_whole, (weight_scale, weight_offset, bias, act_scale))
+            with on(x):
+                codes, scales = float_launch.tokens(x.contiguous(), static)
+                float_launch.int8_linear(codes, scales, operand.codes, operand.width, scale, offset, addend, result)
+        return result
+
+    def prepare_codes(self, codes: torch.Tensor, shape: tuple[int, int], width: int) -> Any:
+        """The stored tiles, which kernels read as they are."""
+        return float_launch.Codes.of(codes, shape, width)
+
+    def code_linear(
+        self,
+        x: torch.Tensor,
+        operand: Any,
+        weight_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_offset: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `Reference.code_linear`; sums are added in another order."""
+        result = torch.empty((len(x), operand.shape[0]), dtype=torch.float32, device=x.device)
+        if result.numel():
+            scale, offset, addend = map(_whole, (weight_scale, weight_offset, bias))
+            with on(x):
+                float_launch.code_linear(x.contiguous(), operand, scale, offset, addend, result)
         return result
 
     @staticmethod

@@ -1,78 +1,106 @@
-"""Kernels of linear layers with float scales as functions on tensors."""
+"""Kernels of float linear layers as functions on tensors: shapes, tiles and grids."""
+
+from typing import NamedTuple
 
 import torch
 
-from qtool.kernels.reference import Codes
-from qtool.kernels.triton import codes, float_linear, tuning
-from qtool.numerics.qtensor import TILE_COLUMNS, TILE_ROWS
+from qtool.kernels.triton import codes as kernels
+from qtool.kernels.triton import float_linear, tuning
 
 Tensor = torch.Tensor
 
-FEW_ROWS = 4
-"""Rows for which a matrix is read as a vector reads it: the time is that of its bytes."""
-_STRETCH = 512  # tiles that a program adds up at least, 2,048 inputs
+
+def tokens(x: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    """int8 codes of float32 rows `[rows, width]` and float32 scales `[rows]`; by the `given` scale where there is one.
+
+    A row has at least one value.
+    """
+    count, width = x.shape
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(count, dtype=torch.float32, device=x.device)
+    many, padded, warps = tuning.rows_of(width)
+    float_linear.tokens_kernel[(-(-count // many),)](
+        x, codes, scales, given, count, width, ROWS=many, WIDTH=padded, num_warps=warps, enable_fp_fusion=False
+    )
+    return codes, scales
 
 
-def tokens(x: Tensor, act_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """int8 codes of float32 rows `[rows, width]` and their scales `[rows, 1]`; by one `act_scale`, or each its own."""
-    found = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scales = x.new_empty((len(x), 1))
-    many, padded, warps = tuning.rows_of(x.shape[1])
-    float_linear.tokens_kernel[(-(-len(x) // many),)](
-        x, act_scale, found, scales, len(x), x.shape[1], ROWS=many, WIDTH=padded, num_warps=warps,
-        enable_fp_fusion=False,
-    )  # fmt: skip
-    return found, scales
+def block_sums(codes: Tensor, width: int) -> Tensor:
+    """int32 `[rows, column blocks]`: the sums of each `width` codes of a row, the last of what is left."""
+    count, inputs = codes.shape
+    blocks = -(-inputs // width)
+    sums = torch.empty((count, blocks), dtype=torch.int32, device=codes.device)
+    many, size, warps = tuning.sums_of(width)
+    float_linear.sums_kernel[(-(-count // many), blocks)](
+        codes, sums, count, inputs, width, blocks, ROWS=many, SIZE=size, num_warps=warps
+    )
+    return sums
 
 
-def linear(
-    x: Tensor, act_scales: Tensor, weight: Tensor, width: int, scales: Tensor, offsets: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """float32 `[rows, outputs]` from int8 codes and their scales; see `float_linear_kernel`."""
-    outputs, inputs = weight.shape
-    result = x.new_empty((len(x), outputs), dtype=torch.float32)
-    cut = tuning.tile(len(x), outputs)
-    depth = min(cut.k, max(32, tuning.power_of_two(width)))
-    float_linear.float_linear_kernel[(-(-len(x) // cut.m), -(-outputs // cut.n))](
-        x, act_scales, weight, scales.contiguous(), None if offsets is None else offsets.contiguous(), bias,
-        result, len(x), inputs, outputs, width, scales.shape[1], outputs // len(scales),
-        BLOCK_M=cut.m, BLOCK_N=cut.n, BLOCK_K=depth, EVEN=inputs % width == 0 and width % depth == 0,
+def int8_linear(
+    codes: Tensor, act_scale: Tensor, weight: Tensor, width: int, scale: Tensor, offset: Tensor | None,
+    bias: Tensor | None, result: Tensor,
+) -> None:  # fmt: skip
+    """int8 codes `[rows, inputs]` and their scales `[rows]` times int8 `weight`, into float32 `[rows, outputs]`.
+
+    `scale` and `offset` are `[row blocks, column blocks]`, of `width` columns.
+    """
+    (outputs, inputs), count = weight.shape, len(codes)
+    blocks = scale.shape[1]
+    cut = tuning.tile(count, outputs, twice=blocks > 1)
+    depth = cut.k if blocks == 1 else min(cut.k, max(32, tuning.power_of_two(width)))
+    even = inputs % depth == 0 if blocks == 1 else width % depth == 0 and inputs % width == 0
+    sums = None if offset is None else block_sums(codes, width)
+    float_linear.int8_kernel[(-(-count // cut.m) * -(-outputs // cut.n),)](
+        codes, act_scale, sums, weight, scale, outputs // len(scale),
+        offset, None if offset is None else outputs // len(offset), bias, result,
+        count, inputs, outputs, width, blocks,
+        WHOLE=blocks == 1, SINGLE=width <= depth, EVEN=even, BLOCK_M=cut.m, BLOCK_N=cut.n, BLOCK_K=depth, GROUP=8,
         num_warps=cut.warps, num_stages=cut.stages, enable_fp_fusion=False,
     )  # fmt: skip
-    return result
 
 
-def code_linear(x: Tensor, operand: Codes, scales: Tensor, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
-    """float32 `[rows, outputs]` from float32 rows and stored tiles."""
-    scales, offsets = scales.contiguous(), None if offsets is None else offsets.contiguous()
-    whole = operand.width >= operand.shape[1]
-    if len(x) <= FEW_ROWS and (whole or operand.width % TILE_COLUMNS == 0):
-        return _vector(x, operand, scales, offsets, bias)
-    outputs, inputs = operand.shape
-    result = x.new_empty((len(x), outputs))
-    m, n, k, warps = tuning.float_tile(len(x))
-    codes.matrix_kernel[(-(-len(x) // m), -(-outputs // n))](
-        x, operand.codes, scales, offsets, bias, result, len(x), inputs, outputs, operand.codes.shape[1],
-        min(operand.width, inputs), scales.shape[1], outputs // len(scales),
-        NIBBLES=operand.codes.dtype == torch.uint8, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=3,
+_ELEMENTS = 1024  # whose splits a program adds
+
+
+class Codes(NamedTuple):
+    """Tiled codes of a matrix `shape` `(outputs, inputs)` as `codes` has them, `width` columns to a scale."""
+
+    words: Tensor
+    shape: tuple[int, int]
+    width: int
+
+    @classmethod
+    def of(cls, stored: Tensor, shape: tuple[int, int], width: int) -> "Codes":
+        """The stored tiles themselves: int8 `[…, 16, 4]`, or uint8 `[…, 16, 2]` of two codes a byte."""
+        word = torch.int16 if stored.dtype == torch.uint8 else torch.int32
+        return cls(stored.contiguous().view(word), shape, min(width, shape[1]))
+
+
+def code_linear(
+    x: Tensor, codes: Codes, scale: Tensor, offset: Tensor | None, bias: Tensor | None, result: Tensor
+) -> None:
+    """float32 `x` `[rows, inputs]` times what the codes stand for, into float32 `result` `[rows, outputs]`."""
+    (outputs, inputs), count, blocks = codes.shape, len(x), scale.shape[1]
+    # A block that does not start with a tile reaches into one more.
+    words = -(-(codes.width + (3 if codes.width % 4 and blocks > 1 else 0)) // 4)
+    cut = tuning.codes_of(count, outputs, words, blocks)
+    target = result if cut.splits == 1 else result.new_empty((cut.splits, *result.shape))
+    given = (
+        x, codes.words, scale, outputs // len(scale), offset, None if offset is None else outputs // len(offset),
+        bias if cut.splits == 1 else None, target, count, inputs, outputs, codes.width, blocks, cut.chunks,
+        blocks * cut.chunks, cut.per,
     )  # fmt: skip
-    return result
-
-
-def _vector(x: Tensor, operand: Codes, scales: Tensor, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Stretches of each sum, added up from the first on: in one order, and without waiting for each other."""
-    outputs, inputs = operand.shape
-    panels, tiles = operand.codes.shape[:2]
-    pieces = tuning.pieces(panels, tiles, _STRETCH)
-    parts = x.new_empty((pieces, len(x), outputs))
-    depth = 16 if tuning.machine()[0] == 0 else 64
-    codes.vector_kernel[(panels, pieces)](
-        x, operand.codes, scales, offsets, parts, inputs, outputs, tiles,
-        max(1, -(-min(operand.width, inputs) // TILE_COLUMNS)), scales.shape[1], outputs // len(scales), len(x),
-        -(-tiles // pieces), NIBBLES=operand.codes.dtype == torch.uint8, ROWS=tuning.power_of_two(len(x)), TILES=depth,
-        num_warps=4,
-    )  # fmt: skip
-    assert panels * TILE_ROWS >= outputs
-    result = parts[0] if pieces == 1 else parts.sum(0)
-    return result if bias is None else result.add_(bias)
+    bits, across = (4 if codes.words.dtype == torch.int16 else 8), -(-outputs // cut.n)
+    if count <= tuning.FEW_ROWS:
+        kernels.few_rows_kernel[(across, cut.splits)](
+            *given, BITS=bits, ROWS=cut.m, BLOCK_N=cut.n, WORDS=cut.words, num_warps=cut.warps
+        )
+    else:
+        kernels.many_rows_kernel[(-(-count // cut.m) * across, cut.splits)](
+            *given, BITS=bits, WHOLE=blocks == 1, BLOCK_M=cut.m, BLOCK_N=cut.n, WORDS=cut.words, GROUP=8,
+            num_warps=cut.warps, num_stages=cut.stages,
+        )  # fmt: skip
+    if cut.splits > 1:
+        size = result.numel()
+        kernels.splits_kernel[(-(-size // _ELEMENTS),)](target, bias, result, size, outputs, cut.splits, SIZE=_ELEMENTS)

@@ -48,32 +48,19 @@ def machine() -> tuple[int, int]:
     return properties.major, properties.multi_processor_count
 
 
-def tile(rows: int, outputs: int) -> Tile:
-    """The largest that leaves no multiprocessor without work and has no more rows than there are."""
+def tile(rows: int, outputs: int, *, twice: bool = False) -> Tile:
+    """The largest that leaves no multiprocessor without work and has no more rows than there are.
+
+    With `twice` a kernel keeps two sums of an output, for which the largest has too few registers.
+    """
     generation, processors = machine()
     if not generation:
         return _INTERPRETED
-    tiles = TILES[min(generation, max(TILES))]
+    tiles = TILES[min(generation, max(TILES))][twice:]
     for found in tiles:
         if found.m < 2 * rows and -(-rows // found.m) * -(-outputs // found.n) >= processors:
             return found
     return next((found for found in reversed(tiles) if found.m >= rows), tiles[-1])
-
-
-def float_tile(rows: int) -> tuple[int, int, int, int]:
-    """Rows, outputs and inputs of a program that multiplies floats, and its warps.
-
-    The order of its sums depends on these: one table for all machines of a generation, whatever else they have.
-    """
-    if interpreted():
-        return 16, 32, 32, 4
-    return (16, 64, 32, 4) if rows <= 16 else (64, 64, 32, 4) if rows <= 64 else (128, 64, 32, 8)
-
-
-def pieces(panels: int, tiles: int, least: int) -> int:
-    """Into how many stretches sums are cut, so that every multiprocessor has work and none has less than `least`."""
-    wanted = -(-4 * machine()[1] // panels)
-    return max(1, min(wanted, tiles // least))
 
 
 def power_of_two(n: int) -> int:
@@ -86,6 +73,64 @@ def rows_of(width: int) -> tuple[int, int, int]:
     padded = power_of_two(width)
     rows = 16 if interpreted() else max(1, min(4, _ROW_VALUES // padded))
     return rows, padded, max(1, min(8, rows * padded // 512))
+
+
+def sums_of(width: int) -> tuple[int, int, int]:
+    """Rows a program, columns at a time of `width`, and warps: for sums of parts of rows."""
+    size = min(1024, power_of_two(width))
+    return 16 if interpreted() else max(1, 2048 // size), size, 4
+
+
+FEW_ROWS = 4
+"""Rows of activations up to which a product waits for the weights alone: tensor cores would not make it faster."""
+CODE_TILES: Sequence[Tile] = (
+    Tile(64, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3), Tile(32, 64, 64, 4, 3), Tile(16, 32, 64, 4, 3)
+)  # fmt: skip
+"""Of float rows by codes, largest first, for all generations: two numbers for each activation, codes as floats."""
+_WORDS = 1024  # of weights, in a program for few rows at a time
+
+
+class Steps(NamedTuple):
+    """How a product of codes is cut: `m` rows × `n` outputs and `words` of 4 inputs at a time.
+
+    A column block has `chunks` such steps, and each of the `splits` takes `per` of them all.
+    """
+
+    m: int
+    n: int
+    words: int
+    chunks: int
+    per: int
+    splits: int
+    warps: int
+    stages: int
+
+
+def codes_of(rows: int, outputs: int, words: int, blocks: int) -> Steps:
+    """For so many rows and outputs, of column `blocks` of `words` each."""
+    processors = machine()[1]
+    if rows <= FEW_ROWS:
+        deep = min(32, max(8, power_of_two(words)))
+        cut = Tile(rows, 16 if interpreted() else _WORDS // deep, 4 * deep, 4, 1)
+        wanted = 8 * processors  # of programs so small, several share a multiprocessor
+    else:
+        cut = _code_tile(rows, outputs, processors)
+        deep = min(cut.k // 4, max(8, power_of_two(words)))
+        wanted = 2 * processors
+    chunks = -(-words // deep)
+    steps = blocks * chunks
+    programs = -(-rows // cut.m) * -(-outputs // cut.n)
+    per = -(-steps // max(1, min(steps, wanted // programs)))
+    return Steps(cut.m, cut.n, deep, chunks, per, -(-steps // per), cut.warps, cut.stages)
+
+
+def _code_tile(rows: int, outputs: int, processors: int) -> Tile:
+    if interpreted():
+        return _INTERPRETED
+    for found in CODE_TILES:
+        if found.m < 2 * rows and -(-rows // found.m) * -(-outputs // found.n) >= processors:
+            return found
+    return next((found for found in reversed(CODE_TILES) if found.m >= rows), CODE_TILES[1])
 
 
 class Window(NamedTuple):

@@ -5,6 +5,7 @@ Interpreting proves the arithmetic; that a kernel also is a program for a GPU, a
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 HERE = Path(__file__).parent
 PRODUCTS = {"linear_kernel", "attention_kernel"}
 INTEGER = PRODUCTS | {"embed_kernel", "norm_kernel", "quantize_kernel", "tanh_kernel", "gelu_kernel"}
+BITS = {"tokens_kernel", "sums_kernel", "int8_kernel"}
+ROUNDED = {"add.rn.f32", "mul.rn.f32", "div.rn.f32", "add.rn.f32x2", "mul.rn.f32x2"}
+FLOAT_PRODUCTS = {"int8_kernel", "many_rows_kernel"}
 
 EXACT = (
     "mul.rn.f32", "add.rn.f32", "sub.rn.f32", "div.rn.f32", "cvt.rn.f32.", "max.f32", "selp.f32", "setp.",
@@ -46,19 +50,6 @@ def test_integer_kernels(capability: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
-def test_linear_kernels(capability: int, tmp_path: Path) -> None:
-    """Each step of an INT8 layer's scales is one operation: nothing is fused, nothing divided approximately."""
-    found = compiled("linear_calls", capability, tmp_path)
-    assert found.keys() == {"tokens_kernel", "float_linear_kernel", "matrix_kernel", "vector_kernel"}
-    for name, forms in found.items():
-        assert all(form["tensor_cores"] == (name in ("float_linear_kernel", "matrix_kernel")) for form in forms), name
-        words = {word for form in forms for word in form["floats"]}
-        if name in ("tokens_kernel", "float_linear_kernel"):
-            assert not [word for word in words if word.startswith(("fma", "div.full", "div.approx", "rcp"))], words
-    assert any(word.startswith("div.rn") for form in found["tokens_kernel"] for word in form["floats"])
-
-
-@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
 def test_attention_with_float_scores(capability: int, tmp_path: Path) -> None:
     """Each product and sum of floats is rounded by itself, to nearest; none is approximate or in another precision."""
     found = compiled("attention_calls", capability, tmp_path)
@@ -68,6 +59,22 @@ def test_attention_with_float_scores(capability: int, tmp_path: Path) -> None:
         assert {"mul.rn.f32", "add.rn.f32", "sub.rn.f32"} <= set(form["floats"])
         inexact = [name for name in form["floats"] if not name.startswith(EXACT)]
         assert not inexact
+
+
+@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+def test_float_linear_kernels(capability: int, tmp_path: Path) -> None:
+    """What has to give the reference's bits rounds every operation by itself, to the nearest, subnormal or not."""
+    found = compiled("float_linear_calls", capability, tmp_path)
+    assert found.keys() == BITS | {"few_rows_kernel", "many_rows_kernel", "splits_kernel"}
+    for name, forms in found.items():
+        assert all(form["tensor_cores"] == (name in FLOAT_PRODUCTS) for form in forms), name
+    for name in BITS:
+        floats = {instruction for form in found[name] for instruction in form["floats"]}
+        assert not [instruction for instruction in floats if re.match("fma|.*approx|div.full", instruction)], name
+        assert {instruction for instruction in floats if instruction.startswith(("add", "mul", "div"))} <= ROUNDED
+        assert {instruction for instruction in floats if "ftz" in instruction} <= {"cvt.rmi.ftz.f32.f32"}  # floor
+    assert all({"div.rn.f32", "add.rn.f32"} <= {*form["floats"]} for form in found["tokens_kernel"])
+    assert all(any(one.startswith("mul.rn") for one in form["floats"]) for form in found["int8_kernel"])
 
 
 def test_a_float_instruction_would_be_seen(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from emulated_cuda import GPU, emulated_cuda
-from small_models import DATA, batch, golden_check_here, load, outputs, save
+from small_models import DATA, Artifacts, batch, golden_check_here, load, outputs, save
 
 import qtool
 from qtool import kernels
@@ -40,3 +40,17 @@ def test_quantizing_on_the_kernels_gives_the_same_artifact(tmp_path: Path) -> No
             cuda = qtool.quantize(str(source), output=tmp_path / "cuda", device="cuda", **options).path
             assert gpu.operations > 100
     assert (cpu / "model.safetensors").read_bytes() == (cuda / "model.safetensors").read_bytes()
+
+
+def test_float_models_on_cuda_run_on_the_kernels(tmp_path: Path) -> None:
+    """Float rows by codes: within rounding of the CPU, for texts and for a token at a time."""
+    sets = "weights=int4:group:16:min", "activations=float"
+    model = load(Artifacts(tmp_path, "emulated").make("LlamaForCausalLM", ("zeroquant",), *sets))
+    texts = [batch(), {name: x[:2, :1] for name, x in batch().items()}]
+    with kernels.using("reference"):
+        wanted = [outputs(model, given) for given in texts]
+    with emulated_cuda(None):
+        model.to("cuda")
+        for given, logits in zip(texts, wanted, strict=True):
+            found = outputs(model, {name: x.to("cuda") for name, x in given.items()}).cpu()
+            assert (found - logits).norm() <= 1e-5 * logits.norm()

@@ -70,6 +70,17 @@ def float_tile(rows: int) -> tuple[int, int, int, int]:
     return (16, 64, 32, 4) if rows <= 16 else (64, 64, 32, 4) if rows <= 64 else (128, 64, 32, 8)
 
 
+def table_tile(rows: int) -> Tile:
+    """For float rows by the codes of a table, which are many; the first has a single row."""
+    if interpreted():
+        return _INTERPRETED
+    if rows == 1:
+        return Tile(1, 16, 256, 4, 1)
+    if machine()[0] not in (9, 10):  # others have 100 KiB of shared memory, at least on small chips
+        return Tile(16, 64, 64, 4, 3) if rows <= 16 else Tile(64, 64, 32, 4, 3)
+    return Tile(16, 64, 128, 4, 4) if rows <= 16 else Tile(64, 64, 64, 4, 3) if rows <= 64 else Tile(128, 64, 64, 8, 3)
+
+
 def pieces(panels: int, tiles: int, least: int) -> int:
     """Into how many stretches sums are cut, so that every multiprocessor has work and none has less than `least`."""
     wanted = -(-4 * machine()[1] // panels)

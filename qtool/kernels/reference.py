@@ -122,9 +122,9 @@ def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = max|x| / 127 of the row and codes = floor(x / scale + 1/2), so |codes| ≤ 127 without a clip. A row of zeros
     gives zeros; a row with an infinity or NaN gives a scale that is not finite, so that the damage stays visible.
     """
-    largest = x.abs().amax(dim=-1, keepdim=True)
-    # By a tensor: a GPU divides by a number with one multiplication, which is off by an ulp.
-    scale = largest.div_(torch.full_like(largest, QMAX)).clamp_min_(_TINY)
+    top = x.abs().amax(dim=-1, keepdim=True)
+    # torch multiplies by 1/127 on a GPU if it is given a number: not the same bits. By a tensor it divides.
+    scale = top.div_(top.new_full((), QMAX)).clamp_min_(_TINY)
     return torch.floor_(torch.div(x, scale).add_(0.5)).to(torch.int8), scale
 
 

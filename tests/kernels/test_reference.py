@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qtool import kernels
 from qtool.errors import UnavailableError
@@ -207,6 +208,25 @@ def test_a_row_of_zeros_gives_zeros(value: float) -> None:
 def test_subnormal_rows_do_not_divide_by_zero() -> None:
     codes, scale = quantize_tokens(torch.tensor([[1e-45, -1e-40, 100 * TINY]]))
     assert codes.tolist() == [[0, 0, 100]] and scale.item() == TINY
+
+
+class DividingAsCuda(TorchDispatchMode):
+    """What CUDA's kernels do: divide by a number by multiplying by its reciprocal, and by a tensor as IEEE says."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.div.Tensor, torch.ops.aten.div_.Tensor) and not isinstance(args[1], torch.Tensor):
+            multiply = torch.ops.aten.mul_ if func is torch.ops.aten.div_.Tensor else torch.ops.aten.mul
+            return multiply.Tensor(args[0], (1 / torch.tensor(args[1], dtype=args[0].dtype)).item())
+        return func(*args, **(kwargs or {}))
+
+
+def test_scales_of_rows_are_quotients_on_a_gpu_too() -> None:
+    x = random_rows(300, 8)
+    codes, scale = quantize_tokens(x)
+    with DividingAsCuda():
+        assert not torch.equal(x / 127, x.div(torch.tensor(127.0)))  # which shows in a row of twenty
+        found = quantize_tokens(x)
+    assert torch.equal(found[0], codes) and torch.equal(found[1], scale)
 
 
 @pytest.mark.parametrize("damage", [math.nan, math.inf, -math.inf])

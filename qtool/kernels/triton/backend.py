@@ -15,7 +15,7 @@ import torch
 from qtool.kernels import attention, reference
 from qtool.kernels.codebook import WholeCodebook
 from qtool.kernels.reference import Reference, Rescale
-from qtool.kernels.triton import float_attention, float_launch, launch
+from qtool.kernels.triton import float_attention, float_launch, launch, tables
 from qtool.kernels.triton.launch import Coding, Count, Heads, Layer, Norm
 
 
@@ -239,3 +239,14 @@ class Triton(Reference):
             with on(x):
                 launch.tanh(x, grid, result)
         return result
+
+    def row_table_linear(
+        self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `Reference.row_table_linear`; the reference's own for codes of 16 bits."""
+        if codes.dtype != torch.int8 or not x.numel():
+            return super().row_table_linear(x, codes, scale, bias)
+        with on(x):
+            return tables.multiply(
+                x.contiguous(), codes.contiguous(), scale.contiguous(), None if bias is None else bias.contiguous()
+            )

@@ -63,6 +63,17 @@ def tile(rows: int, outputs: int, *, twice: bool = False) -> Tile:
     return next((found for found in reversed(tiles) if found.m >= rows), tiles[-1])
 
 
+def table_tile(rows: int) -> Tile:
+    """For float rows by the codes of a table, which are many; the first has a single row."""
+    if interpreted():
+        return _INTERPRETED
+    if rows == 1:
+        return Tile(1, 16, 256, 4, 1)
+    if machine()[0] not in (9, 10):  # others have 100 KiB of shared memory, at least on small chips
+        return Tile(16, 64, 64, 4, 3) if rows <= 16 else Tile(64, 64, 32, 4, 3)
+    return Tile(16, 64, 128, 4, 4) if rows <= 16 else Tile(64, 64, 64, 4, 3) if rows <= 64 else Tile(128, 64, 64, 8, 3)
+
+
 def power_of_two(n: int) -> int:
     """The least that is not below n."""
     return 1 << max(0, n - 1).bit_length()

@@ -50,6 +50,17 @@ def test_integer_kernels(capability: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+def test_tables(capability: int, tmp_path: Path) -> None:
+    """A product of many rows runs on tensor cores in bfloat16, where neither its codes nor its rows are rounded."""
+    found = compiled("table_calls", capability, tmp_path)
+    assert found.keys() == {"split_floats_kernel", "table_vector_kernel", "table_product_kernel"}
+    for name, forms in found.items():
+        assert all(form["tensor_cores"] == (name == "table_product_kernel") for form in forms), name
+    words = {word for form in found["table_product_kernel"] for word in form["floats"] if "mma" in word}
+    assert all(".bf16.bf16" in word for word in words) and (words or capability == 100), words
+
+
+@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
 def test_attention_with_float_scores(capability: int, tmp_path: Path) -> None:
     """Each product and sum of floats is rounded by itself, to nearest; none is approximate or in another precision."""
     found = compiled("attention_calls", capability, tmp_path)

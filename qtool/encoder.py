@@ -144,7 +144,7 @@ def _base_forward(
     pooler = getattr(model, "pooler", None)
     if isinstance(pooler, IntModule):
         pooled = pooler(last)
-        pooled = pooled if _INSIDE.get() else floats(pooled, torch.tensor(_PLACES, device=pooled.device))
+        pooled = pooled if _INSIDE.get() else floats(pooled, torch.full((), _PLACES, device=pooled.device))
     else:  # none, or a new float one that transformers adds to a model that had none
         pooled = None if pooler is None else pooler(floats(last, outer))
     if not _INSIDE.get():

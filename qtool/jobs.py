@@ -47,8 +47,8 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
         codes = [child.poll() for child in children]
         killed = next((rank for rank, code in enumerate(codes) if code is not None and code < 0), None)
         if killed is not None:
-            name = signal.Signals(-int(codes[killed] or 0)).name
-            raise UnavailableError(f"rank {killed} was ended by {name}; {RESUMABLE}")
+            name = signal.strsignal(-int(codes[killed] or 0)) or f"signal {codes[killed]}"
+            raise UnavailableError(f"rank {killed} was ended by a signal ({name}); {RESUMABLE}")
         if all(code is not None for code in codes):
             return next((code for code in codes if code), 0)
         if any(code for code in codes):

@@ -5,7 +5,6 @@ the float model on its own and lowers every so many-th block. After each round t
 directory, gets the shards of the others. A kill costs a round.
 """
 
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import ExitStack, contextmanager
@@ -78,8 +77,8 @@ def lower_all(
 
 def help_lower(job: Job, batches: Batches, statistics: Statistics | None, keep: Keep) -> Generator[Event, None, None]:
     """The share of a rank that does not publish."""
-    with tempfile.TemporaryDirectory(prefix="qtool-") as folder:
-        work = _Work(job, Aside(Path(folder)), batches, statistics, keep)
+    with ranks.current().folder_aside() as folder:
+        work = _Work(job, Aside(folder), batches, statistics, keep)
         for units in work.rounds():
             for unit in units:
                 yield from work.go_through(unit)

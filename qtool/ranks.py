@@ -10,7 +10,11 @@ Tensors travel between CPUs, as safetensors: hidden states and statistics lie th
 
 import json
 import os
+import shutil
+import signal
+import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +22,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -84,6 +88,12 @@ class Ranks:
     def check(self) -> None:
         """Raises what ended another rank."""
 
+    @contextmanager
+    def folder_aside(self) -> Iterator[Path]:
+        """A folder for what only this rank needs, gone at the end, however the process ends short of a kill."""
+        with tempfile.TemporaryDirectory(prefix="qtool-") as folder:
+            yield Path(folder)
+
 
 ALONE = Ranks()
 _CURRENT: ContextVar[Ranks] = ContextVar("ranks", default=ALONE)
@@ -114,7 +124,7 @@ def joined() -> Iterator[Ranks]:
 
 def threads_for(cores: int) -> int:
     """Threads of a rank where nobody says: the cores that this process may use, divided among the ranks of the host."""
-    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
 
 class Group(Ranks):
@@ -123,6 +133,13 @@ class Group(Ranks):
     def __init__(self, rank: int, size: int, store: Any) -> None:
         self.rank, self.size, self._store = rank, size, store
         self._stop = threading.Event()
+        self.aside: list[Path] = []
+        """Folders that go with the process, however it ends."""
+        self._signals, pen = socket.socketpair()
+        self._signals.setblocking(False)
+        pen.setblocking(False)
+        self._pen = pen  # a signal's number is written there also while torch waits and handlers do not run
+        signal.set_wakeup_fd(pen.fileno(), warn_on_full_buffer=False)
         self._watch = threading.Thread(target=self._watching, args=(store.clone(),), daemon=True)
         self._watch.start()
 
@@ -132,13 +149,18 @@ class Group(Ranks):
         import torch.distributed as dist
 
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        try:
+        ours = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:  # while torch waits for the others no handler of Python's would run
             store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
             work = dist.PrefixStore("work", store)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=work, rank=rank, world_size=size, timeout=_PATIENCE)
         except (RuntimeError, ValueError, dist.DistError) as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise UnavailableError(f"cannot meet the other ranks at {where}: {said}") from error
+        finally:
+            for number, handler in ours.items():
+                if handler is not None:  # one that Python did not install
+                    signal.signal(number, handler)
         return cls(rank, size, store)
 
     def exchange(self, mine: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -188,7 +210,7 @@ class Group(Ranks):
         size = torch.zeros(1, dtype=torch.int64)
         with self._working():
             dist.recv(size, source)
-            with part.open("wb") as stream:
+            with _writing(part) as stream:
                 for start in range(0, int(size), _CHUNK):
                     chunk = torch.empty(min(_CHUNK, int(size) - start), dtype=torch.uint8)
                     dist.recv(chunk, source)
@@ -201,6 +223,16 @@ class Group(Ranks):
         if found is not None and found["rank"] != self.rank:
             raise OtherRankError(found["rank"], found["message"], found["code"])
 
+    @contextmanager
+    def folder_aside(self) -> Iterator[Path]:
+        """See `Ranks`."""
+        with super().folder_aside() as folder:
+            self.aside.append(folder)
+            try:
+                yield folder
+            finally:
+                self.aside.remove(folder)
+
     def leave(self) -> None:
         """Say goodbye, and wait until all have: who goes earlier would be taken for dead."""
         import torch.distributed as dist
@@ -208,6 +240,7 @@ class Group(Ranks):
         self.exchange({})
         self._stop.set()
         self._watch.join()
+        signal.set_wakeup_fd(-1)
         dist.destroy_process_group()  # its threads must not outlive the interpreter
 
     def tell(self, error: BaseException) -> None:
@@ -252,6 +285,12 @@ class Group(Ranks):
                 found, silent = None, [0]
             if self._stop.is_set():
                 return
+            if number := self._signalled():
+                time.sleep(2 * BEAT)  # the main thread may end in order
+                if not self._stop.is_set():
+                    message = f"terminated; {RESUMABLE}"
+                    self._note(store, self.rank, 128 + number, message)
+                    self._end(message, 128 + number, -1)
             if found is not None and found["rank"] != self.rank:
                 time.sleep(BEAT)  # the main thread may notice by itself, and end in order
                 if not self._stop.is_set():
@@ -260,6 +299,14 @@ class Group(Ranks):
                 code, message = UnavailableError.exit_code, f"it is gone; {RESUMABLE}"
                 self._note(store, silent[0], code, message)
                 self._end(f"rank {silent[0]}: {message}", code, silent[0])
+
+    def _signalled(self) -> int:
+        """The number of a signal that came since the last look; 0 for none."""
+        try:
+            found = self._signals.recv(64)
+        except BlockingIOError:
+            return 0
+        return next((number for number in found if number in (signal.SIGTERM, signal.SIGINT)), 0)
 
     def _silent(self, store: Any, seen: dict[int, tuple[bytes, float]]) -> list[int]:
         """Ranks without a sign of life for too long. The first one looks at all, the others at the first."""
@@ -277,12 +324,25 @@ class Group(Ranks):
         if self.rank == speaker:
             sys.stderr.write(f"qtool: {message}\n")
             sys.stderr.flush()
+        for folder in self.aside:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(code)
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[IO[bytes]]:
+    """Raises UnavailableError where the disk is full or may not be written on."""
+    try:
+        with file.open("wb") as stream:
+            yield stream
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise UnavailableError(f"cannot write {file}: {error.strerror or error}") from error
 
 
 def ending(error: BaseException) -> tuple[int, str]:
     """The exit code and the line of an error."""
-    code = getattr(error, "exit_code", None)
+    code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", None)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if not isinstance(code, int):

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from torch.distributed import TCPStore
 
 from qtool import ranks
+from qtool.cli import together
+from qtool.errors import UsageError
 
 CODE = """
 import os, signal, sys, time
@@ -174,6 +176,53 @@ def test_nobody_to_meet(tmp_path: Path) -> None:
     )
     assert result.returncode == 4
     assert "cannot meet the other ranks at 127.0.0.1:1" in result.stderr
+
+
+@pytest.mark.parametrize("waits", ["group.exchange({})", "time.sleep(60)"])
+def test_a_signal_ends_a_rank_that_waits(crews: list[Crew], tmp_path: Path, waits: str) -> None:
+    """Inside torch no handler of Python's runs; folders aside go all the same."""
+    body = f"""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with group.folder_aside() as folder:
+        Path(f"place-{{group.rank}}").write_text(str(folder))
+        if group.rank == 1:
+            {waits}
+        time.sleep(60)
+    """
+    made = crew(crews, body, 2, tmp_path)
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"place-{rank}").is_file() for rank in (0, 1)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    made.children[1].terminate()
+    started = time.monotonic()
+    assert [code for code, _, _ in made.ends()] == [143, 143]
+    assert time.monotonic() - started < 20
+    assert not any(Path((tmp_path / f"place-{rank}").read_text()).exists() for rank in (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK=x, which is no number"),
+        ({"RANK": "0", "WORLD_SIZE": "many"}, "WORLD_SIZE=many, which is no number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 of 2; ranks are counted from 0"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE=x"),
+    ],
+)
+def test_nonsense_in_the_environment(monkeypatch: pytest.MonkeyPatch, said: dict[str, str], message: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("RANK", "WORLD_SIZE"):  # alone they say nothing
+        with monkeypatch.context() as patch:
+            patch.setenv(name, said[name])
+            assert not together.several()
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        together.several()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not together.several()
 
 
 def test_threads_of_a_host_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -115,13 +114,13 @@ def analyze_heads(
 @contextmanager
 def _folder(out: Path) -> Iterator[Path]:
     """Where a rank writes: the first one into the output, another where nobody looks."""
-    from qtool import ranks
+    from qtool.ranks import current
 
-    if ranks.current().first:
+    if current().first:
         yield out
         return
-    with tempfile.TemporaryDirectory(prefix="qtool-") as aside:
-        yield Path(aside)
+    with current().folder_aside() as aside:
+        yield aside
 
 
 def _told(

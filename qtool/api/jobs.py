@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -272,9 +272,10 @@ def calibrate_events(
     from qtool.spill import SpilledStates
 
     usable(device)
-    if file.exists() and not overwrite:
+    group = ranks.current()
+    if group.first and file.exists() and not overwrite:
         raise InputError(f"{file} exists; choose another -o or pass --overwrite")
-    if not file.parent.is_dir():
+    if group.first and not file.parent.is_dir():
         raise InputError(f"{file.parent} does not exist; make the folder first")
     set_threads(recipe)
     job = open_job(model, recipe, device)
@@ -283,8 +284,10 @@ def calibrate_events(
         raise InputError(f"{names} needs no statistics with this recipe: nothing in it is calibrated")
     batches, budget = yield from batches_events(job, calibrates=True)
     yield Note(f"calibration data: {batches.description}")
-    keep = partial(SpilledStates, file.absolute().parent) if budget.spill else list
-    statistics = yield from pipeline.calibrate(job, batches, keep)
-    if ranks.current().first:
+    group.agree(job.fingerprint(batches))
+    with nullcontext(file.absolute().parent) if group.first else group.folder_aside() as folder:
+        keep = partial(SpilledStates, folder) if budget.spill else list
+        statistics = yield from pipeline.calibrate(job, batches, keep)
+    if group.first:
         write_tensors(file, statistics.tensors())
     return len(statistics.states)

@@ -9,7 +9,7 @@ import click
 
 from qtool import __version__
 from qtool.cli import analyze, bench, evaluate, look, quantize
-from qtool.cli.together import jobs_of, meeting, several, speaks, tell_in_json
+from qtool.cli.together import jobs_of, meeting, speaks, tell_in_json
 from qtool.errors import RESUMABLE, InterruptedRun, QtoolError, UnavailableError, UsageError
 
 CONTEXT = {
@@ -46,7 +46,7 @@ def main() -> None:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, _on_signal)  # the terminal was closed
     code = _status()
-    if several():
+    if "RANK" in os.environ:
         # A thread of torch.distributed that lets go of a tensor while the interpreter ends would abort the process.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -60,7 +60,7 @@ def _status() -> int:
             from qtool import jobs
 
             return jobs.run(count, sys.argv[1:])
-        with meeting():
+        with meeting(cli):
             ended = cli.main(prog_name="qtool", standalone_mode=False)
     except (QtoolError, InterruptedRun) as error:
         return _fail(str(error), error.exit_code)

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,36 @@ from qtool.errors import UsageError
 
 
 def several() -> bool:
-    """Whether somebody started this process as one of many: torchrun and its like, or `--jobs`."""
-    size = os.environ.get("WORLD_SIZE", "")
-    return size.isdecimal() and int(size) > 1 and "RANK" in os.environ
+    """Whether somebody started this process as one of many: torchrun and its like, or `--jobs`.
+
+    Raises UsageError for numbers that cannot be.
+    """
+    said = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE") if os.environ.get(name)}
+    if not {"RANK", "WORLD_SIZE"} <= said.keys() or said["WORLD_SIZE"] == "1":
+        return False
+    if wrong := [f"{name}={value}" for name, value in said.items() if not value.isdecimal()]:
+        raise UsageError(f"the environment says {wrong[0]}, which is no number; unset it, or start ranks with torchrun")
+    if int(said["RANK"]) >= int(said["WORLD_SIZE"]):
+        raise UsageError(f"the environment says RANK={said['RANK']} of {said['WORLD_SIZE']}; ranks are counted from 0")
+    return True
 
 
 def speaks() -> bool:
     """Whether errors of this process are for people: others tell theirs to the first rank."""
-    return not several() or os.environ["RANK"] == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") in ("", "0")
 
 
 @contextmanager
-def meeting() -> Iterator[None]:
-    """The ranks of this command together; only the first one is heard. Help needs nobody else."""
-    if not several() or not sys.argv[1:] or {"-h", "--help", "--version"} & {*sys.argv[1:]}:
+def meeting(group: click.Group) -> Iterator[None]:
+    """The ranks of this command together; only the first one is heard. Commands that share nothing meet nobody."""
+    if not several() or not _shares(group, sys.argv[1:]) or {"-h", "--help"} & {*sys.argv[1:]}:
         yield
         return
     from qtool import ranks
 
     _set_threads()
-    with ranks.joined() as group:
-        if group.first:
+    with ranks.joined() as met:
+        if met.first:
             yield
             return
         with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
@@ -62,13 +71,14 @@ def tell_in_json(message: str, code: int, arguments: Sequence[str]) -> None:
     A file that exists holds results of an earlier run, and stays.
     """
     target = _target(arguments)
-    if target is None or not several() or not speaks():
+    if target is None or "RANK" not in os.environ or not speaks():
         return
     text = json.dumps({"schema_version": 1, "error": message, "exit_code": code}, indent=2) + "\n"
     if target == "-":
         sys.stdout.write(text)
-    elif not Path(target).exists() and Path(target).absolute().parent.is_dir():
-        Path(target).write_text(text, "utf-8")
+    elif not Path(target).exists():
+        with suppress(OSError):  # the line on stderr is what counts
+            Path(target).write_text(text, "utf-8")
 
 
 def _target(arguments: Sequence[str]) -> str | None:
@@ -76,13 +86,14 @@ def _target(arguments: Sequence[str]) -> str | None:
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:
-    """What an option is given on a command line; the first time, as text."""
+    """What an option is given on a command line; the last time, as text."""
+    found = None
     for number, word in enumerate(arguments):
         if word == option:
-            return next(iter(arguments[number + 1 :]), None)
-        if word.startswith(f"{option}="):
-            return word.removeprefix(f"{option}=")
-    return None
+            found = next(iter(arguments[number + 1 :]), None)
+        elif word.startswith(f"{option}="):
+            found = word.removeprefix(f"{option}=")
+    return found
 
 
 jobs_option = click.option(
@@ -93,14 +104,18 @@ jobs_option = click.option(
 
 def jobs_of(group: click.Group, arguments: Sequence[str]) -> int:
     """How many processes a command line asks for with `--jobs`; 1 where it is wrong, which click will say."""
+    count = _value(arguments, "--jobs")
+    if count is None or not count.isdecimal() or not 1 <= int(count) <= 1024 or several():
+        return 1
+    return int(count) if _shares(group, arguments) else 1
+
+
+def _shares(group: click.Group, arguments: Sequence[str]) -> bool:
+    """Whether a command line is of a command whose work ranks share."""
     command = group.commands.get(arguments[0]) if arguments else None
     if isinstance(command, click.Group):
-        return jobs_of(command, arguments[1:])
-    count = _value(arguments, "--jobs")
-    if several() or count is None or not count.isdecimal() or not 1 <= int(count) <= 1024:
-        return 1
-    known = command is not None and any("--jobs" in option.opts for option in command.params)
-    return int(count) if known else 1
+        return _shares(command, arguments[1:])
+    return command is not None and any("--jobs" in option.opts for option in command.params)
 
 
 def alone(what: str) -> None:

@@ -1,5 +1,7 @@
 """One evaluation: a model, and usually its float baseline, on the same batches in the same process."""
 
+import hashlib
+import json
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qtool import __version__
+from qtool import __version__, ranks
 from qtool.device import described, usable
 from qtool.errors import InputError, UsageError, one_of
 from qtool.evaluation import metrics
@@ -93,9 +95,27 @@ def evaluate(
     with torch_threads(threads), torch.inference_mode():
         sides = load_sides(subjects, exam, dtype, where)
         exam.prepare(sides, report)
+        agree(sides, exam)
         measure(sides, exam, report)
         settings = settings_of(exam, sides, dtype)
     return evaluation_of(exam, sides, settings, allow_weak=allow_weak_baseline)
+
+
+def agree(sides: Sequence[Side], exam: Exam) -> None:
+    """Raises InputError where ranks that share an evaluation have other rows, models or ways to compute."""
+    if ranks.current().size == 1:
+        return
+    from qtool.job import instruction_set, versions
+
+    rows = json.dumps([[side.rows for side in sides], exam.references], default=str)
+    facts = {
+        "data": hashlib.sha256(rows.encode()).hexdigest(),
+        "model": [[side.subject.size_bytes, side.subject.config.to_json_string()] for side in sides],
+        "threads": torch.get_num_threads(),
+        "instruction set": instruction_set(sides[0].device),
+        "versions": versions(),
+    }
+    ranks.current().agree(facts)
 
 
 def options_for(tasks: Sequence[Task], options: Mapping[str, Any]) -> list[dict[str, Any]]:

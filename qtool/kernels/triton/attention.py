@@ -28,7 +28,7 @@ def attention_kernel(
     starts: tl.tensor, key_starts: tl.tensor, align: tl.tensor, score_multiplier: tl.tensor, score_shift: tl.tensor,
     multiplier: tl.tensor, shift: tl.tensor, limit: tl.tensor, exp_b: tl.tensor, exp_c: tl.tensor,
     edges: tl.tensor, levels: tl.tensor, edge_count: tl.tensor, result: tl.tensor,
-    size: tl.tensor, heads: tl.tensor,
+    size: tl.tensor, heads: tl.tensor, blocks: tl.tensor,
     GRID: tl.constexpr, BITS: tl.constexpr, SHARE_BITS: tl.constexpr, KIND: tl.constexpr, RELATIVE: tl.constexpr,
     RENORMALIZE: tl.constexpr, SINGLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SIZE: tl.constexpr,
@@ -36,14 +36,15 @@ def attention_kernel(
     """One head of one text: `query`, `key` and `value` are integers with `step`s between tokens, heads side by side.
 
     Text t has the queries `starts[t]` … `starts[t + 1]` and the keys of `key_starts`; `result` is
-    `[rows, heads · size]`. Program ids: block of query rows, head, text. `score_*` are one number a head, `multiplier`
-    and `shift` one a channel; the codebook's `edges` `[heads, edge_count]` and `levels` `[heads, edge_count + 1]`.
+    `[rows, heads · size]`. Program ids: one of the `blocks` of query rows of a text, head. `score_*` are one number a
+    head, `multiplier` and `shift` one a channel; the codebook's `edges` `[heads, edge_count]` and `levels`
+    `[heads, edge_count + 1]`.
     """
-    head, text = tl.program_id(1), tl.program_id(2)
+    head, text, block = tl.program_id(1), tl.program_id(0) // blocks, tl.program_id(0) % blocks
     start, end = tl.load(starts + text).to(tl.int64), tl.load(starts + text + 1).to(tl.int64)
-    if start + tl.program_id(0) * BLOCK_M >= end:
+    if start + block * BLOCK_M >= end:
         return
-    rows = start + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = start + block * BLOCK_M + tl.arange(0, BLOCK_M)
     begin, last = tl.load(key_starts + text).to(tl.int64), tl.load(key_starts + text + 1).to(tl.int64)
     channels = tl.arange(0, SIZE)
     here = (rows < end)[:, None] & (channels < size)[None, :]

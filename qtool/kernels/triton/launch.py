@@ -146,10 +146,11 @@ def attend(
     kind = attention.PLAIN if book is None else attention.PRUNED if book.levels is None else attention.LEVELS
     cut = tuning.window(tokens, coded=book is not None)
     edges, levels, count = (None, None, 0) if book is None else (book.edges, book.levels, book.edges.shape[1])
-    attention.attention_kernel[(-(-tokens // cut.m), given.heads, texts)](
+    blocks = -(-tokens // cut.m)
+    attention.attention_kernel[(blocks * texts, given.heads)](
         query, key, value, query.stride(0), key.stride(0), starts, key_starts,
         given.align, *given.to_scores, *given.to_context, given.limit, *reference.exp_constants(given.grid),
-        edges, levels, count, result, given.size, given.heads,
+        edges, levels, count, result, given.size, given.heads, blocks,
         GRID=given.grid, BITS=given.bits, SHARE_BITS=reference.share_bits(given.grid), KIND=kind,
         RELATIVE=book is not None and book.relative, RENORMALIZE=book is not None and book.renormalize,
         SINGLE=cut.single, BLOCK_M=cut.m, BLOCK_N=cut.n, SIZE=max(32, tuning.power_of_two(given.size)),

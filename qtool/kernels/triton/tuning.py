@@ -39,12 +39,14 @@ _ROW_VALUES = 4096
 """Values that a program on whole rows has at most, unless a row has more."""
 
 
-@functools.cache
 def machine() -> tuple[int, int]:
     """Generation and number of multiprocessors of the present GPU; (0, 1) where kernels are interpreted."""
-    if interpreted():
-        return 0, 1
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return (0, 1) if interpreted() else _gpu(torch.cuda.current_device())
+
+
+@functools.cache
+def _gpu(number: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(number)
     return properties.major, properties.multi_processor_count
 
 

@@ -110,7 +110,11 @@ def test_an_engine_that_is_not_installed(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
-def test_without_a_gpu(tiny: Any, desk: Path, qtool_command: Command, device: str) -> None:
+def test_without_a_gpu(
+    tiny: Any, desk: Path, qtool_command: Command, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    triton.reason.cache_clear()
     for model in ((tiny.model,), ("--random-init", "nowhere")):  # said before anything is looked for or made
         ended = qtool_command("bench", *model, "--device", device)
         assert ended.code == 4 and ended.out == ""

@@ -1,12 +1,7 @@
-"""Where there is a GPU the kernels run on it; else Triton interprets them on the CPU."""
-
-import os
+"""Where there is a GPU the kernels run on it; else Triton interprets them on the CPU (`tests/conftest.py` says so)."""
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
 

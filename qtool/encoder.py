@@ -7,7 +7,7 @@ subclass with the same name.
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -19,7 +19,7 @@ from qtool.errors import InputError
 from qtool.nn.integer.embedding import IntEmbeddings
 from qtool.nn.integer.module import IntModule, leave
 from qtool.nn.integer.plan import planned
-from qtool.recorded import recorded
+from qtool.recorded import arguments, recorded
 
 _INSIDE: ContextVar[bool] = ContextVar("inside a headed model", default=False)
 _PLACES = 15  # the pooler ends with i-tanh, in units of 2^-15
@@ -67,7 +67,7 @@ def integer_class(cls: Any, is_base: bool) -> Any:
     @functools.wraps(original)
     def base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_training(self)
-        given = _given(signature, self, args, kwargs)
+        given = arguments(signature, self, args, kwargs)
         if _INSIDE.get():
             return _base_forward(self, **given)
         return recorded(self, functools.partial(_base_forward, self), given)
@@ -80,20 +80,11 @@ def integer_class(cls: Any, is_base: bool) -> Any:
             with _inside():
                 return original(self, **given)
 
-        return recorded(self, run, _given(signature, self, args, kwargs))
+        return recorded(self, run, arguments(signature, self, args, kwargs))
 
     forward = base_forward if is_base else headed_forward
     body = {"forward": forward, "is_base": is_base, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (IntegerEncoder, cls), body)
-
-
-def _given(
-    signature: inspect.Signature, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    given = dict(signature.bind(model, *args, **kwargs).arguments)
-    del given["self"]
-    return {**given.pop("kwargs", {}), **given}
 
 
 @contextmanager

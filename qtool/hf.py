@@ -19,7 +19,7 @@ from qtool.anatomy import FAMILIES, head_kind
 from qtool.artifact import QUANT_METHOD, check_manifest, checked_quantization, manifest_of_tensors, pruned_heads
 from qtool.decoder import join
 from qtool.device import gpu_problem
-from qtool.encoder import integrate
+from qtool.encoder import IntegerEncoder, integrate
 from qtool.errors import InputError, UnavailableError
 from qtool.fused import fuse
 from qtool.kernels.integer import Native
@@ -28,6 +28,7 @@ from qtool.nn.attention import CHILD
 from qtool.nn.codes import CODES_CHILD, CodedAttention
 from qtool.nn.plan import check
 from qtool.pruning import shrink
+from qtool.recorded import record
 
 REPEATABLE = "qtool_sdpa_float64"
 """Name of the attention that decoders of qtool use; see `repeatable_attention`."""
@@ -183,6 +184,8 @@ def adapt(model: Any, modules: Mapping[str, Mapping[str, Any]], *, dtype: torch.
     integrate(model)
     fuse(model)
     join(model)
+    if not isinstance(model, IntegerEncoder):
+        record(model)
 
 
 def _wide_sdpa(

@@ -1,17 +1,22 @@
-"""The forward of a whole integer encoder as a CUDA graph, where nothing is asked for but what its head says."""
+"""The forward of a whole model as a CUDA graph, where nothing is asked for but what its head says."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from qtool import kernels
+from qtool.anatomy import FAMILIES
 from qtool.nn.integer.module import gives_integers
 from qtool.nn.module import fleeting
-from qtool.nn.plan import Plan, kept_plan
+from qtool.nn.plan import Plan, SameName, kept_plan
 
-_READ = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
+_READ = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "cache_position"})
+_SEEN_INSIDE = ("output_hidden_states", "output_attentions")
 
 
 class GraphPlan(Plan):
@@ -20,6 +25,8 @@ class GraphPlan(Plan):
     A recording also reads what modules have made of their weights, plans of encoders and operands of products: these
     are kept here, and recordings end when a module has made them anew, as it does after a move.
     """
+
+    runs_checks = True  # all of them look at settings that a recording belongs to, see `_Call.key`
 
     def __init__(self, model: Any) -> None:
         from qtool.kernels.triton.graphs import Graphs
@@ -42,34 +49,128 @@ class GraphPlan(Plan):
         return [module.__dict__.get(name) for module in self._inner for name in ("_plan", "_operand")]
 
 
+class Recorded(SameName):
+    """Marks a float model whose forward is recorded."""
+
+
+def record(model: Any) -> None:
+    """Let the forward of a model that computes with floats between integer products be recorded, in place.
+
+    An encoder is recorded as it is called. Of a decoder only a step is: one token a sequence behind a static cache,
+    which lies in the same place from call to call.
+    """
+    cls: Any = type(model)
+    model.__class__ = _recorded_class(cls)
+
+
+@functools.cache
+def _recorded_class(cls: Any) -> Any:
+    original = cls.forward
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not any(_is_on_gpu(value) for value in (*args, *kwargs.values())):
+            return original(self, *args, **kwargs)
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+            return original(self, *args, **kwargs)
+        return recorded(self, functools.partial(original, self), arguments(signature, self, args, kwargs))
+
+    return SameName.subclass(_recorded_class, Recorded, cls, forward)
+
+
+def arguments(
+    signature: inspect.Signature, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call of a model's forward by name."""
+    given = dict(signature.bind(model, *args, **kwargs).arguments)
+    del given["self"]
+    return {**given.pop("kwargs", {}), **given}
+
+
 def recorded(model: Any, forward: Callable[..., Any], given: Mapping[str, Any]) -> Any:
     """`forward(**given)`, recorded and played again where it can be.
 
-    It cannot where somebody watches modules, wants hidden states or a loss, or records a graph of his own.
+    It cannot where somebody watches modules, wants to see inside or a loss, or records a graph of his own.
     """
-    asked = {name: value for name, value in given.items() if value is not None}
-    tensors = {name: value for name, value in asked.items() if isinstance(value, torch.Tensor)}
-    words = {name: value for name, value in asked.items() if name not in tensors}
-    if not _recordable(model, tensors, words):
+    call = _Call.of(given)
+    if not call.recordable(model):
         return forward(**given)
     plan = kept_plan(model, [model], lambda: GraphPlan(model), backends=("triton",))
     if plan is None:
         return forward(**given)
-    key = model.config.return_dict, *sorted(words.items())
-    result = plan.graphs.call(lambda **own: forward(**words, **own), tensors, key)
+    result = plan.graphs.call(functools.partial(call.run, forward), call.tensors, call.key(model.config))
     plan.note()
+    if call.cache is not None:
+        result["past_key_values"] = call.cache
     return result
 
 
-def _recordable(model: Any, tensors: Mapping[str, torch.Tensor], words: Mapping[str, Any]) -> bool:
-    if "input_ids" not in tensors or not tensors.keys() <= _READ:
-        return False
-    if any(not isinstance(value, bool) for value in words.values()) or words.get("output_hidden_states"):
-        return False
-    settled = model.config.output_hidden_states and words.get("output_hidden_states") is None
-    if settled or fleeting() or gives_integers():
-        return False
-    return kernels.backend(tensors["input_ids"].device).name == "triton" and _on_gpu(tensors)
+@dataclass(frozen=True)
+class _Call:
+    """What a forward is asked: tensors that are read, a cache that is written, and settings."""
+
+    tensors: dict[str, torch.Tensor]
+    words: dict[str, Any]
+    cache: Any
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "_Call":
+        """All that is not None."""
+        asked = {name: value for name, value in given.items() if value is not None}
+        tensors = {name: value for name, value in asked.items() if isinstance(value, torch.Tensor)}
+        cache = asked.pop("past_key_values", None)
+        return cls(tensors, {name: value for name, value in asked.items() if name not in tensors}, cache)
+
+    def recordable(self, model: Any) -> bool:
+        """See `recorded`."""
+        config, words = model.config, self.words
+        if "input_ids" not in self.tensors or not self.tensors.keys() <= _READ:
+            return False
+        if any(not isinstance(value, bool | int) for value in words.values()) or fleeting() or gives_integers():
+            return False
+        if any(words.get(name, getattr(config, name, False)) for name in _SEEN_INSIDE):
+            return False
+        if not (_is_encoder(config) if self.cache is None else self._is_step(config)):
+            return False
+        return kernels.backend(self.tensors["input_ids"].device).name == "triton" and _on_gpu(self.tensors)
+
+    def _is_step(self, config: Any) -> bool:
+        """Whether one token comes behind a cache whose tensors stay where they are."""
+        from transformers.cache_utils import StaticCache, StaticLayer
+
+        if not self.words.get("return_dict", config.return_dict):
+            return False
+        if type(self.cache) is not StaticCache or self.tensors["input_ids"].shape[1:] != (1,):
+            return False
+        return all(type(layer) is StaticLayer and layer.is_initialized for layer in self.cache.layers)
+
+    def key(self, config: Any) -> Hashable:
+        """What a recording depends on beside the shapes of `tensors`: settings, and where the cache lies."""
+        places = [
+            (tensor.data_ptr(), tensor.shape, tensor.dtype)
+            for layer in (() if self.cache is None else self.cache.layers)
+            for tensor in (layer.keys, layer.values, layer.cumulative_length)
+        ]
+        settings = config.return_dict, config._attn_implementation, getattr(config, "use_cache", None)
+        return (*settings, *sorted(self.words.items()), *places)
+
+    def run(self, forward: Callable[..., Any], **own: torch.Tensor) -> Any:
+        """The output without the cache, which outlives no recording."""
+        if self.cache is None:
+            return forward(**self.words, **own)
+        output = forward(**self.words, **own, past_key_values=self.cache)
+        return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+
+
+def _is_encoder(config: Any) -> bool:
+    """Whether nothing of a call is left for the next one."""
+    family = FAMILIES.get(config.model_type)
+    return family is not None and not family.decoder and not getattr(config, "is_decoder", False)
+
+
+def _is_on_gpu(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_cuda
 
 
 def _on_gpu(tensors: Mapping[str, torch.Tensor]) -> bool:

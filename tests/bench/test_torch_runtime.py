@@ -42,7 +42,7 @@ def test_a_token_behind_a_cache_is_the_last_of_the_whole(llama: Any, static: boo
     batch = {"input_ids": ids(2, 9), "attention_mask": np.ones((2, 9), dtype=np.int64)}
     with torch.inference_mode():
         whole = llama(input_ids=torch.from_numpy(batch["input_ids"])).logits[:, -1:]
-    runner = TorchRunner(llama, Facts("torch", 1, 1), CPU, fixed_shapes=static)
+    runner = TorchRunner(llama, Facts("torch", 1, 1), CPU, static_cache=static)
     feed = runner.feed(batch, context=8)
     for _ in range(3):
         runner.ready(feed)

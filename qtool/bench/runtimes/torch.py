@@ -61,7 +61,8 @@ def load(request: Request) -> "TorchRunner":
     if compiled:
         model = _compiled(model, on_gpu)
         facts.details["compiled"] = MODE if on_gpu else "default"
-    return TorchRunner(model, facts, device, compiled and on_gpu, request.max_tokens)
+    still = on_gpu and (compiled or request.engine == "qtool")
+    return TorchRunner(model, facts, device, compiled and on_gpu, request.max_tokens, still)
 
 
 def load_model(folder: Path, dtype: str = "float32") -> Any:
@@ -123,7 +124,8 @@ class Feed:
 
 
 class TorchRunner:
-    """A model of transformers. With `fixed_shapes` it is compiled anew for each shape of a batch.
+    """A model of transformers. With `fixed_shapes` it is compiled anew for each shape of a batch. With `static_cache` it
+    decodes behind a cache that lies still, as compiled models and recordings of forwards need it.
 
     `max_tokens` are the model's positions, where it has a limit.
     """
@@ -135,9 +137,10 @@ class TorchRunner:
         device: torch.device,
         fixed_shapes: bool = False,
         max_tokens: int | None = None,
+        static_cache: bool = False,
     ) -> None:
         self.model, self.facts, self.device = model, facts, device
-        self.fixed_shapes, self.max_tokens = fixed_shapes, max_tokens
+        self.fixed_shapes, self.static_cache, self.max_tokens = fixed_shapes, static_cache, max_tokens
 
     def feed(self, batch: Batch, context: int = 0) -> Feed:
         """Tensors on the device; on the CPU, on the same memory.
@@ -154,23 +157,30 @@ class TorchRunner:
         return Feed({name: value.to(self.device) for name, value in tensors.items()}, width)
 
     def _decoding(self, ids: torch.Tensor, context: int) -> Feed:
-        """The last token, and a cache of those before; one of a fixed size where the model is compiled for it."""
-        config = self.model.config
-        static = self.fixed_shapes
-        cache = StaticCache(config=config, max_cache_len=ids.shape[1]) if static else DynamicCache(config=config)
-        if static and not all(type(layer) is StaticLayer for layer in cache.layers):
-            raise UnavailableError(f"a {config.model_type} is not compiled for a cache whose layers differ")
+        """The last token, and a cache of those before."""
+        cache = self._cache(ids.shape[1])
         plain = getattr(self.model, "_orig_mod", self.model)
         with torch.inference_mode():
             plain(input_ids=ids[:, :context], past_key_values=cache, use_cache=True)
         return Feed({"input_ids": ids[:, context:], "past_key_values": cache, "use_cache": True}, context=context)
 
+    def _cache(self, tokens: int) -> Any:
+        """An empty one for so many tokens, which lies still where it can."""
+        config = self.model.config
+        if self.static_cache:
+            cache = StaticCache(config=config, max_cache_len=tokens)
+            if all(type(layer) is StaticLayer for layer in cache.layers):
+                return cache
+        if self.fixed_shapes:
+            raise UnavailableError(f"a {config.model_type} is not compiled for a cache whose layers differ")
+        return DynamicCache(config=config)
+
     def ready(self, feed: Feed) -> None:
         """Take what a call added out of its cache."""
-        cache = feed.inputs.get("past_key_values")
+        cache: Any = feed.inputs.get("past_key_values")
         if cache is None:
             return
-        if self.fixed_shapes:
+        if isinstance(cache, StaticCache):
             with torch.inference_mode():
                 for layer in cache.layers:
                     layer.cumulative_length.fill_(feed.context)

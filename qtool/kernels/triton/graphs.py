@@ -1,6 +1,7 @@
 """Calls recorded as CUDA graphs. Small batches are bound by what it takes to launch kernels; a graph launches once."""
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,9 @@ from torch.utils._pytree import tree_map_only
 
 KEPT = 16
 """Graphs that a function has at most; each holds the memory of its intermediate results."""
+STALE = 256
+"""Calls after which a graph that was not among them gives way to another. To record takes as long as several calls:
+texts of more lengths than there are graphs would else only push one another out."""
 _SEEN = 256
 """Shapes that came once, and are remembered."""
 
@@ -18,20 +22,21 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class Recording:
-    """A call of a function of tensors on one GPU, recorded on a stream of its own.
+    """A call of a function of tensors on one GPU, recorded on a stream of its own. What it writes is not written yet.
 
     `pool` is memory that recordings share, for they run one at a time.
     """
 
     def __init__(self, function: Callable[..., Any], tensors: Tensors, pool: Any) -> None:
-        self._device = next(iter(tensors.values())).device
-        # torch's own stream for recording belongs to the GPU that was recorded on first.
-        stream = torch.cuda.Stream(self._device)
-        with torch.inference_mode(False), torch.no_grad():  # or later calls could not write into what is made here
+        device = next(iter(tensors.values())).device
+        with torch.inference_mode(False), torch.no_grad():  # or later calls could not write into these
             self._inputs = {name: tensor.clone() for name, tensor in tensors.items()}
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._output = function(**self._inputs)
+        self._graph = torch.cuda.CUDAGraph()
+        # torch's own stream for recording belongs to the GPU that was recorded on first, and a recording that fails
+        # leaves its stream behind as the current one.
+        stream, ours = torch.cuda.Stream(device), torch.cuda.stream(torch.cuda.current_stream(device))
+        with ours, torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._output = function(**self._inputs)
 
     def play(self, tensors: Tensors) -> Any:
         """What the function returns for other numbers in tensors of the same shapes."""
@@ -44,37 +49,66 @@ class Recording:
 class Graphs:
     """Recordings of one function, by the shapes of its tensors. A shape is recorded the second time that it comes.
 
-    The function must not wait for the device, and what it reads beside its tensors must stay where it is.
+    What the function reads and writes beside its tensors must stay where it is. A function that waits for the device
+    cannot be recorded: it is called instead from then on, and a warning says so once.
     """
 
     def __init__(self) -> None:
         self._recorded: OrderedDict[Hashable, Recording] = OrderedDict()
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._played: dict[Hashable, int] = {}
+        """The number of the last call that each recording was played in."""
+        self._refused = False
+        self._calls = 0
         self._pool: Any = None
         self._turn = threading.Lock()  # a recording has one place for its inputs, whoever calls
+
+    def __len__(self) -> int:
+        return len(self._recorded)
 
     def call(self, function: Callable[..., Any], tensors: Tensors, words: Hashable = ()) -> Any:
         """`function(**tensors)`. `words` is what the result depends on beside numbers and shapes."""
         key = words, *((name, x.shape, x.dtype, x.device) for name, x in tensors.items())
         with self._turn, _on(next(iter(tensors.values()))):
-            if key not in self._recorded and key not in self._seen:
+            self._calls += 1
+            if key not in self._recorded and not self._record(key, function, tensors):
                 result = function(**tensors)  # compiles kernels; what fails here is not recorded next time
-                self._seen[key] = None
-                _forget(self._seen, _SEEN)
+                self._remember(key)
                 return result
-            if key not in self._recorded:
-                self._pool = self._pool or torch.cuda.graph_pool_handle()
-                self._recorded[key] = Recording(function, tensors, self._pool)
-                del self._seen[key]
-                _forget(self._recorded, KEPT)
             self._recorded.move_to_end(key)
+            self._played[key] = self._calls
             return self._recorded[key].play(tensors)
 
+    def _record(self, key: Hashable, function: Callable[..., Any], tensors: Tensors) -> bool:
+        """Whether there is a recording now."""
+        if self._refused or key not in self._seen or not self._makes_room():
+            return False
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            self._recorded[key] = Recording(function, tensors, self._pool)
+        except RuntimeError as error:
+            self._refused = True  # other shapes would fare no better, and each try costs
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"a forward cannot be a CUDA graph and runs kernel by kernel: {said}", stacklevel=2)
+            return False
+        return True
 
-def _forget(known: "OrderedDict[Hashable, Any]", most: int) -> None:
-    """Of those that were used longest ago."""
-    while len(known) > most:
-        known.popitem(last=False)
+    def _makes_room(self) -> bool:
+        """Whether there is room for one more, or was for one that nobody has asked for in a while."""
+        if len(self._recorded) < KEPT:
+            return True
+        oldest = next(iter(self._recorded))
+        if self._calls - self._played[oldest] <= STALE:
+            return False
+        del self._recorded[oldest], self._played[oldest]
+        return True
+
+    def _remember(self, key: Hashable) -> None:
+        """That a shape came."""
+        self._seen[key] = None
+        self._seen.move_to_end(key)
+        if len(self._seen) > _SEEN:
+            self._seen.popitem(last=False)
 
 
 def _on(x: torch.Tensor) -> AbstractContextManager[Any]:

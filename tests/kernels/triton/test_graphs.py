@@ -1,57 +1,19 @@
-"""Forwards as CUDA graphs. Without a GPU a stand-in records: it plays by calling again what it was given."""
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar
+"""Calls as CUDA graphs; without a GPU, as tapes of their operations."""
 
 import pytest
 import torch
-from small_models import Artifacts, batch, load, outputs
-from torch.utils._pytree import tree_leaves
+from taped_graph import Tape, tape
 
-from qtool import kernels, recorded
 from qtool.kernels.triton import graphs
 from qtool.kernels.triton.graphs import Graphs
-from qtool.nn.integer.module import integer_outputs
-
-HERE = torch.cuda.is_available()
-
-
-class Again:
-    """A recording as CUDA makes it: fixed places for inputs and outputs, and nothing of Python when it is played."""
-
-    made: ClassVar[list["Again"]] = []
-
-    def __init__(self, function: Callable[..., Any], tensors: graphs.Tensors, pool: Any) -> None:
-        self.inputs = {name: tensor.clone() for name, tensor in tensors.items()}
-        self.function, self.output = function, function(**self.inputs)
-        self.plays = 0
-        self.made.append(self)
-
-    def play(self, tensors: graphs.Tensors) -> Any:
-        self.plays += 1
-        for name, tensor in tensors.items():
-            self.inputs[name].copy_(tensor)
-        for place, value in zip(tree_leaves(self.output), tree_leaves(self.function(**self.inputs)), strict=True):
-            place.copy_(value)
-        return graphs.tree_map_only(torch.Tensor, torch.Tensor.clone, self.output)
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Again]:
-    monkeypatch.setattr(Again, "made", [])
-    monkeypatch.setattr(graphs, "Recording", Again)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    monkeypatch.setattr(recorded, "_on_gpu", lambda tensors: True)
-    return Again.made
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    return tape(monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Artifacts(tmp_path_factory.mktemp("models"), "graphs").make("BertForSequenceClassification", ("ibert",))
-
-
-def test_a_shape_is_recorded_the_second_time(made: list[Again]) -> None:
+def test_a_shape_is_recorded_the_second_time(made: list[Tape]) -> None:
     calls = []
 
     def twice(x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -71,67 +33,7 @@ def test_a_shape_is_recorded_the_second_time(made: list[Again]) -> None:
     assert len(made) == 1
 
 
-def test_the_oldest_are_forgotten(made: list[Again]) -> None:
-    known = Graphs()
-    for _ in range(2):
-        for size in range(graphs.KEPT):
-            known.call(torch.neg, {"input": torch.ones(size)})
-    assert len(made) == graphs.KEPT
-    known.call(torch.neg, {"input": torch.ones(graphs.KEPT)})
-    known.call(torch.neg, {"input": torch.ones(0)})
-    assert len(made) == graphs.KEPT  # size 0 was the oldest, and begins again
-
-
-def test_a_forward_is_recorded_whole(folder: Path, made: list[Again]) -> None:
-    model, inputs = load(folder), batch()
-    wanted = outputs(load(folder), inputs)
-    with kernels.using("triton"):
-        for _ in range(3):
-            assert torch.equal(outputs(model, inputs), wanted)
-        assert len(made) == 1 and made[0].plays == 2
-        other = {name: value.flip(0) for name, value in inputs.items()}
-        assert torch.equal(outputs(model, other).view(5, -1), wanted.view(5, -1).flip(0))
-        assert made[0].plays == 3
-        model.classifier.bias.add_(1 << 20)  # and what was recorded is not what the model is any more
-        assert not torch.equal(outputs(model, inputs), wanted)
-        assert made[0].plays == 3
-
-
-@pytest.mark.parametrize("what", ["hidden states", "configured", "labels", "integers", "watched", "reference"])
-def test_what_is_not_recorded(folder: Path, made: list[Again], what: str) -> None:
-    model, inputs = load(folder), batch()
-    asked: dict[str, Any] = {
-        "hidden states": {"output_hidden_states": True},
-        "labels": {"labels": torch.zeros(5).long()},
-    }
-    model.config.output_hidden_states = what == "configured"
-    if what == "watched":
-        model.bert.encoder.layer[1].register_forward_hook(lambda *_: None)
-    with torch.no_grad(), kernels.using("reference" if what == "reference" else "triton"):
-        for _ in range(3):
-            if what == "integers":
-                with integer_outputs():
-                    assert model(**inputs).logits.dtype == torch.int32
-            else:
-                model(**inputs, **asked.get(what, {}))
-    assert not made
-
-
-def test_what_a_module_made_anew_ends_recordings(folder: Path, made: list[Again]) -> None:
-    """A recording reads what modules made of their weights: memory that is free once they have let go of it."""
-    model, inputs = load(folder), batch()
-    wanted = outputs(load(folder), inputs)
-    with kernels.using("triton"):
-        for part in (model.bert, model.bert.embeddings, model.classifier):
-            for _ in range(3):
-                assert torch.equal(outputs(model, inputs), wanted)
-            plays = [one.plays for one in made]
-            part.float()  # changes no tensor, but what was made of them is gone
-            assert torch.equal(outputs(model, inputs), wanted)
-            assert [one.plays for one in made] == plays
-
-
-def test_a_call_that_fails_is_not_recorded(made: list[Again]) -> None:
+def test_a_call_that_fails_is_not_recorded(made: list[Tape]) -> None:
     known, calls = Graphs(), []
 
     def fails_once(x: torch.Tensor) -> torch.Tensor:
@@ -146,12 +48,41 @@ def test_a_call_that_fails_is_not_recorded(made: list[Again]) -> None:
     assert len(made) == 1
 
 
-@pytest.mark.skipif(not HERE, reason="no GPU: the stand-in above is what was recorded")
-@pytest.mark.parametrize("part", ["whole", "base"])
-def test_a_real_graph(folder: Path, part: str) -> None:
-    model, exact = (load(folder) if part == "whole" else load(folder).bert for _ in range(2))
-    model.to("cuda")
-    inputs = {name: value.to("cuda") for name, value in batch().items()}
-    wanted = outputs(exact, batch())
+def test_one_that_waits_for_the_device_is_called(made: list[Tape]) -> None:
+    known = Graphs()
+
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        return x * int(x.max())
+
+    assert known.call(waits, {"x": torch.tensor([1, 2])}).tolist() == [2, 4]
+    with pytest.warns(UserWarning, match="runs kernel by kernel: CUDA error: operation not permitted"):
+        assert known.call(waits, {"x": torch.tensor([1, 3])}).tolist() == [3, 9]
+    for size in (2, 3, 3, 3):
+        assert known.call(waits, {"x": torch.full((size,), 4)}).tolist() == [16] * size
+    assert not made and len(known) == 0
+
+
+def test_what_is_written_is_written_once_a_call(made: list[Tape]) -> None:
+    known, total = Graphs(), torch.zeros(2)
+
+    def adds(x: torch.Tensor) -> torch.Tensor:
+        return total.add_(x) * 2
+
+    for count in range(1, 5):
+        assert known.call(adds, {"x": torch.ones(2)}).tolist() == [2 * count] * 2
+        assert total.tolist() == [count] * 2
+    assert made[0].plays == 3
+
+
+def test_more_shapes_than_graphs_do_not_push_one_another_out(made: list[Tape], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "STALE", 100)
+    known = Graphs()
     for _ in range(4):
-        assert torch.equal(outputs(model, inputs).cpu(), wanted)
+        for size in range(2 * graphs.KEPT):
+            assert len(known.call(torch.neg, {"input": torch.ones(size)})) == size
+    assert len(made) == graphs.KEPT == len(known)
+    for _ in range(101):  # until nobody has asked for the others in a while
+        known.call(torch.neg, {"input": torch.ones(5)})
+    known.call(torch.neg, {"input": torch.ones(graphs.KEPT + 1)})
+    assert len(made) == graphs.KEPT + 1 and len(known) == graphs.KEPT
+    assert made[-1].plays == 1

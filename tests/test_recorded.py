@@ -1,0 +1,190 @@
+"""Whole forwards as CUDA graphs; without a GPU, as tapes of their operations and kernels."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import Artifacts, batch, load, outputs
+from transformers import StaticCache
+
+from qtool import kernels
+from qtool.kernels.reference import Reference
+from qtool.nn.integer.module import integer_outputs
+from qtool.recorded import Recorded
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
+from taped_graph import Tape, tape
+
+HERE = torch.cuda.is_available()
+ATTENTION = ("methods.zeroquant.attention=int8",)
+W8A8, W4A16 = ("zeroquant",), ("weights=int4:group:16:min", "activations=float")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    return tape(monkeypatch)
+
+
+@pytest.fixture
+def quick(made: list[Tape], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tape]]:
+    """The reference in Triton's place: what is recorded are operations of torch, and nothing has to be interpreted."""
+
+    class InItsPlace(Reference):
+        name = "triton"
+
+    monkeypatch.setattr(kernels, "_make", lambda name: InItsPlace())
+    with kernels.using("triton"):
+        yield made
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    return Artifacts(tmp_path_factory.mktemp("models"), "recorded")
+
+
+@pytest.fixture(scope="module")
+def folder(artifacts: Artifacts) -> Path:
+    return artifacts.make("BertForSequenceClassification", ("ibert",))
+
+
+def test_a_forward_is_recorded_whole(folder: Path, made: list[Tape]) -> None:
+    model, inputs = load(folder), batch()
+    wanted = outputs(load(folder), inputs)
+    with kernels.using("triton"):
+        for _ in range(3):
+            assert torch.equal(outputs(model, inputs), wanted)
+        assert len(made) == 1 and made[0].plays == 2
+        other = {name: value.flip(0) for name, value in inputs.items()}
+        assert torch.equal(outputs(model, other).view(5, -1), wanted.view(5, -1).flip(0))
+        assert made[0].plays == 3
+        model.classifier.bias.add_(1 << 20)  # and what was recorded is not what the model is any more
+        assert not torch.equal(outputs(model, inputs), wanted)
+        assert made[0].plays == 3
+
+
+@pytest.mark.parametrize("what", ["hidden states", "configured", "labels", "integers", "watched", "reference"])
+def test_what_is_not_recorded(folder: Path, made: list[Tape], what: str) -> None:
+    model, inputs = load(folder), batch()
+    asked: dict[str, Any] = {
+        "hidden states": {"output_hidden_states": True},
+        "labels": {"labels": torch.zeros(5).long()},
+    }
+    model.config.output_hidden_states = what == "configured"
+    if what == "watched":
+        model.bert.encoder.layer[1].register_forward_hook(lambda *_: None)
+    with torch.no_grad(), kernels.using("reference" if what == "reference" else "triton"):
+        for _ in range(2):
+            if what == "integers":
+                with integer_outputs():
+                    assert model(**inputs).logits.dtype == torch.int32
+            else:
+                model(**inputs, **asked.get(what, {}))
+    assert not made
+
+
+def test_what_a_module_made_anew_ends_recordings(folder: Path, made: list[Tape]) -> None:
+    """A recording reads what modules made of their weights: memory that is free once they have let go of it."""
+    model, inputs = load(folder), batch()
+    wanted = outputs(load(folder), inputs)
+    with kernels.using("triton"):
+        for part in (model.bert, model.bert.embeddings, model.classifier):
+            for _ in range(3):
+                assert torch.equal(outputs(model, inputs), wanted)
+            plays = [one.plays for one in made]
+            part.float()  # changes no tensor, but what was made of them is gone
+            assert torch.equal(outputs(model, inputs), wanted)
+            assert [one.plays for one in made] == plays
+
+
+@pytest.mark.skipif(not HERE, reason="no GPU: tapes take their place above")
+@pytest.mark.parametrize("part", ["whole", "base"])
+def test_a_real_graph(folder: Path, part: str) -> None:
+    model, exact = (load(folder) if part == "whole" else load(folder).bert for _ in range(2))
+    model.to("cuda")
+    inputs = {name: value.to("cuda") for name, value in batch().items()}
+    wanted = outputs(exact, batch())
+    for _ in range(4):
+        assert torch.equal(outputs(model, inputs).cpu(), wanted)
+
+
+@pytest.mark.parametrize("sets", [(), ATTENTION, W4A16])
+def test_an_encoder_that_computes_with_floats(artifacts: Artifacts, quick: list[Tape], sets: tuple[str, ...]) -> None:
+    """What attention is told of a mask must not depend on whether the mask can be looked at: texts are padded."""
+    model, inputs = load(artifacts.make("RobertaForQuestionAnswering", W8A8, *sets)), batch()
+    assert isinstance(model, Recorded)
+    other = {**inputs, "input_ids": inputs["input_ids"].clamp(max=30)}
+    wanted, wanted_other = outputs(copy.deepcopy(model), inputs), outputs(copy.deepcopy(model), other)
+    for plays in (0, 1, 2):
+        assert torch.equal(outputs(model, inputs), wanted)
+        assert sum(one.plays for one in quick) == plays
+    assert torch.equal(outputs(model, other), wanted_other) and not torch.equal(wanted, wanted_other)
+    assert quick[0].plays == 3
+    with torch.enable_grad():
+        model(**inputs)
+    assert len(quick) == 1 and quick[0].plays == 3
+
+
+def test_kernels_of_an_encoder_that_computes_with_floats(artifacts: Artifacts, made: list[Tape]) -> None:
+    model, inputs = load(artifacts.make("RobertaForQuestionAnswering", W8A8)), batch()
+    with kernels.using("triton"):
+        wanted = outputs(model, inputs)
+        assert torch.equal(outputs(model, inputs), wanted)
+    assert [one.plays for one in made] == [1]
+
+
+@torch.no_grad()
+def steps(model: Any, count: int) -> tuple[list[torch.Tensor], Any]:
+    """Scores of tokens one behind the other, after a prompt of 4."""
+    ids = torch.randint(5, 65, (2, 4 + count), generator=torch.Generator().manual_seed(1))
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
+    found = []
+    for place in range(4, 4 + count):
+        output = model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+        assert output.past_key_values is cache
+        found.append(output.logits)
+    return found, cache
+
+
+@pytest.mark.parametrize("sets", [(), W4A16])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel", "Qwen2ForCausalLM"])
+def test_a_step_behind_a_cache(
+    artifacts: Artifacts, quick: list[Tape], architecture: str, sets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions, lengths and masks are read from the cache each time, as no number of Python's could be."""
+    model = load(artifacts.make(architecture, W8A8, *sets))
+    scores, cache = steps(model, 6)
+    assert [one.plays for one in quick] == [5]
+    monkeypatch.setattr("qtool.recorded._is_on_gpu", lambda value: False)
+    wanted, other = steps(model, 6)
+    assert [one.plays for one in quick] == [5]
+    assert all(torch.equal(one, two) for one, two in zip(scores, wanted, strict=True))
+    assert len({tuple(row.flatten().tolist()) for row in scores}) == 6  # or a step that stands still would pass
+    for layer, theirs in zip(cache.layers, other.layers, strict=True):
+        assert int(layer.cumulative_length) == 10
+        assert torch.equal(layer.keys, theirs.keys) and torch.equal(layer.values, theirs.values)
+
+
+def test_generation_with_a_static_cache(artifacts: Artifacts, quick: list[Tape]) -> None:
+    model = load(artifacts.make("LlamaForCausalLM", W8A8, *W4A16))
+    prompt = torch.randint(5, 65, (1, 4), generator=torch.Generator().manual_seed(2))
+    given: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+    given |= {"max_new_tokens": 8, "min_new_tokens": 8}
+    wanted = model.generate(prompt, **given)
+    assert not quick
+    assert model.generate(prompt, cache_implementation="static", **given).tolist() == wanted.tolist()
+    assert sum(one.plays for one in quick) >= 5
+
+
+def test_what_of_a_decoder_is_not_recorded(artifacts: Artifacts, quick: list[Tape]) -> None:
+    model = load(artifacts.make("LlamaForCausalLM", W8A8, *W4A16))
+    ids = torch.randint(5, 65, (1, 5), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for _ in range(2):
+            model(input_ids=ids)
+            model(input_ids=ids[:, :1], use_cache=False)
+            model(input_ids=ids, past_key_values=StaticCache(config=model.config, max_cache_len=8), use_cache=True)
+    assert not quick

@@ -124,8 +124,10 @@ class Feed:
 
 
 class TorchRunner:
-    """A model of transformers. With `fixed_shapes` it is compiled anew for each shape of a batch. With `static_cache` it
-    decodes behind a cache that lies still, as compiled models and recordings of forwards need it.
+    """A model of transformers.
+
+    With `fixed_shapes` it is compiled anew for each shape of a batch. With `static_cache` it decodes behind a cache
+    that lies still, as compiled models and recordings of forwards need it.
 
     `max_tokens` are the model's positions, where it has a limit.
     """
@@ -181,8 +183,9 @@ class TorchRunner:
         if cache is None:
             return
         if isinstance(cache, StaticCache):
+            still: Any = cache.layers  # `StaticLayer` all, see `_cache`
             with torch.inference_mode():
-                for layer in cache.layers:
+                for layer in still:
                     layer.cumulative_length.fill_(feed.context)
         else:
             cache.crop(feed.context - cache.get_seq_length())

@@ -385,10 +385,18 @@ def _refuse_unknown(module: Any, options: Mapping[str, Any]) -> None:
 
 
 def _whole_mask(*args: Any, **options: Any) -> torch.Tensor | None:
-    """SDPA's boolean mask, also where SDPA would be told `is_causal` instead; None where everybody sees all."""
+    """SDPA's boolean mask, also where SDPA would be told `is_causal` instead; None where everybody sees all.
+
+    On a GPU one would have to wait for that, and a recorded forward, which cannot, needs the kernels of its first call:
+    a mask of tokens is not looked at.
+    """
     from transformers.masking_utils import sdpa_mask
 
-    mask: torch.Tensor | None = sdpa_mask(*args, **{**options, "allow_is_causal_skip": False})
+    asked = {**options, "allow_is_causal_skip": False}
+    tokens = options.get("attention_mask")
+    if isinstance(tokens, torch.Tensor) and kernels.backend(tokens.device).name == "triton":
+        asked["allow_is_bidirectional_skip"] = False
+    mask: torch.Tensor | None = sdpa_mask(*args, **asked)
     return mask
 
 

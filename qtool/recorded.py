@@ -16,6 +16,8 @@ from qtool.nn.module import fleeting
 from qtool.nn.plan import Plan, SameName, kept_plan
 
 _READ = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "cache_position"})
+_STEPS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "qwen2"})
+"""Decoders whose step waits for nothing on the host; OPT's counts its positions there."""
 _SEEN_INSIDE = ("output_hidden_states", "output_attentions")
 
 
@@ -33,20 +35,16 @@ class GraphPlan(Plan):
 
         super().__init__([model], called=True)
         self.graphs = Graphs()
-        self._made: list[Any] | None = None
+        self._made: list[tuple[dict[str, Any], str, Any]] = []
 
     def note(self) -> None:
         """Keep what modules have made by now."""
-        self._made = self._made_now()
+        names = ("_plan", "_operand")
+        self._made = [(own, name, own[name]) for own in self._own for name in names if own.get(name) is not None]
 
     def holds(self, roots: Sequence[nn.Module]) -> bool:
         """See `Plan`; also whether modules have what they had made."""
-        if not super().holds(roots):
-            return False
-        return self._made is None or all(a is b for a, b in zip(self._made, self._made_now(), strict=True))
-
-    def _made_now(self) -> list[Any]:
-        return [module.__dict__.get(name) for module in self._inner for name in ("_plan", "_operand")]
+        return super().holds(roots) and all([own.get(name) is value for own, name, value in self._made])
 
 
 class Recorded(SameName):
@@ -59,8 +57,9 @@ def record(model: Any) -> None:
     An encoder is recorded as it is called. Of a decoder only a step is: one token a sequence behind a static cache,
     which lies in the same place from call to call.
     """
-    cls: Any = type(model)
-    model.__class__ = _recorded_class(cls)
+    if not isinstance(model, Recorded):
+        cls: Any = type(model)
+        model.__class__ = _recorded_class(cls)
 
 
 @functools.cache
@@ -99,8 +98,13 @@ def recorded(model: Any, forward: Callable[..., Any], given: Mapping[str, Any]) 
     plan = kept_plan(model, [model], lambda: GraphPlan(model), backends=("triton",))
     if plan is None:
         return forward(**given)
-    result = plan.graphs.call(functools.partial(call.run, forward), call.tensors, call.key(model.config))
-    plan.note()
+
+    def run(**own: torch.Tensor) -> Any:
+        output = call.run(forward, own)
+        plan.note()
+        return output
+
+    result = plan.graphs.call(run, call.tensors, call.key(model.config))
     if call.cache is not None:
         result["past_key_values"] = call.cache
     return result
@@ -131,6 +135,8 @@ class _Call:
             return False
         if any(words.get(name, getattr(config, name, False)) for name in _SEEN_INSIDE):
             return False
+        if not _has_known_attention(config):
+            return False
         if not (_is_encoder(config) if self.cache is None else self._is_step(config)):
             return False
         return kernels.backend(self.tensors["input_ids"].device).name == "triton" and _on_gpu(self.tensors)
@@ -139,7 +145,7 @@ class _Call:
         """Whether one token comes behind a cache whose tensors stay where they are."""
         from transformers.cache_utils import StaticCache, StaticLayer
 
-        if not self.words.get("return_dict", config.return_dict):
+        if config.model_type not in _STEPS or not self.words.get("return_dict", config.return_dict):
             return False
         if type(self.cache) is not StaticCache or self.tensors["input_ids"].shape[1:] != (1,):
             return False
@@ -155,8 +161,8 @@ class _Call:
         settings = config.return_dict, config._attn_implementation, getattr(config, "use_cache", None)
         return (*settings, *sorted(self.words.items()), *places)
 
-    def run(self, forward: Callable[..., Any], **own: torch.Tensor) -> Any:
-        """The output without the cache, which outlives no recording."""
+    def run(self, forward: Callable[..., Any], own: Mapping[str, torch.Tensor]) -> Any:
+        """The output for `own` in place of `tensors`, without the cache, which a recording must not keep alive."""
         if self.cache is None:
             return forward(**self.words, **own)
         output = forward(**self.words, **own, past_key_values=self.cache)
@@ -167,6 +173,12 @@ def _is_encoder(config: Any) -> bool:
     """Whether nothing of a call is left for the next one."""
     family = FAMILIES.get(config.model_type)
     return family is not None and not family.decoder and not getattr(config, "is_decoder", False)
+
+
+def _has_known_attention(config: Any) -> bool:
+    """Whether attention is torch's or qtool's own; others look on the host for where padding is."""
+    name = config._attn_implementation
+    return name in ("eager", "sdpa") or str(name).startswith("qtool_")
 
 
 def _is_on_gpu(value: Any) -> bool:

@@ -80,11 +80,11 @@ class Artifacts:
         given = {**self._options, **ATTENDING.get(architecture, {}), **options}
         return save(self._folder / f"{self._name}-{architecture}", architecture, **given)
 
-    def make(self, architecture: str, methods: tuple[str, ...], *sets: str) -> Path:
+    def make(self, architecture: str, methods: tuple[str, ...], *sets: str, **options: Any) -> Path:
         """What methods make of it, calibrated on random tokens."""
-        key = (architecture, methods, *sets)
+        key = (architecture, methods, *sets, *options.items())
         if key not in self._made:
-            source, out = self.source(architecture), self._folder / f"{self._name}-{len(self._made)}-out"
+            source, out = self.source(architecture, **options), self._folder / f"{self._name}-{len(self._made)}-out"
             with golden_check_here(self._folder):
                 self._made[key] = qtool.quantize(str(source), method=methods, output=out, set=(*DATA, *sets)).path
         return self._made[key]

@@ -114,7 +114,7 @@ def check_codebook(book: WholeCodebook | None, level_unit: torch.Tensor | None, 
         raise InputError(f"INT8 attention with a codebook adds up {keys} weights; sums are exact for {MAX_CODED_KEYS}")
     if book.levels is None:
         return
-    largest = int(book.levels.max())
+    largest = int(book.levels.max()) if book.largest is None else book.largest
     if QMAX * largest * keys > INT32:
         most = INT32 // (QMAX * largest)
         raise InputError(f"INT8 attention adds up {keys} levels of up to {largest}; int32 has room for {most} of them")
@@ -200,11 +200,16 @@ class _Values(NamedTuple):
         acc = self.products((codes.to(torch.int16) - QMAX).to(torch.int8)).add_(self.sums, alpha=QMAX)
         return acc.float().div_(_sum(codes).clamp_min_(1).float())
 
-    def under(self, levels: torch.Tensor) -> torch.Tensor:
-        """The sum of int32 `levels` `[..., keys]` of up to two digits by values: float32 `[..., size]`."""
+    def under(self, levels: torch.Tensor, largest: int | None) -> torch.Tensor:
+        """The sum of int32 `levels` `[..., keys]` of up to two digits by values: float32 `[..., size]`.
+
+        A `largest` that is known spares a look.
+        """
         low, high = levels & ((1 << DIGIT_BITS) - 1), levels >> DIGIT_BITS
         acc = self.products(low.to(torch.int8))
-        return (acc.add_(self.products(high.to(torch.int8)), alpha=1 << DIGIT_BITS) if high.any() else acc).float()
+        if bool(high.any()) if largest is None else largest >> DIGIT_BITS:
+            acc.add_(self.products(high.to(torch.int8)), alpha=1 << DIGIT_BITS)
+        return acc.float()
 
 
 class _Coder(NamedTuple):
@@ -231,7 +236,7 @@ class _Coder(NamedTuple):
             codes = _diffused(standing, CODED_BITS)
             mean = values.mean(codes)
             return codes, mean if book.renormalize else mean.mul_(kept.float() / total.clamp_min(1).float())
-        mixed = values.under(standing)
+        mixed = values.under(standing, book.largest)
         if book.renormalize or book.relative:
             mixed.div_((kept if book.renormalize else total).clamp_min(1).float())
         return found.to(torch.uint8), mixed if self.factor is None else mixed.mul_(self.factor)

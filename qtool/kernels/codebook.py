@@ -19,13 +19,15 @@ class WholeCodebook:
     """A codebook of each head in integers. `edges` int32 `[heads, codes - 1]`, in units of 2^-24, do not fall.
 
     `levels` int32 `[heads, codes]`, 0 … `LEVEL_MAX`, are in a unit of each head, level 0 is 0; None: what has a code
-    above 0 is kept as it is. `relative` and `renormalize` are as in `coding.coded_attention`.
+    above 0 is kept as it is. `relative` and `renormalize` are as in `coding.coded_attention`. `largest` is that of the
+    levels, where it is known: to look waits for a GPU.
     """
 
     edges: torch.Tensor
     levels: torch.Tensor | None
     relative: bool
     renormalize: bool
+    largest: int | None = None
 
     def repeated(self, batch: int) -> "WholeCodebook":
         """Of all heads of `batch` texts, one after the other."""
@@ -33,12 +35,12 @@ class WholeCodebook:
             None if part is None else part.expand(batch, -1, -1).flatten(0, 1) for part in (self.edges, self.levels)
         )
         assert edges is not None
-        return WholeCodebook(edges, levels, self.relative, self.renormalize)
+        return WholeCodebook(edges, levels, self.relative, self.renormalize, self.largest)
 
     def __getitem__(self, heads: slice) -> "WholeCodebook":
         """Of some heads."""
         levels = None if self.levels is None else self.levels[heads]
-        return WholeCodebook(self.edges[heads], levels, self.relative, self.renormalize)
+        return WholeCodebook(self.edges[heads], levels, self.relative, self.renormalize, self.largest)
 
     def codes(self, weights: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
         """int64 codes of weights `[heads, queries, keys]` ≥ 0: how many edges, times `whole`, each reaches.

@@ -91,6 +91,7 @@ class QCodedAttention(QAttention):
     edges: torch.Tensor
     levels: torch.Tensor | None
     level_unit: torch.Tensor | None
+    _known_largest: tuple[torch.Tensor, int, int] | None = None
 
     def __init__(
         self,
@@ -126,8 +127,18 @@ class QCodedAttention(QAttention):
             self.level_unit = units.float()
 
     def _coding(self) -> dict[str, Any]:
-        book = WholeCodebook(self.edges, self.levels, self.relative, self.renormalize)
+        book = WholeCodebook(self.edges, self.levels, self.relative, self.renormalize, self._largest())
         return {"book": book, "level_unit": self.level_unit}
+
+    def _largest(self) -> int | None:
+        """The largest level, looked for once; None where there are no levels, or a change would not be noticed."""
+        levels = self.levels
+        if levels is None or levels.is_inference():
+            return None
+        known = self._known_largest
+        if known is None or known[0] is not levels or known[1] != levels._version:
+            known = self._known_largest = levels, levels._version, int(levels.max())
+        return known[2]
 
     def values(self, codes: torch.Tensor) -> torch.Tensor:
         """The levels of codes `[batch, heads, queries, keys]`, each row divided by its sum: float32.

@@ -67,8 +67,8 @@ class Plan:
         self._tables: list[dict[str, Any]] = [
             table for module in modules for table in (module._modules, module._buffers, module._parameters)
         ]
-        self._values = list(self._entries())  # kept, so that their ids stay theirs
-        self._names, self._ids = list(_chained(self._tables)), list(map(id, self._values))
+        self._sizes, self._filled = list(map(len, self._tables)), list(filter(None, self._tables))
+        self._names, self._values = list(_chained(self._filled)), list(self._entries())
         self._tensors = [value for value in self._values if isinstance(value, torch.Tensor)]
         self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._state = self._state_now()
@@ -97,7 +97,9 @@ class Plan:
             return False
         if list(map(type, (*roots, *self._inner))) != self._types:
             return False
-        if list(map(id, self._entries())) != self._ids or list(_chained(self._tables)) != self._names:
+        if list(map(len, self._tables)) != self._sizes or list(_chained(self._filled)) != self._names:
+            return False
+        if not all(map(operator.is_, self._values, self._entries())):
             return False
         if any(table.get(name) is not value for table, name, value in self._settings):
             return False
@@ -115,7 +117,7 @@ class Plan:
         return any(["forward" in own for own in (*self._own, *roots)])
 
     def _entries(self) -> Iterator[Any]:
-        return _chained(map(dict.values, self._tables))
+        return _chained(map(dict.values, self._filled))
 
     def _hooked(self) -> Iterator[Any]:
         for hooks in self._hooks:

@@ -39,7 +39,8 @@ _INFINITY = tl.constexpr(math.inf)
 _NAN = tl.constexpr(math.nan)
 
 
-@triton.jit
+# Lengths grow from call to call: a form of the kernel for those that 16 divides would be compiled amid a generation.
+@triton.jit(do_not_specialize=["mask_text", "mask_head", "mask_query", "queries", "keys"])
 def float_attention_kernel(
     query: tl.tensor, key: tl.tensor, value: tl.tensor, unit: tl.tensor, key_unit: tl.tensor,
     value_sums: tl.tensor, value_scale: tl.tensor, mask: tl.tensor,

@@ -3,8 +3,8 @@
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,7 +61,8 @@ class Graphs:
         self._refused = False
         self._calls = 0
         self._pool: Any = None
-        self._turn = threading.Lock()  # a recording has one place for its inputs, whoever calls
+        self._turn = threading.Lock()
+        self._done: Any = None
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -69,7 +70,7 @@ class Graphs:
     def call(self, function: Callable[..., Any], tensors: Tensors, words: Hashable = ()) -> Any:
         """`function(**tensors)`. `words` is what the result depends on beside numbers and shapes."""
         key = words, *((name, x.shape, x.dtype, x.device) for name, x in tensors.items())
-        with self._turn, _on(next(iter(tensors.values()))):
+        with self._alone(next(iter(tensors.values()))):
             self._calls += 1
             if key not in self._recorded and not self._record(key, function, tensors):
                 result = function(**tensors)  # compiles kernels; what fails here is not recorded next time
@@ -78,6 +79,15 @@ class Graphs:
             self._recorded.move_to_end(key)
             self._played[key] = self._calls
             return self._recorded[key].play(tensors)
+
+    @contextmanager
+    def _alone(self, x: torch.Tensor) -> Iterator[None]:
+        """Recordings have one place for inputs and one for what is between, whichever threads and streams call."""
+        with self._turn, _on(x):
+            if self._done is not None:
+                torch.cuda.current_stream().wait_event(self._done)
+            yield
+            self._done = torch.cuda.current_stream().record_event() if x.is_cuda else None
 
     def _record(self, key: Hashable, function: Callable[..., Any], tensors: Tensors) -> bool:
         """Whether there is a recording now."""

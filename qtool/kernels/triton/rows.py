@@ -82,7 +82,7 @@ def norm_kernel(
     values = tl.load(x + at, mask=here, other=0)
     if residual is not None:
         values += tl.load(residual + at, mask=here, other=0)
-    normal = arithmetic.normalize(values, here, width.to(tl.int64), tl.load(eps))
+    normal = arithmetic.normalize(values, here, tl.full((), width, tl.int64), tl.load(eps))
     m = tl.load(weight + columns, mask=columns < width, other=0)[None, :]
     s = tl.load(shift + columns, mask=columns < width, other=1)[None, :]
     b = tl.load(bias + columns, mask=columns < width, other=0)[None, :]

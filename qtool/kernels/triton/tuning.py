@@ -51,7 +51,7 @@ def _gpu(number: int) -> tuple[int, int]:
 
 
 def tile(rows: int, outputs: int, *, twice: bool = False) -> Tile:
-    """The largest that leaves no multiprocessor without work and has no more rows than there are.
+    """The largest that leaves no multiprocessor without work and has no more rows than there are, else the smallest.
 
     With `twice` a kernel keeps two sums of an output, for which the largest has too few registers.
     """
@@ -62,7 +62,7 @@ def tile(rows: int, outputs: int, *, twice: bool = False) -> Tile:
     for found in tiles:
         if found.m < 2 * rows and -(-rows // found.m) * -(-outputs // found.n) >= processors:
             return found
-    return next((found for found in reversed(tiles) if found.m >= rows), tiles[-1])
+    return tiles[-1]
 
 
 def table_tile(rows: int) -> Tile:

@@ -120,6 +120,12 @@ def check_codebook(book: WholeCodebook | None, level_unit: torch.Tensor | None, 
         raise InputError(f"INT8 attention adds up {keys} levels of up to {largest}; int32 has room for {most} of them")
 
 
+def check_sums(keys: int, size: int) -> None:
+    """Raises InputError for more keys, or channels of a head, than an accumulator holds."""
+    if keys > MAX_KEYS or size > MAX_SIZE:
+        raise InputError(f"INT8 attention adds up {keys} keys of {size} channels; int32 has room for {MAX_KEYS} keys")
+
+
 def quantized(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, value_scale: torch.Tensor, scaling: float
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor]:
@@ -130,8 +136,7 @@ def quantized(
     more than an accumulator holds.
     """
     (batch, _, _, size), (groups, keys) = query.shape, key.shape[1:3]
-    if keys > MAX_KEYS or size > MAX_SIZE:
-        raise InputError(f"INT8 attention adds up {keys} keys of {size} channels; int32 has room for {MAX_KEYS} keys")
+    check_sums(keys, size)
     query, key = query.float().reshape(batch, groups, -1, size), key.float()
     q, q_scale = quantize_tokens(query)
     k, k_scale = quantize_tokens(key)

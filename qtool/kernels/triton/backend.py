@@ -208,7 +208,8 @@ class Triton(Reference):
             options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "book": book, "level_unit": level_unit}
             return Reference.int8_attention(query, key, value, value_scale, mask, **options)
         attention.check_codebook(book, level_unit, keys)
-        given = float_attention.coded(query, key, value, value_scale, scaling)
+        with on(query):
+            given = float_attention.coded(query, key, value, value_scale, scaling)
         seen = None if mask is None else mask.expand(batch, heads, queries, keys)
         context = torch.empty((batch, heads, queries, size), dtype=torch.float32, device=query.device)
         codes = torch.empty((batch, heads, queries, keys), dtype=torch.uint8, device=query.device)

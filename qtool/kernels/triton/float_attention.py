@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from qtool.kernels import attention
+from qtool.kernels import attention, reference
 from qtool.kernels.codebook import EDGE_BITS, WholeCodebook
 from qtool.kernels.reference import QMAX
-from qtool.kernels.triton import tuning
+from qtool.kernels.triton import float_launch, tuning
 from qtool.kernels.triton.attention import LEVELS, PLAIN, PRUNED
 
 MAX_SIZE = 256
@@ -221,13 +221,24 @@ class Coded(NamedTuple):
 def coded(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, value_scale: torch.Tensor, scaling: float
 ) -> Coded:
-    """From floats, as `attention.int8_attention` is given them."""
-    (q, k, v), unit, key_unit = attention.quantized(query, key, value, value_scale, scaling)
+    """From floats, as `attention.int8_attention` is given them: what `attention.quantized` makes, in fewer passes."""
+    batch, groups, keys, size = key.shape
+    attention.check_sums(keys, size)
+    (q, q_scale), (k, k_scale) = _tokens(query.reshape(batch, groups, -1, size)), _tokens(key)
+    v, v_scale = reference.quantize_static(value.float(), value_scale.view(groups, 1, 1))
+    unit = q_scale.mul(scaling * attention.LOG2_E).add_(q_scale.mul(0))  # infinity becomes NaN
+    key_unit = k_scale + k_scale.mul(0) + v_scale.mul_(0)
     # A tensor core reads integers along the keys; rows of whole vectors can be copied as such.
     columns = torch.nn.functional.pad(v.mT, (0, -v.shape[2] % 16))
     sums = v.sum(2, dtype=torch.int32)
     parts = (q, k, columns, unit, key_unit, sums, value_scale)
     return Coded(*(part.contiguous() for part in parts))
+
+
+def _tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes of rows `[…, size]` and scales `[…, 1]`, which are not finite where a row is not."""
+    codes, scales = float_launch.tokens(x.float().reshape(-1, x.shape[-1]).contiguous(), None)
+    return codes.view(x.shape), scales.view(*x.shape[:-1], 1)
 
 
 def attend(

@@ -21,6 +21,7 @@ from torch.distributed import TCPStore
 from qtool import ranks
 from qtool.cli import together
 from qtool.errors import UsageError
+from qtool.ranks import values
 
 CODE = """
 import os, signal, sys, time
@@ -109,7 +110,7 @@ def test_what_ranks_exchange(crews: list[Crew], tmp_path: Path, size: int) -> No
     mine = {"a": torch.arange(group.rank + 1), f"only {group.rank}": torch.tensor([0.5 + group.rank])}
     for _ in range(3):
         parts = group.exchange(mine)
-    ranks._CHUNK = 1000
+    ranks.group._CHUNK = 1000
     if group.rank == group.size - 1:
         group.send(Path("sent"))
     elif group.first:
@@ -145,7 +146,7 @@ def test_an_error_ends_all_ranks_with_its_message(crews: list[Crew], tmp_path: P
 def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, waits: str) -> None:
     body = f"""
     group.exchange({{}})
-    ranks.LOST = 6.0
+    ranks.life.LOST = 6.0
     if group.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     {waits}
@@ -258,13 +259,13 @@ def equal(a: Any, b: Any) -> bool:
 
 @given(VALUES)
 def test_values_travel_as_they_are(value: Any) -> None:
-    sent = json.loads(json.dumps(ranks.packed(value)))
-    assert equal(ranks.unpacked(sent), value)
+    sent = json.loads(json.dumps(values.packed(value)))
+    assert equal(values.unpacked(sent), value)
 
 
 def test_what_cannot_travel_is_named() -> None:
     with pytest.raises(TypeError, match="a set does not travel"):
-        ranks.packed([{1}])
+        values.packed([{1}])
 
 
 def test_pieces_are_put_in_order(crews: list[Crew], tmp_path: Path) -> None:

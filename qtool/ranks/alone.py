@@ -1,0 +1,57 @@
+"""A process that works alone: what one of several does, where there are no others."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Ranks:
+    """This process alone; `Group` is one of several."""
+
+    rank = 0
+    size = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of `count` pieces of work are this rank's."""
+        return range(self.rank, count, self.size)
+
+    def owner(self, piece: int) -> int:
+        """Which rank a piece belongs to."""
+        return piece % self.size
+
+    def exchange(self, mine: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """What every rank gave, by rank: all of them call this, and each gets all."""
+        return [dict(mine)]
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raises InputError, naming what differs, unless all ranks have the same JSON-clean facts."""
+
+    def told(self, value: Any) -> Any:
+        """The first rank's JSON-clean value."""
+        return value
+
+    def send(self, file: Path) -> None:
+        """Send a file to the first rank, which `receive`s it."""
+        raise AssertionError("there is nobody to send to")
+
+    def receive(self, file: Path, source: int) -> None:
+        """Write a file that a rank sends."""
+        raise AssertionError("there is nobody who sends")
+
+    def check(self) -> None:
+        """Raises what ended another rank."""
+
+    @contextmanager
+    def folder_aside(self) -> Iterator[Path]:
+        """A folder for what only this rank needs, gone at the end, however the process ends short of a kill."""
+        with tempfile.TemporaryDirectory(prefix="qtool-") as folder:
+            yield Path(folder)

@@ -1,0 +1,151 @@
+"""One of several ranks: how it meets the others, and what they send each other."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors.torch import load, save
+
+from qtool.errors import RESUMABLE, InputError, UnavailableError
+from qtool.ranks.alone import Ranks
+from qtool.ranks.life import BEAT, Life
+from qtool.ranks.values import read, written
+
+_PATIENCE = timedelta(days=30)  # of a collective: who is alive may compute for as long as it takes
+_CHUNK = 1 << 26  # bytes of a file that travel at a time
+
+
+class Group(Ranks):
+    """One of several ranks, which all make the same calls in the same order."""
+
+    def __init__(self, rank: int, size: int, store: Any) -> None:
+        self.rank, self.size = rank, size
+        self._life = Life(rank, size, store)
+
+    @classmethod
+    def of_environment(cls) -> "Group":
+        """See `qtool.ranks.joined`."""
+        import torch.distributed as dist
+
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        ours = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:  # while torch waits for the others no handler of Python's would run
+            store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+            work = dist.PrefixStore("work", store)  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=work, rank=rank, world_size=size, timeout=_PATIENCE)
+        except (RuntimeError, ValueError, dist.DistError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UnavailableError(f"cannot meet the other ranks at {where}: {said}") from error
+        finally:
+            for number, handler in ours.items():
+                if handler is not None:  # one that Python did not install
+                    signal.signal(number, handler)
+        return cls(rank, size, store)
+
+    def exchange(self, mine: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """See `Ranks`."""
+        import torch.distributed as dist
+
+        payload = torch.frombuffer(
+            bytearray(save({name: x.contiguous() for name, x in mine.items()})), dtype=torch.uint8
+        )
+        with self._working():
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(sizes, torch.tensor([len(payload)]))
+            room = max(int(size) for size in sizes)
+            parts = [torch.empty(room, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(parts, torch.nn.functional.pad(payload, (0, room - len(payload))))
+        return [load(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """See `Ranks`."""
+        found = [read(part) for part in self.exchange(written(dict(facts)))]
+        for rank, theirs in enumerate(found):
+            if different := [name for name in sorted(theirs) if theirs[name] != found[0].get(name)]:
+                raise InputError(
+                    f"rank {rank} has a different {', '.join(different)} than rank 0: all need the same files, "
+                    "versions, instruction set and --threads"
+                )
+
+    def told(self, value: Any) -> Any:
+        """See `Ranks`."""
+        found = self.exchange(written(value if self.first else None))[0]
+        return value if self.first else read(found)
+
+    def send(self, file: Path) -> None:
+        """See `Ranks`."""
+        import torch.distributed as dist
+
+        with self._working(), file.open("rb") as stream:
+            dist.send(torch.tensor([file.stat().st_size]), 0)
+            while chunk := stream.read(_CHUNK):
+                dist.send(torch.frombuffer(bytearray(chunk), dtype=torch.uint8), 0)
+
+    def receive(self, file: Path, source: int) -> None:
+        """See `Ranks`. The file appears when it is whole."""
+        import torch.distributed as dist
+
+        part = file.with_name(f"{file.name}.part")
+        size = torch.zeros(1, dtype=torch.int64)
+        with self._working():
+            dist.recv(size, source)
+            with _writing(part) as stream:
+                for start in range(0, int(size), _CHUNK):
+                    chunk = torch.empty(min(_CHUNK, int(size) - start), dtype=torch.uint8)
+                    dist.recv(chunk, source)
+                    stream.write(chunk.numpy().tobytes())
+        os.replace(part, file)
+
+    def check(self) -> None:
+        """See `Ranks`."""
+        self._life.check()
+
+    @contextmanager
+    def folder_aside(self) -> Iterator[Path]:
+        """See `Ranks`."""
+        with super().folder_aside() as folder:
+            self._life.aside.append(folder)
+            try:
+                yield folder
+            finally:
+                self._life.aside.remove(folder)
+
+    def leave(self) -> None:
+        """Say goodbye, and wait until all have: who goes earlier would be taken for dead."""
+        import torch.distributed as dist
+
+        self.exchange({})
+        self._life.end()
+        dist.destroy_process_group()  # its threads must not outlive the interpreter
+
+    def tell(self, error: BaseException) -> None:
+        """Let the other ranks end with this error, unless one has ended before."""
+        self._life.tell(error)
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """A connection that broke says that a rank has ended; why, it may have told."""
+        try:
+            yield
+        except RuntimeError as error:
+            for _ in range(10):
+                self.check()
+                time.sleep(BEAT / 4)
+            raise UnavailableError(f"another rank ended without a word; {RESUMABLE}") from error
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[IO[bytes]]:
+    """Raises UnavailableError where the disk is full or may not be written on."""
+    try:
+        with file.open("wb") as stream:
+            yield stream
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise UnavailableError(f"cannot write {file}: {error.strerror or error}") from error

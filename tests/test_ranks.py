@@ -125,6 +125,35 @@ def test_what_ranks_exchange(crews: list[Crew], tmp_path: Path, size: int) -> No
     assert not (tmp_path / "received.part").exists()
 
 
+def test_nothing_travels_but_what_ranks_give(crews: list[Crew], tmp_path: Path) -> None:
+    """One large part, whosever it is, costs its own size; of `told`, only what the first rank says."""
+    body = """
+    import torch.distributed as dist
+    moved = []
+    def counted(name, function):
+        def call(tensors, *rest):
+            each = tensors if isinstance(tensors, list) else [tensors]
+            moved.append(sum(one.nbytes for one in each))
+            return function(tensors, *rest)
+        setattr(dist, name, call)
+    for name in ("all_gather", "broadcast"):
+        counted(name, getattr(dist, name))
+    for large in range(3):
+        parts = group.exchange({"x": torch.full((250_000,), float(large))} if group.rank == large else {})
+        assert [len(part) for part in parts] == [rank == large for rank in range(3)], parts
+        assert torch.equal(parts[large]["x"], torch.full((250_000,), float(large)))
+    print(sum(moved))
+    moved.clear()
+    assert group.told("a" * 100_000 if group.first else "b" * 1_000_000) == "a" * 100_000
+    print(sum(moved))
+    """
+    for code, out, error in crew(crews, body, 3, tmp_path).ends():
+        assert (code, error) == (0, "")
+        exchanged, told = map(int, out.split())
+        assert 3_000_000 <= exchanged < 3_005_000, "three parts of 250,000 float32 numbers"
+        assert 100_000 <= told < 102_000
+
+
 @pytest.mark.parametrize("waits", ["group.exchange({})", "time.sleep(60)"])
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_an_error_ends_all_ranks_with_its_message(crews: list[Crew], tmp_path: Path, culprit: int, waits: str) -> None:

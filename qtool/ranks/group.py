@@ -49,19 +49,29 @@ class Group(Ranks):
         return cls(rank, size, store)
 
     def exchange(self, mine: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """See `Ranks`."""
+        """See `Ranks`. Each part travels as it is: one that is large costs nothing where others are small or empty."""
+        payload = save({name: x.contiguous() for name, x in mine.items()}) if mine else b""
+        return [self._part(payload, rank, size) for rank, size in enumerate(self._sizes(len(payload)))]
+
+    def _sizes(self, mine: int) -> list[int]:
+        """How many bytes each rank is about to give."""
         import torch.distributed as dist
 
-        payload = torch.frombuffer(
-            bytearray(save({name: x.contiguous() for name, x in mine.items()})), dtype=torch.uint8
-        )
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with self._working():
-            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(sizes, torch.tensor([len(payload)]))
-            room = max(int(size) for size in sizes)
-            parts = [torch.empty(room, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(parts, torch.nn.functional.pad(payload, (0, room - len(payload))))
-        return [load(part[: int(size)].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
+            dist.all_gather(sizes, torch.tensor([mine]))
+        return [int(size) for size in sizes]
+
+    def _part(self, mine: bytes, rank: int, size: int) -> dict[str, torch.Tensor]:
+        """What `rank` gives, of `size` bytes, where `mine` is this rank's."""
+        import torch.distributed as dist
+
+        if not size:
+            return {}
+        part = _as_tensor(mine) if rank == self.rank else torch.empty(size, dtype=torch.uint8)
+        with self._working():
+            dist.broadcast(part, rank)
+        return load(part.numpy().tobytes())
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """See `Ranks`."""
@@ -75,7 +85,7 @@ class Group(Ranks):
 
     def told(self, value: Any) -> Any:
         """See `Ranks`."""
-        found = self.exchange(written(value if self.first else None))[0]
+        found = self.exchange(written(value) if self.first else {})[0]
         return value if self.first else read(found)
 
     def send(self, file: Path) -> None:
@@ -85,7 +95,7 @@ class Group(Ranks):
         with self._working(), file.open("rb") as stream:
             dist.send(torch.tensor([file.stat().st_size]), 0)
             while chunk := stream.read(_CHUNK):
-                dist.send(torch.frombuffer(bytearray(chunk), dtype=torch.uint8), 0)
+                dist.send(_as_tensor(chunk), 0)
 
     def receive(self, file: Path, source: int) -> None:
         """See `Ranks`. The file appears when it is whole."""
@@ -149,3 +159,7 @@ def _writing(file: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         file.unlink(missing_ok=True)
         raise UnavailableError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def _as_tensor(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)

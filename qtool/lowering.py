@@ -95,7 +95,9 @@ class _Work:
         self.model = job.lowered_skeleton()
         self._names = job.stored_names(self.model)
         units = job.anatomy.units
-        missing = self.group.told([unit.name for unit in units if not shards.shard(unit.name).exists()])
+        missing = self.group.told(
+            "missing units", [unit.name for unit in units if not shards.shard(unit.name).exists()]
+        )
         self._owner = _owners(missing, {unit.name for unit in job.anatomy.blocks}, self.group, job.method.independent)
         mine = [number for number, unit in enumerate(units) if self._owner.get(unit.name) == self.group.rank]
         self._last = max(mine, default=-1)
@@ -147,21 +149,21 @@ class _Work:
             return
         owned = [(unit, self._owner[unit.name]) for unit in units if unit.name in self._owner]
         remarks = ranks.gathered(
+            "remarks",
             {
                 number: self.job.method.remark(unit)
                 for number, (unit, owner) in enumerate(owned)
                 if owner == self.group.rank
-            }
+            },
         )
         yield from (Note(remark) for remark in remarks.values() if remark)
         for unit, owner in owned:
             shard = self.shards.shard(unit.name)
             for file in (shard.with_suffix(".json"), shard):  # the shard last: with it a unit is finished
+                if owner:
+                    self.group.fetch(file, owner)
                 if owner and owner == self.group.rank:
-                    self.group.send(file)
                     file.unlink()
-                elif owner and self.group.first:
-                    self.group.receive(file, owner)
 
 
 def _owners(missing: Sequence[str], blocks: set[str], group: ranks.Ranks, independent: bool) -> dict[str, int]:

@@ -75,7 +75,7 @@ def calibrate(job: Job, batches: Batches, keep: Keep = list) -> Generator[Event,
                             else:
                                 flow[place] = stream.block(unit, hidden, calls[index - 1]), calls
                         give_back()
-            for site, observer in _put_together(observers).items():
+            for site, observer in _put_together(unit.name, observers).items():
                 state = {name: value.cpu() for name, value in observer.state().items()}
                 states[site, observed[unit.name][site]] = state
             yield ended("calibrate", unit, index, len(units), started)
@@ -88,7 +88,7 @@ def _first_rows(batches: Batches) -> list[int]:
     return [sum(sizes[:number]) for number in range(len(sizes))]
 
 
-def _put_together(observers: Mapping[str, Observer]) -> Mapping[str, Observer]:
+def _put_together(unit: str, observers: Mapping[str, Observer]) -> Mapping[str, Observer]:
     """Observers of what all ranks saw, by site."""
     group = ranks.current()
     if group.size == 1:
@@ -100,7 +100,7 @@ def _put_together(observers: Mapping[str, Observer]) -> Mapping[str, Observer]:
         for name, value in observers[site].parts().items()
     }
     found: dict[str, Observer] = {site: type(observers[site])() for site in sites}
-    for theirs in group.exchange(mine):
+    for theirs in group.exchange(f"statistics of {unit}", mine):
         for place, site in enumerate(sites):
             start = f"{place}|"
             found[site].absorb({key[len(start) :]: x for key, x in theirs.items() if key.startswith(start)})
@@ -121,7 +121,7 @@ def quantize(
     With `spill` the hidden states of calibration batches lie on disk, in the run directory.
     """
     keep: Keep = partial(SpilledStates, run.path) if spill else list
-    if ranks.current().told(run.already_published()):
+    if ranks.current().told("whether it is published", run.already_published()):
         yield Note(f"{run.out} was already published by this run")
         run.finish()
         return
@@ -141,7 +141,7 @@ def help_quantize(
 ) -> Generator[Event, None, None]:
     """What a rank that does not publish does of `quantize`."""
     keep: Keep = partial(SpilledStates, Path(tempfile.gettempdir())) if spill else list
-    if ranks.current().told(None):
+    if ranks.current().told("whether it is published", None):
         return
     if job.observed():
         statistics = yield from _statistics(job, batches, None, statistics, keep)
@@ -152,9 +152,10 @@ def _statistics(
     job: Job, batches: Batches, kept: Path | None, given: Statistics | None, keep: Keep
 ) -> Generator[Event, None, Statistics]:
     """Given ones, those of an earlier try that the first rank has `kept`, or pass 1."""
-    if given is None and ranks.current().told(kept is not None and kept.exists()):
+    there = kept is not None and kept.exists()
+    if given is None and ranks.current().told("whether statistics are there", there):
         mine = {} if kept is None else Statistics.read(kept).tensors()
-        return Statistics.of_tensors(ranks.current().exchange(mine)[0], str(kept))
+        return Statistics.of_tensors(ranks.current().exchange("kept statistics", mine)[0], str(kept))
     statistics = given or (yield from calibrate(job, batches, keep))
     if kept is not None:
         artifact.write_tensors(kept, statistics.tensors())

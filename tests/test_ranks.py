@@ -34,9 +34,9 @@ def main():
 code = 0
 try:
     main()
-except errors.QtoolError as error:
+except (errors.QtoolError, AssertionError) as error:
     print(error, file=sys.stderr)
-    code = error.exit_code
+    code = getattr(error, "exit_code", 1)
 sys.stdout.flush()
 sys.stderr.flush()
 os._exit(code)  # as the command line does
@@ -82,11 +82,10 @@ def test_one_process_is_all_ranks() -> None:
     alone = ranks.current()
     assert (alone.rank, alone.size, alone.first) == (0, 1, True)
     assert list(alone.share(3)) == [0, 1, 2]
-    assert [{name: x.tolist() for name, x in part.items()} for part in alone.exchange({"x": torch.ones(2)})] == [
-        {"x": [1.0, 1.0]}
-    ]
-    assert alone.told([1, "a"]) == [1, "a"]
-    alone.agree({"anything": object()})
+    assert [part["x"].tolist() for part in alone.exchange("ones", {"x": torch.ones(2)})] == [[1.0, 1.0]]
+    assert alone.told("a list", [1, "a"]) == [1, "a"]
+    alone.agree("anything", {"anything": object()})
+    alone.fetch(Path("nowhere"), 0)
     alone.check()
 
 
@@ -105,24 +104,49 @@ def test_shares_are_all_pieces_once() -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_what_ranks_exchange(crews: list[Crew], tmp_path: Path, size: int) -> None:
-    (tmp_path / "sent").write_bytes(bytes(range(256)) * 300)
+    for folder in ("there", "here"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "there" / "file").write_bytes(bytes(range(256)) * 300)
     body = """
     mine = {"a": torch.arange(group.rank + 1), f"only {group.rank}": torch.tensor([0.5 + group.rank])}
     for _ in range(3):
-        parts = group.exchange(mine)
+        parts = group.exchange("numbers", mine)
     ranks.group._CHUNK = 1000
-    if group.rank == group.size - 1:
-        group.send(Path("sent"))
-    elif group.first:
-        group.receive(Path("received"), group.size - 1)
+    last = group.size - 1
+    group.fetch(Path("there" if group.rank == last else "here", "file"), last)
     found = [[part["a"].tolist(), part[f"only {rank}"].item()] for rank, part in enumerate(parts)]
-    print(found, group.told(group.rank))
+    print(found, group.told("who", group.rank))
     """
     ends = crew(crews, body, size, tmp_path).ends()
     wanted = [[list(range(rank + 1)), 0.5 + rank] for rank in range(size)]
     assert [(code, out.strip(), error) for code, out, error in ends] == [(0, f"{wanted} 0", "")] * size
-    assert (tmp_path / "received").read_bytes() == (tmp_path / "sent").read_bytes()
-    assert not (tmp_path / "received.part").exists()
+    assert (tmp_path / "here" / "file").read_bytes() == bytes(range(256)) * 300
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["file"]
+
+
+def test_ranks_that_go_different_ways_say_so(crews: list[Crew], tmp_path: Path) -> None:
+    """Whatever calls they make; nothing is mixed up, and who leaves while another goes on is told apart too."""
+    (tmp_path / "shard").write_bytes(b"bytes")
+    calls = {"sums": "group.exchange('sums', {'x': torch.ones(3)})", "facts": "group.agree('facts', {'a': 1})"}
+    calls |= {"scores": "ranks.gathered('scores', {group.rank: 1.5})", "result": "group.told('result', 5)"}
+    calls |= {"file shard": "group.fetch(Path('shard'), 1)"}
+    body = f"""
+    calls = {calls!r}
+    for one in calls:
+        for other in calls:
+            try:
+                eval(calls[one if group.first else other])
+            except AssertionError as error:
+                print(error)
+    assert group.told("end", group.rank) == 0
+    if group.first:
+        group.exchange("sums", {{}})
+    """
+    ends = crew(crews, body, 2, tmp_path).ends()
+    ways = [(one, other) for one in calls for other in calls if one != other]
+    said = [f"ranks went different ways: rank 0 is at '{one}', rank 1 at '{other}'" for one, other in ways]
+    assert [(code, out.splitlines()) for code, out, _ in ends] == [(1, said)] * 2
+    assert {error for _, _, error in ends} == {"ranks went different ways: rank 0 is at 'sums', rank 1 at 'goodbye'\n"}
 
 
 def test_nothing_travels_but_what_ranks_give(crews: list[Crew], tmp_path: Path) -> None:
@@ -139,12 +163,13 @@ def test_nothing_travels_but_what_ranks_give(crews: list[Crew], tmp_path: Path) 
     for name in ("all_gather", "broadcast"):
         counted(name, getattr(dist, name))
     for large in range(3):
-        parts = group.exchange({"x": torch.full((250_000,), float(large))} if group.rank == large else {})
+        mine = {"x": torch.full((250_000,), float(large))} if group.rank == large else {}
+        parts = group.exchange("one part", mine)
         assert [len(part) for part in parts] == [rank == large for rank in range(3)], parts
         assert torch.equal(parts[large]["x"], torch.full((250_000,), float(large)))
     print(sum(moved))
     moved.clear()
-    assert group.told("a" * 100_000 if group.first else "b" * 1_000_000) == "a" * 100_000
+    assert group.told("letters", "a" * 100_000 if group.first else "b" * 1_000_000) == "a" * 100_000
     print(sum(moved))
     """
     for code, out, error in crew(crews, body, 3, tmp_path).ends():
@@ -154,7 +179,7 @@ def test_nothing_travels_but_what_ranks_give(crews: list[Crew], tmp_path: Path) 
         assert 100_000 <= told < 102_000
 
 
-@pytest.mark.parametrize("waits", ["group.exchange({})", "time.sleep(60)"])
+@pytest.mark.parametrize("waits", ["group.exchange('nothing', {})", "time.sleep(60)"])
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_an_error_ends_all_ranks_with_its_message(crews: list[Crew], tmp_path: Path, culprit: int, waits: str) -> None:
     """Whether the others wait for each other or compute."""
@@ -171,10 +196,10 @@ def test_an_error_ends_all_ranks_with_its_message(crews: list[Crew], tmp_path: P
     assert f"rank {culprit}: no such file" in ends[1 - culprit][2]
 
 
-@pytest.mark.parametrize("waits", ["group.exchange({})", "time.sleep(90)"])
+@pytest.mark.parametrize("waits", ["group.exchange('nothing', {})", "time.sleep(90)"])
 def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, waits: str) -> None:
     body = f"""
-    group.exchange({{}})
+    group.exchange("nothing", {{}})
     ranks.life.LOST = 6.0
     if group.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -190,8 +215,8 @@ def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, waits: str)
 
 def test_ranks_with_other_data_are_refused(crews: list[Crew], tmp_path: Path) -> None:
     body = """
-    group.agree({"data": "a", "model": "b"})
-    group.agree({"data": str(group.rank), "model": "b"})
+    group.agree("facts", {"data": "a", "model": "b"})
+    group.agree("facts", {"data": str(group.rank), "model": "b"})
     """
     ends = crew(crews, body, 2, tmp_path).ends()
     assert [code for code, _, _ in ends] == [3, 3]
@@ -208,7 +233,7 @@ def test_nobody_to_meet(tmp_path: Path) -> None:
     assert "cannot meet the other ranks at 127.0.0.1:1" in result.stderr
 
 
-@pytest.mark.parametrize("waits", ["group.exchange({})", "time.sleep(60)"])
+@pytest.mark.parametrize("waits", ["group.exchange('nothing', {})", "time.sleep(60)"])
 def test_a_signal_ends_a_rank_that_waits(crews: list[Crew], tmp_path: Path, waits: str) -> None:
     """Inside torch no handler of Python's runs; folders aside go all the same."""
     body = f"""
@@ -299,8 +324,8 @@ def test_what_cannot_travel_is_named() -> None:
 
 def test_pieces_are_put_in_order(crews: list[Crew], tmp_path: Path) -> None:
     body = """
-    found = ranks.gathered({piece: (piece, [0.1 * piece]) for piece in group.share(5)})
+    found = ranks.gathered("pieces", {piece: (piece, [0.1 * piece]) for piece in group.share(5)})
     assert list(found.items()) == [(piece, (piece, [0.1 * piece])) for piece in range(5)], found
     """
     assert crew(crews, body, 3, tmp_path).ends() == [(0, "", "")] * 3
-    assert ranks.gathered({2: "b", 1: (1.5, None)}) == {1: (1.5, None), 2: "b"}
+    assert ranks.gathered("pieces", {2: "b", 1: (1.5, None)}) == {1: (1.5, None), 2: "b"}

@@ -100,15 +100,15 @@ def analyze_heads(
         exams = _exams(chosen, wanted, folder)
         sides = _sides(str(model), exams, wanted, report)
         fingerprint = _fingerprint(sides[0], exams[0], wanted)
-        group.agree(fingerprint)
+        group.agree("search for heads", fingerprint)
         judge = Judge(exams[0], sides[0], kind, group)
         _check_knows(judge, wanted.metric)
         if not group.first:
             judge.serve()
-            return dict(group.told(None))
+            return dict(group.told("heads found", None))
         asked = {"model": str(model), "metric": wanted.metric, "search": wanted.search, "max_drop": budget}
         body = _told(judge, folder, fingerprint, asked, (exams[1], sides[1]), report, wanted, fresh=overwrite)
-    return dict(group.told(body))
+    return dict(group.told("heads found", body))
 
 
 @contextmanager

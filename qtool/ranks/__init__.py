@@ -53,13 +53,14 @@ def threads_for(cores: int) -> int:
     return max(1, cores // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
 
 
-def gathered(mine: Mapping[int, Any]) -> dict[int, Any]:
+def gathered(what: str, mine: Mapping[int, Any]) -> dict[int, Any]:
     """What all ranks made of their pieces of work, by the number of the piece and in that order.
 
-    Values are None, numbers, strings, numpy arrays of float64, and lists, tuples and dictionaries of such.
+    Values are None, numbers, strings, numpy arrays of float64, and lists, tuples and dictionaries of such. `what` they
+    are: see `Ranks.exchange`.
     """
     if current().size == 1:
         return dict(sorted(mine.items()))
-    parts = [read(part) for part in current().exchange(written([[key, packed(value)] for key, value in mine.items()]))]
-    pairs = [pair for part in parts for pair in part]
+    own = written([[key, packed(value)] for key, value in mine.items()])
+    pairs = [pair for part in current().exchange(what, own) for pair in read(part)]
     return {key: unpacked(value) for key, value in sorted(pairs, key=lambda pair: int(pair[0]))}

@@ -28,24 +28,23 @@ class Ranks:
         """Which rank a piece belongs to."""
         return piece % self.size
 
-    def exchange(self, mine: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """What every rank gave, by rank: all of them call this, and each gets all."""
+    def exchange(self, what: str, mine: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """What every rank gave, by rank: all of them call this, and each gets all.
+
+        `what` it is, in a word, goes along, here and wherever all ranks make a call together. Ranks that are not at the
+        same call are a bug: AssertionError, which says where each is.
+        """
         return [dict(mine)]
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def agree(self, what: str, facts: Mapping[str, Any]) -> None:
         """Raises InputError, naming what differs, unless all ranks have the same JSON-clean facts."""
 
-    def told(self, value: Any) -> Any:
+    def told(self, what: str, value: Any) -> Any:
         """The first rank's JSON-clean value."""
         return value
 
-    def send(self, file: Path) -> None:
-        """Send a file to the first rank, which `receive`s it."""
-        raise AssertionError("there is nobody to send to")
-
-    def receive(self, file: Path, source: int) -> None:
-        """Write a file that a rank sends."""
-        raise AssertionError("there is nobody who sends")
+    def fetch(self, file: Path, owner: int) -> None:
+        """Let the first rank have a file of its owner's, which lies under the same name at either: all call this."""
 
     def check(self) -> None:
         """Raises what ended another rank."""

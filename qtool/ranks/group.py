@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from qtool.ranks.values import read, written
 
 _PATIENCE = timedelta(days=30)  # of a collective: who is alive may compute for as long as it takes
 _CHUNK = 1 << 26  # bytes of a file that travel at a time
+_HEADER = struct.Struct("<q120s")  # bytes that follow, and what they are
 
 
 class Group(Ranks):
@@ -48,19 +50,25 @@ class Group(Ranks):
                     signal.signal(number, handler)
         return cls(rank, size, store)
 
-    def exchange(self, mine: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    def exchange(self, what: str, mine: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """See `Ranks`. Each part travels as it is: one that is large costs nothing where others are small or empty."""
         payload = save({name: x.contiguous() for name, x in mine.items()}) if mine else b""
-        return [self._part(payload, rank, size) for rank, size in enumerate(self._sizes(len(payload)))]
+        return [self._part(payload, rank, size) for rank, size in enumerate(self._announced(what, len(payload)))]
 
-    def _sizes(self, mine: int) -> list[int]:
-        """How many bytes each rank is about to give."""
+    def _announced(self, what: str, size: int) -> list[int]:
+        """How many bytes each rank is about to give. Raises AssertionError unless all mean the same by it."""
         import torch.distributed as dist
 
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        mine = _as_tensor(_HEADER.pack(size, what.encode()))
+        headers = [torch.empty_like(mine) for _ in range(self.size)]
         with self._working():
-            dist.all_gather(sizes, torch.tensor([mine]))
-        return [int(size) for size in sizes]
+            dist.all_gather(headers, mine)
+        sizes, names = zip(*(_HEADER.unpack(header.numpy().tobytes()) for header in headers), strict=True)
+        said = [name.rstrip(b"\0").decode(errors="replace") for name in names]
+        for rank, theirs in enumerate(said):
+            if theirs != said[0]:
+                raise AssertionError(f"ranks went different ways: rank 0 is at '{said[0]}', rank {rank} at '{theirs}'")
+        return list(sizes)
 
     def _part(self, mine: bytes, rank: int, size: int) -> dict[str, torch.Tensor]:
         """What `rank` gives, of `size` bytes, where `mine` is this rank's."""
@@ -73,9 +81,9 @@ class Group(Ranks):
             dist.broadcast(part, rank)
         return load(part.numpy().tobytes())
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def agree(self, what: str, facts: Mapping[str, Any]) -> None:
         """See `Ranks`."""
-        found = [read(part) for part in self.exchange(written(dict(facts)))]
+        found = [read(part) for part in self.exchange(what, written(dict(facts)))]
         for rank, theirs in enumerate(found):
             if different := [name for name in sorted(theirs) if theirs[name] != found[0].get(name)]:
                 raise InputError(
@@ -83,33 +91,35 @@ class Group(Ranks):
                     "versions, instruction set and --threads"
                 )
 
-    def told(self, value: Any) -> Any:
+    def told(self, what: str, value: Any) -> Any:
         """See `Ranks`."""
-        found = self.exchange(written(value) if self.first else {})[0]
+        found = self.exchange(what, written(value) if self.first else {})[0]
         return value if self.first else read(found)
 
-    def send(self, file: Path) -> None:
-        """See `Ranks`."""
+    def fetch(self, file: Path, owner: int) -> None:
+        """See `Ranks`. The file appears when it is whole."""
+        size = self._announced(f"file {file.name}", file.stat().st_size if self.rank == owner else 0)[owner]
+        if self.rank == owner != 0:
+            self._send(file)
+        elif self.first and owner != 0:
+            self._receive(file, owner, size)
+
+    def _send(self, file: Path) -> None:
         import torch.distributed as dist
 
         with self._working(), file.open("rb") as stream:
-            dist.send(torch.tensor([file.stat().st_size]), 0)
             while chunk := stream.read(_CHUNK):
                 dist.send(_as_tensor(chunk), 0)
 
-    def receive(self, file: Path, source: int) -> None:
-        """See `Ranks`. The file appears when it is whole."""
+    def _receive(self, file: Path, source: int, size: int) -> None:
         import torch.distributed as dist
 
         part = file.with_name(f"{file.name}.part")
-        size = torch.zeros(1, dtype=torch.int64)
-        with self._working():
-            dist.recv(size, source)
-            with _writing(part) as stream:
-                for start in range(0, int(size), _CHUNK):
-                    chunk = torch.empty(min(_CHUNK, int(size) - start), dtype=torch.uint8)
-                    dist.recv(chunk, source)
-                    stream.write(chunk.numpy().tobytes())
+        with self._working(), _writing(part) as stream:
+            for start in range(0, size, _CHUNK):
+                chunk = torch.empty(min(_CHUNK, size - start), dtype=torch.uint8)
+                dist.recv(chunk, source)
+                stream.write(chunk.numpy().tobytes())
         os.replace(part, file)
 
     def check(self) -> None:
@@ -130,7 +140,7 @@ class Group(Ranks):
         """Say goodbye, and wait until all have: who goes earlier would be taken for dead."""
         import torch.distributed as dist
 
-        self.exchange({})
+        self.exchange("goodbye", {})
         self._life.end()
         dist.destroy_process_group()  # its threads must not outlive the interpreter
 

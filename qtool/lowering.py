@@ -39,7 +39,7 @@ class Shards(Protocol):
 
 @dataclass(frozen=True)
 class Aside:
-    """The shards of a rank that does not publish, until they were sent."""
+    """The shards of a rank that does not publish, until they are fetched."""
 
     folder: Path
 
@@ -75,14 +75,15 @@ def lower_all(
     return golden.outputs
 
 
-def help_lower(job: Job, batches: Batches, statistics: Statistics | None, keep: Keep) -> Generator[Event, None, None]:
-    """The share of a rank that does not publish."""
-    with ranks.current().folder_aside() as folder:
-        work = _Work(job, Aside(folder), batches, statistics, keep)
-        for units in work.rounds():
-            for unit in units:
-                yield from work.go_through(unit)
-            yield from work.collect(units)
+def help_lower(
+    job: Job, batches: Batches, statistics: Statistics | None, keep: Keep, folder: Path
+) -> Generator[Event, None, None]:
+    """The share of a rank that does not publish; `folder` is for its shards until they are fetched."""
+    work = _Work(job, Aside(folder), batches, statistics, keep)
+    for units in work.rounds():
+        for unit in units:
+            yield from work.go_through(unit)
+        yield from work.collect(units)
 
 
 class _Work:

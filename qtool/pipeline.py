@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping
 from functools import partial
@@ -24,6 +23,7 @@ import torch
 
 from qtool import __version__, artifact, card, golden, ranks
 from qtool.artifact import FORMAT_VERSION, PRUNED, QUANT_METHOD
+from qtool.aside import folder_aside
 from qtool.calibrate.observers import OBSERVERS, Observer
 from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
@@ -140,12 +140,13 @@ def help_quantize(
     job: Job, batches: Batches, statistics: Statistics | None = None, *, spill: bool = False
 ) -> Generator[Event, None, None]:
     """What a rank that does not publish does of `quantize`."""
-    keep: Keep = partial(SpilledStates, Path(tempfile.gettempdir())) if spill else list
     if ranks.current().told("whether it is published", None):
         return
-    if job.observed():
-        statistics = yield from _statistics(job, batches, None, statistics, keep)
-    yield from help_lower(job, batches, statistics, keep)
+    with folder_aside() as folder:
+        keep: Keep = partial(SpilledStates, folder) if spill else list
+        if job.observed():
+            statistics = yield from _statistics(job, batches, None, statistics, keep)
+        yield from help_lower(job, batches, statistics, keep, folder)
 
 
 def _statistics(

@@ -27,7 +27,7 @@ CODE = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from qtool import errors, ranks
+from qtool import aside, errors, ranks
 def main():
     with ranks.joined() as group:
         {body}
@@ -223,6 +223,33 @@ def test_ranks_with_other_data_are_refused(crews: list[Crew], tmp_path: Path) ->
     assert "rank 1 has a different data than rank 0" in ends[0][2]
 
 
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        ("write_text(folder / 'shard', 'a' * 1000)", "cannot write {place}/shard: File too large; free some space in"),
+        ("raise OSError(28, 'No space left on device', str(folder))", "{place}: No space left on device; free space"),
+    ],
+    ids=["line", "error"],
+)
+def test_a_disk_that_is_full_for_one_rank(crews: list[Crew], tmp_path: Path, fails: str, said: str) -> None:
+    """Every rank ends with the line and the code that one process has for it."""
+    body = f"""
+    import resource
+    from qtool.artifact import write_text
+    with aside.folder_aside() as folder:
+        if group.rank == 1:
+            Path("place").write_text(str(folder))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+            {fails}
+        group.exchange("nothing", {{}})
+    """
+    ends = crew(crews, body, 2, tmp_path).ends()
+    place = (tmp_path / "place").read_text()
+    assert ends[0][0] == 4 and ends[0][2].count("\n") == 1, ends
+    assert ends[0][2].removeprefix("qtool: ").startswith(f"rank 1: {said.format(place=place)}")
+    assert not Path(place).exists()
+
+
 def test_nobody_to_meet(tmp_path: Path) -> None:
     code = CODE.format(body="pass")
     environment = {**os.environ, "RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -238,7 +265,7 @@ def test_a_signal_ends_a_rank_that_waits(crews: list[Crew], tmp_path: Path, wait
     """Inside torch no handler of Python's runs; folders aside go all the same."""
     body = f"""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with group.folder_aside() as folder:
+    with aside.folder_aside() as folder:
         Path(f"place-{{group.rank}}").write_text(str(folder))
         if group.rank == 1:
             {waits}

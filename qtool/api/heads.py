@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool.aside import folder_aside
 from qtool.errors import InputError, UsageError, one_of
 
 if TYPE_CHECKING:
@@ -119,8 +120,8 @@ def _folder(out: Path) -> Iterator[Path]:
     if current().first:
         yield out
         return
-    with current().folder_aside() as aside:
-        yield aside
+    with folder_aside() as folder:
+        yield folder
 
 
 def _told(

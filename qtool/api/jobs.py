@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.api.data import calibration_events, golden_inputs, planned_batches
 from qtool.api.recipes import FLAG_KEYS, resolve_recipe
+from qtool.aside import folder_aside
 from qtool.errors import InputError, QtoolError, UnavailableError, one_of
 from qtool.recipe import Recipe
 
@@ -285,7 +286,7 @@ def calibrate_events(
     batches, budget = yield from batches_events(job, calibrates=True)
     yield Note(f"calibration data: {batches.description}")
     group.agree("calibration", job.fingerprint(batches))
-    with nullcontext(file.absolute().parent) if group.first else group.folder_aside() as folder:
+    with nullcontext(file.absolute().parent) if group.first else folder_aside() as folder:
         keep = partial(SpilledStates, folder) if budget.spill else list
         statistics = yield from pipeline.calibrate(job, batches, keep)
     if group.first:

@@ -1,8 +1,6 @@
 """A process that works alone: what one of several does, where there are no others."""
 
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +46,3 @@ class Ranks:
 
     def check(self) -> None:
         """Raises what ended another rank."""
-
-    @contextmanager
-    def folder_aside(self) -> Iterator[Path]:
-        """A folder for what only this rank needs, gone at the end, however the process ends short of a kill."""
-        with tempfile.TemporaryDirectory(prefix="qtool-") as folder:
-            yield Path(folder)

@@ -126,16 +126,6 @@ class Group(Ranks):
         """See `Ranks`."""
         self._life.check()
 
-    @contextmanager
-    def folder_aside(self) -> Iterator[Path]:
-        """See `Ranks`."""
-        with super().folder_aside() as folder:
-            self._life.aside.append(folder)
-            try:
-                yield folder
-            finally:
-                self._life.aside.remove(folder)
-
     def leave(self) -> None:
         """Say goodbye, and wait until all have: who goes earlier would be taken for dead."""
         import torch.distributed as dist
@@ -168,7 +158,7 @@ def _writing(file: Path) -> Iterator[IO[bytes]]:
             yield stream
     except OSError as error:
         file.unlink(missing_ok=True)
-        raise UnavailableError(f"cannot write {file}: {error.strerror or error}") from error
+        raise UnavailableError(f"cannot write {file}: {error.strerror or error}; free some space there") from error
 
 
 def _as_tensor(content: bytes) -> torch.Tensor:

@@ -5,16 +5,15 @@ The main thread may be waiting for a rank that died, where no exception reaches 
 
 import json
 import os
-import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
-from qtool.errors import RESUMABLE, QtoolError, UnavailableError
+from qtool import aside
+from qtool.errors import RESUMABLE, QtoolError, UnavailableError, environment_problem
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -37,8 +36,6 @@ class Life:
     def __init__(self, rank: int, size: int, store: Any) -> None:
         self._rank, self._size, self._store = rank, size, store
         self._stop = threading.Event()
-        self.aside: list[Path] = []
-        """Folders that go with the process, however it ends."""
         self._signals, pen = socket.socketpair()
         self._signals.setblocking(False)
         pen.setblocking(False)
@@ -140,13 +137,14 @@ class Life:
         if self._rank == speaker:
             sys.stderr.write(f"qtool: {message}\n")
             sys.stderr.flush()
-        for folder in self.aside:
-            shutil.rmtree(folder, ignore_errors=True)
+        aside.clear()
         os._exit(code)
 
 
 def ending(error: BaseException) -> tuple[int, str]:
     """The exit code and the line of an error."""
+    if isinstance(error, OSError):
+        error = environment_problem(error) or error
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", None)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"

@@ -13,7 +13,14 @@ import time
 from typing import Any
 
 from qtool import aside
-from qtool.errors import RESUMABLE, QtoolError, UnavailableError, environment_problem
+from qtool.errors import (
+    RESUMABLE,
+    QtoolError,
+    UnavailableError,
+    environment_problem,
+    said_by_parent,
+    stopped,
+)
 
 BEAT = 1.0
 """Seconds between two signs of life."""
@@ -99,9 +106,9 @@ class Life:
     def _end_by_signal(self, store: Any, number: int) -> None:
         time.sleep(2 * BEAT)  # the main thread may end in order
         if not self._stop.is_set():
-            message = f"terminated; {RESUMABLE}"
-            self._note(store, self._rank, 128 + number, message)
-            self._exit(message, 128 + number, -1)
+            code = 128 + number
+            self._note(store, self._rank, code, stopped(code))
+            self._exit(stopped(code), code, -1)
 
     def _end_by_note(self, note: dict[str, Any]) -> None:
         time.sleep(BEAT)  # the main thread may notice by itself, and end in order
@@ -134,7 +141,7 @@ class Life:
     def _exit(self, message: str, code: int, culprit: int) -> None:
         """The first rank that is left speaks."""
         speaker = next(rank for rank in range(self._size) if rank != culprit)
-        if self._rank == speaker:
+        if self._rank == speaker and not said_by_parent(code):
             sys.stderr.write(f"qtool: {message}\n")
             sys.stderr.flush()
         aside.clear()
@@ -147,7 +154,7 @@ def ending(error: BaseException) -> tuple[int, str]:
         error = environment_problem(error) or error
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", None)
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
+        return 130, stopped(130)
     if not isinstance(code, int):
         code = 1
     said = " ".join(str(error).split()) or type(error).__name__

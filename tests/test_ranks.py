@@ -196,20 +196,26 @@ def test_an_error_ends_all_ranks_with_its_message(crews: list[Crew], tmp_path: P
     assert f"rank {culprit}: no such file" in ends[1 - culprit][2]
 
 
-@pytest.mark.parametrize("waits", ["group.exchange('nothing', {})", "time.sleep(90)"])
-def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, waits: str) -> None:
+@pytest.mark.parametrize(
+    ("victim", "waits"), [(1, "group.exchange('nothing', {})"), (1, "time.sleep(90)"), (0, "time.sleep(90)")]
+)
+def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, victim: int, waits: str) -> None:
+    """Also the first one, which alone speaks while it lives."""
     body = f"""
+    if not group.first:
+        sys.stderr = open(os.devnull, "w")
     group.exchange("nothing", {{}})
     ranks.life.LOST = 6.0
-    if group.rank == 1:
+    if group.rank == {victim}:
         os.kill(os.getpid(), signal.SIGKILL)
     {waits}
     """
     started = time.monotonic()
-    (code, _, said), (killed, _, _) = crew(crews, body, 2, tmp_path).ends()
+    ends = crew(crews, body, 2, tmp_path).ends()
+    (code, _, said), (killed, _, _) = ends[1 - victim], ends[victim]
     assert time.monotonic() - started < 60
     assert killed == -signal.SIGKILL and code == 4
-    assert "ended without a word" in said or "rank 1: it is gone" in said
+    assert "ended without a word" in said or f"rank {victim}: it is gone" in said
     assert "--resume" in said
 
 

@@ -7,9 +7,9 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from qtool import aside
@@ -25,7 +25,7 @@ from qtool.errors import (
 BEAT = 1.0
 """Seconds between two signs of life."""
 LOST = 30.0
-"""Seconds without one after which a rank is taken for dead."""
+"""Seconds without one after which a rank is taken for dead: also the longest that a call may hold Python's lock."""
 _ENDED = "error"
 
 
@@ -142,8 +142,8 @@ class Life:
         """The first rank that is left speaks."""
         speaker = next(rank for rank in range(self._size) if rank != culprit)
         if self._rank == speaker and not said_by_parent(code):
-            sys.stderr.write(f"qtool: {message}\n")
-            sys.stderr.flush()
+            with suppress(OSError):  # not to sys.stderr, which ranks of a command have turned off but for the first
+                os.write(2, f"qtool: {message}\n".encode())
         aside.clear()
         os._exit(code)
 

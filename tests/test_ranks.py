@@ -85,7 +85,6 @@ def test_one_process_is_all_ranks() -> None:
     assert [part["x"].tolist() for part in alone.exchange("ones", {"x": torch.ones(2)})] == [[1.0, 1.0]]
     assert alone.told("a list", [1, "a"]) == [1, "a"]
     alone.agree("anything", {"anything": object()})
-    alone.fetch(Path("nowhere"), 0)
     alone.check()
 
 

@@ -42,7 +42,11 @@ class Ranks:
         return value
 
     def fetch(self, file: Path, owner: int) -> None:
-        """Let the first rank have a file of its owner's, which lies under the same name at either: all call this."""
+        """Let the first rank have the file of another one, the owner: all call this, each with its own path of it.
+
+        Raises UnavailableError where the first one has no room for it.
+        """
+        raise AssertionError("there is no other rank")
 
     def check(self) -> None:
         """Raises what ended another rank."""

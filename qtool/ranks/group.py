@@ -99,9 +99,9 @@ class Group(Ranks):
     def fetch(self, file: Path, owner: int) -> None:
         """See `Ranks`. The file appears when it is whole."""
         size = self._announced(f"file {file.name}", file.stat().st_size if self.rank == owner else 0)[owner]
-        if self.rank == owner != 0:
+        if self.rank == owner:
             self._send(file)
-        elif self.first and owner != 0:
+        elif self.first:
             self._receive(file, owner, size)
 
     def _send(self, file: Path) -> None:

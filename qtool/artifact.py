@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool import aside
 from qtool.checkpoint import (
     DTYPE_BYTES,
     TOKENIZER_FILES,
@@ -154,6 +155,8 @@ def writing_failed(path: Path, error: Exception) -> Exception:
     """What an exception during a write means to the user; one that is no matter of the disk is returned as it is."""
     reason = (isinstance(error, OSError) and error.strerror) or str(error)
     if isinstance(error, OSError) or "I/O error" in reason:  # the second is how safetensors says it
+        if elsewhere := aside.advice(path):
+            return UnavailableError(f"cannot write {path}: {reason}; {elsewhere}")
         misplaced = isinstance(error, IsADirectoryError | NotADirectoryError | FileNotFoundError)
         advice = "choose another place with -o" if misplaced else "free some space or choose another place with -o"
         return UnavailableError(f"cannot write {path}: {reason}; {advice}")

@@ -6,6 +6,10 @@ Any other exception that reaches the command line is a bug in qtool (exit code 1
 
 RESUMABLE = "the same command with --resume keeps what is finished (eval: with --json FILE)"
 """What to do after a signal."""
+STOPPED = (129, 130, 143)
+"""Exit codes after a signal that asks a process to end: SIGHUP, SIGINT, SIGTERM."""
+JOBS_PARENT = "QTOOL_JOBS_PARENT"
+"""In the environment of the ranks that `--jobs` starts: the id of the process that waits for them."""
 
 
 class QtoolError(Exception):
@@ -47,6 +51,21 @@ class InterruptedRun(BaseException):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def stopped(code: int) -> str:
+    """The line about a command that ended with a code of `STOPPED`."""
+    return f"{'interrupted' if code == 130 else 'terminated'}; {RESUMABLE}"
+
+
+def said_by_parent(code: int) -> bool:
+    """Whether the process that waits for this one tells people that it ended with `code`.
+
+    `--jobs` does of signals: they may come to it, to a rank or, from a terminal, to all of them.
+    """
+    import os
+
+    return code in STOPPED and os.environ.get(JOBS_PARENT) == str(os.getppid())
 
 
 def one_of(name: str, known: "list[str] | tuple[str, ...]", what: str) -> str:

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-from qtool.errors import RESUMABLE, UnavailableError
+from qtool.errors import JOBS_PARENT, RESUMABLE, STOPPED, InterruptedRun, UnavailableError, stopped
 
 _GRACE = 15.0
 """Seconds that ranks have to end by themselves after one has."""
@@ -23,11 +23,25 @@ def run(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    children = [_start(rank, count, store.port, arguments) for rank in range(count)]
+    children: list[subprocess.Popen[bytes]] = []
     try:
+        with _deaf_to_the_terminal():
+            for rank in range(count):
+                children.append(_start(rank, count, store.port, arguments))
         return _wait(children)
     finally:
         _end(children)
+
+
+@contextmanager
+def _deaf_to_the_terminal() -> Iterator[None]:
+    """Children that are started meanwhile do not hear Ctrl-C, which a terminal sends to all of them: the parent does,
+    and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(rank: int, count: int, port: int, arguments: Sequence[str]) -> "subprocess.Popen[bytes]":
@@ -35,13 +49,14 @@ def _start(rank: int, count: int, port: int, arguments: Sequence[str]) -> "subpr
         "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         "TORCHELASTIC_USE_AGENT_STORE": True,  # torch's word for: the store is there, only connect
+        JOBS_PARENT: os.getpid(),
     }  # fmt: skip
     environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
     return subprocess.Popen([sys.executable, "-m", "qtool", *arguments], env=environment)
 
 
 def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
-    """The exit code, once all have ended: that of the first rank that failed."""
+    """The exit code, once all have ended or one has and the others do not: that of the first rank that failed."""
     ended: float | None = None
     while True:
         codes = [child.poll() for child in children]
@@ -49,23 +64,29 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
         if killed is not None:
             name = signal.strsignal(-int(codes[killed] or 0)) or f"signal {codes[killed]}"
             raise UnavailableError(f"rank {killed} was ended by a signal ({name}); {RESUMABLE}")
-        if all(code is not None for code in codes):
-            return next((code for code in codes if code), 0)
-        if any(code for code in codes):
+        if any(codes):
             ended = ended or time.monotonic()
-            if time.monotonic() - ended > _GRACE:
-                return next(code for code in codes if code)
+        if all(code is not None for code in codes) or (ended and time.monotonic() - ended > _GRACE):
+            return _verdict(next((code for code in codes if code), 0))
         time.sleep(0.1)
+
+
+def _verdict(code: int) -> int:
+    """Raises InterruptedRun for ranks that were asked to end: they say nothing then (`said_by_parent`)."""
+    if code in STOPPED:
+        raise InterruptedRun(stopped(code), code - 128)
+    return code
 
 
 def _end(children: Sequence["subprocess.Popen[bytes]"]) -> None:
     """Nobody stays behind, whatever ended the parent."""
     for child in children:
-        with suppress(ProcessLookupError):
-            child.terminate()
-    for child in children:
-        try:
-            child.wait(_GRACE)
-        except subprocess.TimeoutExpired:
+        child.terminate()
+    try:
+        for child in children:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_GRACE)
+    finally:  # also where a second Ctrl-C cuts the waiting short
+        for child in children:
             child.kill()
             child.wait()

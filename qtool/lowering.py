@@ -7,7 +7,7 @@ directory, gets the shards of the others. A kill costs a round.
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableSequence, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,7 +39,7 @@ class Shards(Protocol):
 
 @dataclass(frozen=True)
 class Aside:
-    """The shards of a rank that does not publish, until they were sent."""
+    """The shards of a rank that does not publish, until they are fetched."""
 
     folder: Path
 
@@ -75,18 +75,52 @@ def lower_all(
     return golden.outputs
 
 
-def help_lower(job: Job, batches: Batches, statistics: Statistics | None, keep: Keep) -> Generator[Event, None, None]:
-    """The share of a rank that does not publish."""
-    with ranks.current().folder_aside() as folder:
-        work = _Work(job, Aside(folder), batches, statistics, keep)
-        for units in work.rounds():
-            for unit in units:
-                yield from work.go_through(unit)
-            yield from work.collect(units)
+def help_lower(
+    job: Job, batches: Batches, statistics: Statistics | None, keep: Keep, folder: Path
+) -> Generator[Event, None, None]:
+    """The share of a rank that does not publish; `folder` is for its shards until they are fetched."""
+    work = _Work(job, Aside(folder), batches, statistics, keep)
+    for units in work.rounds():
+        for unit in units:
+            yield from work.go_through(unit)
+        yield from work.collect(units)
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Which rank lowers which unit, and when."""
+
+    units: Sequence[Unit]
+    owner: Mapping[str, int]
+    """The rank of each unit, by name; those that are done are not there."""
+
+    def last(self, rank: int) -> int:
+        """The place of the last unit that a rank lowers; -1 without one."""
+        return max((place for place, unit in enumerate(self.units) if self.owner.get(unit.name) == rank), default=-1)
+
+    def rounds(self) -> list[list[Unit]]:
+        """Units in order, so many at a time that no rank has more than one to lower; those that are done alone."""
+        found: list[list[Unit]] = []
+        for unit in self.units:
+            if found and self._together([*found[-1], unit]):
+                found[-1].append(unit)
+            else:
+                found.append([unit])
+        return found
+
+    def _together(self, units: Sequence[Unit]) -> bool:
+        owners = [self.owner.get(unit.name) for unit in units]
+        return None not in owners and len({*owners}) == len(owners)
+
+
+def _owners(missing: Sequence[str], blocks: set[str], group: ranks.Ranks, independent: bool) -> dict[str, int]:
+    """Which rank lowers each missing unit: blocks in turn, where they may be shared, and the first rank the rest."""
+    shared = [name for name in missing if name in blocks] if independent else []
+    return {**dict.fromkeys(missing, 0), **{name: group.owner(number) for number, name in enumerate(shared)}}
 
 
 class _Work:
-    """Units on their way: which are missing, and whose they are."""
+    """This rank's part: the units that are its turn, and calibration data on their way to them."""
 
     def __init__(self, job: Job, shards: Shards, batches: Batches, statistics: Statistics | None, keep: Keep) -> None:
         self.job, self.shards, self.statistics, self.group = job, shards, statistics, ranks.current()
@@ -94,13 +128,17 @@ class _Work:
         self.source = job.method.source(job.plan, statistics, job.checkpoint)
         self.model = job.lowered_skeleton()
         self._names = job.stored_names(self.model)
-        units = job.anatomy.units
-        missing = self.group.told([unit.name for unit in units if not shards.shard(unit.name).exists()])
-        self._owner = _owners(missing, {unit.name for unit in job.anatomy.blocks}, self.group, job.method.independent)
-        mine = [number for number, unit in enumerate(units) if self._owner.get(unit.name) == self.group.rank]
-        self._last = max(mine, default=-1)
+        self._turns = self._divided()
         self._stream = Stream(self.model, job.anatomy, _shard_reader(job, shards), job.device)
         self._follower = self._followed(batches, keep) if job.method.follows or job.method.learns else None
+
+    def _divided(self) -> _Turns:
+        """What the first rank, which has the shards of earlier tries, finds missing."""
+        anatomy, independent = self.job.anatomy, self.job.method.independent
+        absent = [unit.name for unit in anatomy.units if not self.shards.shard(unit.name).exists()]
+        missing = self.group.told("missing units", absent)
+        blocks = {unit.name for unit in anatomy.blocks}
+        return _Turns(anatomy.units, _owners(missing, blocks, self.group, independent))
 
     def _followed(self, batches: Batches, keep: Keep) -> Follower:
         """Over the batches that a run of this size can afford."""
@@ -110,64 +148,55 @@ class _Work:
         lowered = None if job.method.independent else self._stream
         return Follower(exact, lowered, batches.batches[::step], keep)
 
-    def rounds(self) -> Iterator[list[Unit]]:
-        """Units in order, so many at a time that no rank has more than one to lower; those that are done alone."""
-        units: list[Unit] = []
-        taken: list[int | None] = []
-        for unit in self.job.anatomy.units:
-            owner = self._owner.get(unit.name)
-            if units and (owner is None or None in taken or owner in taken):
-                yield units
-                units, taken = [], []
-            units.append(unit)
-            taken.append(owner)
-        yield units
+    def rounds(self) -> list[list[Unit]]:
+        """See `_Turns`. All ranks go through all units of a round, and then `collect` it."""
+        return self._turns.rounds()
 
     def go_through(self, unit: Unit) -> Iterator[Event]:
         """Lower a unit that is this rank's, and go on to the next where it matters."""
+        if self._turns.owner.get(unit.name) == self.group.rank:
+            yield from self._lower(unit)
+        self._advance(unit)
+
+    def _lower(self, unit: Unit) -> Iterator[Event]:
         job, shard = self.job, self.shards.shard(unit.name)
-        if self._owner.get(unit.name) == self.group.rank:
-            torch.manual_seed(unit_seed(job.recipe.seed, unit.name))
-            names = [name for name in self._names if unit.owns(name)]
-            _write_unit(job, unit, self.source, names, shard, self.statistics, self._follower)
-            if self.group.size == 1 and (remark := job.method.remark(unit)):
-                yield Note(remark)
-        follower, here = self._follower, self.job.anatomy.units.index(unit)
-        if follower is None or follower.passed(unit) or here >= self._last:
+        torch.manual_seed(unit_seed(job.recipe.seed, unit.name))
+        names = [name for name in self._names if unit.owns(name)]
+        _write_unit(job, unit, self.source, names, shard, self.statistics, self._follower)
+        if self.group.size == 1 and (remark := job.method.remark(unit)):  # of several, the first makes them
+            yield Note(remark)
+
+    def _advance(self, unit: Unit) -> None:
+        """Let calibration data pass a unit, unless lowering it has, or nothing behind it is this rank's."""
+        follower, here = self._follower, self._turns.units.index(unit)
+        if follower is None or follower.passed(unit) or here >= self._turns.last(self.group.rank):
             return
-        if follower.lowered is None:
+        with self._stream.loaded(unit) if follower.lowered else nullcontext():
             follower.advance(unit)
-        elif self.group.first:
-            with self._stream.loaded(unit):
-                follower.advance(unit)
 
     def collect(self, units: Sequence[Unit]) -> Iterator[Event]:
-        """Let the first rank have what the others lowered in this round."""
+        """Let the first rank have what the others lowered in this round, and say what is to be said of it."""
         if self.group.size == 1:
             return
-        owned = [(unit, self._owner[unit.name]) for unit in units if unit.name in self._owner]
-        remarks = ranks.gathered(
-            {
-                number: self.job.method.remark(unit)
-                for number, (unit, owner) in enumerate(owned)
-                if owner == self.group.rank
-            }
-        )
-        yield from (Note(remark) for remark in remarks.values() if remark)
-        for unit, owner in owned:
-            shard = self.shards.shard(unit.name)
-            for file in (shard.with_suffix(".json"), shard):  # the shard last: with it a unit is finished
-                if owner and owner == self.group.rank:
-                    self.group.send(file)
-                    file.unlink()
-                elif owner and self.group.first:
-                    self.group.receive(file, owner)
+        lowered = [unit for unit in units if unit.name in self._turns.owner]
+        yield from self._remarks(lowered)
+        for unit in lowered:
+            if owner := self._turns.owner[unit.name]:
+                self._move(unit, owner)
 
+    def _remarks(self, lowered: Sequence[Unit]) -> Iterator[Note]:
+        rank, owner = self.group.rank, self._turns.owner
+        mine = {place: unit for place, unit in enumerate(lowered) if owner[unit.name] == rank}
+        made = ranks.gathered("remarks", {place: self.job.method.remark(unit) for place, unit in mine.items()})
+        return (Note(remark) for remark in made.values() if remark)
 
-def _owners(missing: Sequence[str], blocks: set[str], group: ranks.Ranks, independent: bool) -> dict[str, int]:
-    """Which rank lowers each missing unit: blocks in turn, where they may be shared, and the first rank the rest."""
-    shared = [name for name in missing if name in blocks] if independent else []
-    return {**dict.fromkeys(missing, 0), **{name: group.owner(number) for number, name in enumerate(shared)}}
+    def _move(self, unit: Unit, owner: int) -> None:
+        """From its owner to the first rank; the shard last: with it a unit is finished."""
+        shard = self.shards.shard(unit.name)
+        for file in (shard.with_suffix(".json"), shard):
+            self.group.fetch(file, owner)
+            if self.group.rank == owner:
+                file.unlink()
 
 
 class _Golden:
@@ -201,35 +230,48 @@ def _write_unit(
     follower: Follower | None,
 ) -> None:
     """Lower one unit, audit it, and write its tensors: those of the integer modules, and what is left in float."""
-    method = job.method
-    with ExitStack() as stack:
-        lesson = (
-            stack.enter_context(follower.lesson(unit)) if follower and method.learns and unit.kind == "block" else None
-        )
-        lowered = method.lower(unit, job.plan, source, statistics, lesson)
-    figures = {path: dict(found) for path, found in method.report().items() if unit.owns(path)}
-    if follower is not None and method.follows:
-        for path, found in _refine(job, unit, lowered, follower).items():
-            figures.setdefault(path, {}).update(found)
-    for path, found in audit.check(lowered).items():
-        figures.setdefault(path, {}).update(found)
-    tensors = {
-        f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()
-    }
-    kept = dict(method.floats(unit))
+    lowered = _lowered(job, unit, source, statistics, follower)
+    figures = _figures(job, unit, lowered, follower)
+    tensors = _tensors(lowered)
+    kept = dict(job.method.floats(unit))
     kept |= {name: stored(source, name) for name in names if name not in tensors and name not in kept}  # mapped, mostly
     wide = [name for name, value in kept.items() if value.is_floating_point()]
     artifact.write_json(shard.with_suffix(".json"), figures)
     artifact.write_tensors(shard, {**tensors, **kept}, as_float32=wide)
 
 
+def _lowered(
+    job: Job, unit: Unit, source: Reader, statistics: Statistics | None, follower: Follower | None
+) -> Mapping[str, QModule]:
+    """The modules of a unit by path; a block's with a lesson where the method learns."""
+    with ExitStack() as stack:
+        lesson = None
+        if follower is not None and job.method.learns and unit.kind == "block":
+            lesson = stack.enter_context(follower.lesson(unit))
+        return job.method.lower(unit, job.plan, source, statistics, lesson)
+
+
+def _figures(
+    job: Job, unit: Unit, lowered: Mapping[str, QModule], follower: Follower | None
+) -> dict[str, dict[str, float]]:
+    """What is known of a unit by module path: from its method, from data that went through it, from the audit."""
+    figures = {path: dict(found) for path, found in job.method.report().items() if unit.owns(path)}
+    measured = _refine(job, unit, lowered, follower) if follower is not None and job.method.follows else {}
+    for found in (measured, audit.check(lowered)):
+        for path, values in found.items():
+            figures.setdefault(path, {}).update(values)
+    return figures
+
+
+def _tensors(lowered: Mapping[str, QModule]) -> dict[str, torch.Tensor]:
+    return {f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()}
+
+
 def _refine(job: Job, unit: Unit, lowered: Mapping[str, QModule], follower: Follower) -> dict[str, dict[str, float]]:
     """Correct what the method wants corrected, with the unit's modules in their places, and measure what is left."""
     stream, method = follower.lowered, job.method
     assert stream is not None  # who follows sees both models
-    tensors = {
-        f"{path}.{name}": value for path, module in lowered.items() for name, value in module.state_dict().items()
-    }
+    tensors = _tensors(lowered)
 
     def read(name: str) -> torch.Tensor:
         return tensors[name] if name in tensors else stream.reader(name)

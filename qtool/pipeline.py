@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping
 from functools import partial
@@ -24,6 +23,7 @@ import torch
 
 from qtool import __version__, artifact, card, golden, ranks
 from qtool.artifact import FORMAT_VERSION, PRUNED, QUANT_METHOD
+from qtool.aside import folder_aside
 from qtool.calibrate.observers import OBSERVERS, Observer
 from qtool.calibrate.sources import Batches
 from qtool.calibrate.statistics import Statistics
@@ -75,7 +75,7 @@ def calibrate(job: Job, batches: Batches, keep: Keep = list) -> Generator[Event,
                             else:
                                 flow[place] = stream.block(unit, hidden, calls[index - 1]), calls
                         give_back()
-            for site, observer in _put_together(observers).items():
+            for site, observer in _put_together(unit.name, observers).items():
                 state = {name: value.cpu() for name, value in observer.state().items()}
                 states[site, observed[unit.name][site]] = state
             yield ended("calibrate", unit, index, len(units), started)
@@ -88,7 +88,7 @@ def _first_rows(batches: Batches) -> list[int]:
     return [sum(sizes[:number]) for number in range(len(sizes))]
 
 
-def _put_together(observers: Mapping[str, Observer]) -> Mapping[str, Observer]:
+def _put_together(unit: str, observers: Mapping[str, Observer]) -> Mapping[str, Observer]:
     """Observers of what all ranks saw, by site."""
     group = ranks.current()
     if group.size == 1:
@@ -100,7 +100,7 @@ def _put_together(observers: Mapping[str, Observer]) -> Mapping[str, Observer]:
         for name, value in observers[site].parts().items()
     }
     found: dict[str, Observer] = {site: type(observers[site])() for site in sites}
-    for theirs in group.exchange(mine):
+    for theirs in group.exchange(f"statistics of {unit}", mine):
         for place, site in enumerate(sites):
             start = f"{place}|"
             found[site].absorb({key[len(start) :]: x for key, x in theirs.items() if key.startswith(start)})
@@ -121,7 +121,7 @@ def quantize(
     With `spill` the hidden states of calibration batches lie on disk, in the run directory.
     """
     keep: Keep = partial(SpilledStates, run.path) if spill else list
-    if ranks.current().told(run.already_published()):
+    if ranks.current().told("whether it is published", run.already_published()):
         yield Note(f"{run.out} was already published by this run")
         run.finish()
         return
@@ -140,21 +140,23 @@ def help_quantize(
     job: Job, batches: Batches, statistics: Statistics | None = None, *, spill: bool = False
 ) -> Generator[Event, None, None]:
     """What a rank that does not publish does of `quantize`."""
-    keep: Keep = partial(SpilledStates, Path(tempfile.gettempdir())) if spill else list
-    if ranks.current().told(None):
+    if ranks.current().told("whether it is published", None):
         return
-    if job.observed():
-        statistics = yield from _statistics(job, batches, None, statistics, keep)
-    yield from help_lower(job, batches, statistics, keep)
+    with folder_aside() as folder:
+        keep: Keep = partial(SpilledStates, folder) if spill else list
+        if job.observed():
+            statistics = yield from _statistics(job, batches, None, statistics, keep)
+        yield from help_lower(job, batches, statistics, keep, folder)
 
 
 def _statistics(
     job: Job, batches: Batches, kept: Path | None, given: Statistics | None, keep: Keep
 ) -> Generator[Event, None, Statistics]:
     """Given ones, those of an earlier try that the first rank has `kept`, or pass 1."""
-    if given is None and ranks.current().told(kept is not None and kept.exists()):
+    there = kept is not None and kept.exists()
+    if given is None and ranks.current().told("whether statistics are there", there):
         mine = {} if kept is None else Statistics.read(kept).tensors()
-        return Statistics.of_tensors(ranks.current().exchange(mine)[0], str(kept))
+        return Statistics.of_tensors(ranks.current().exchange("kept statistics", mine)[0], str(kept))
     statistics = given or (yield from calibrate(job, batches, keep))
     if kept is not None:
         artifact.write_tensors(kept, statistics.tensors())

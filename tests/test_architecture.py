@@ -12,7 +12,7 @@ import qtool
 ROOT = Path(qtool.__file__).parent
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "plugins", "__init__"}),
-    frozenset({"numerics", "rows", "ranks"}),
+    frozenset({"numerics", "rows", "aside", "ranks"}),
     frozenset({"kernels"}),
     frozenset({"device"}),
     frozenset({"anatomy", "checkpoint", "calibrate", "rounding", "nn", "stream", "lesson", "distill", "pruning"}),

@@ -1,16 +1,15 @@
 """A disk that fills up while a model is written: exit 4, one line, nothing half-written, and `--resume` finishes it."""
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from limits import largest_file
 
 Command = Callable[..., Any]
 
@@ -22,17 +21,6 @@ def files(folder: Path) -> dict[str, bytes]:
 def arguments(tiny: Any, out: str) -> tuple[str, ...]:
     data = ("--task", "sst2", "--data", str(tiny.data))
     return ("quantize", str(tiny.model), "-c", "zeroquant-w8a8-static", *data, "-o", out, "-q")
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Files of this process cannot grow beyond `size` bytes: writing more is EFBIG (Python ignores the signal)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture

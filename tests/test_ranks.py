@@ -21,21 +21,22 @@ from torch.distributed import TCPStore
 from qtool import ranks
 from qtool.cli import together
 from qtool.errors import UsageError
+from qtool.ranks import values
 
 CODE = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from qtool import errors, ranks
+from qtool import aside, errors, ranks
 def main():
     with ranks.joined() as group:
         {body}
 code = 0
 try:
     main()
-except errors.QtoolError as error:
+except (errors.QtoolError, AssertionError) as error:
     print(error, file=sys.stderr)
-    code = error.exit_code
+    code = getattr(error, "exit_code", 1)
 sys.stdout.flush()
 sys.stderr.flush()
 os._exit(code)  # as the command line does
@@ -81,11 +82,9 @@ def test_one_process_is_all_ranks() -> None:
     alone = ranks.current()
     assert (alone.rank, alone.size, alone.first) == (0, 1, True)
     assert list(alone.share(3)) == [0, 1, 2]
-    assert [{name: x.tolist() for name, x in part.items()} for part in alone.exchange({"x": torch.ones(2)})] == [
-        {"x": [1.0, 1.0]}
-    ]
-    assert alone.told([1, "a"]) == [1, "a"]
-    alone.agree({"anything": object()})
+    assert [part["x"].tolist() for part in alone.exchange("ones", {"x": torch.ones(2)})] == [[1.0, 1.0]]
+    assert alone.told("a list", [1, "a"]) == [1, "a"]
+    alone.agree("anything", {"anything": object()})
     alone.check()
 
 
@@ -104,27 +103,82 @@ def test_shares_are_all_pieces_once() -> None:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_what_ranks_exchange(crews: list[Crew], tmp_path: Path, size: int) -> None:
-    (tmp_path / "sent").write_bytes(bytes(range(256)) * 300)
+    for folder in ("there", "here"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "there" / "file").write_bytes(bytes(range(256)) * 300)
     body = """
     mine = {"a": torch.arange(group.rank + 1), f"only {group.rank}": torch.tensor([0.5 + group.rank])}
     for _ in range(3):
-        parts = group.exchange(mine)
-    ranks._CHUNK = 1000
-    if group.rank == group.size - 1:
-        group.send(Path("sent"))
-    elif group.first:
-        group.receive(Path("received"), group.size - 1)
+        parts = group.exchange("numbers", mine)
+    ranks.group._CHUNK = 1000
+    last = group.size - 1
+    group.fetch(Path("there" if group.rank == last else "here", "file"), last)
     found = [[part["a"].tolist(), part[f"only {rank}"].item()] for rank, part in enumerate(parts)]
-    print(found, group.told(group.rank))
+    print(found, group.told("who", group.rank))
     """
     ends = crew(crews, body, size, tmp_path).ends()
     wanted = [[list(range(rank + 1)), 0.5 + rank] for rank in range(size)]
     assert [(code, out.strip(), error) for code, out, error in ends] == [(0, f"{wanted} 0", "")] * size
-    assert (tmp_path / "received").read_bytes() == (tmp_path / "sent").read_bytes()
-    assert not (tmp_path / "received.part").exists()
+    assert (tmp_path / "here" / "file").read_bytes() == bytes(range(256)) * 300
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("waits", ["group.exchange({})", "time.sleep(60)"])
+def test_ranks_that_go_different_ways_say_so(crews: list[Crew], tmp_path: Path) -> None:
+    """Whatever calls they make; nothing is mixed up, and who leaves while another goes on is told apart too."""
+    (tmp_path / "shard").write_bytes(b"bytes")
+    calls = {"sums": "group.exchange('sums', {'x': torch.ones(3)})", "facts": "group.agree('facts', {'a': 1})"}
+    calls |= {"scores": "ranks.gathered('scores', {group.rank: 1.5})", "result": "group.told('result', 5)"}
+    calls |= {"file shard": "group.fetch(Path('shard'), 1)"}
+    body = f"""
+    calls = {calls!r}
+    for one in calls:
+        for other in calls:
+            try:
+                eval(calls[one if group.first else other])
+            except AssertionError as error:
+                print(error)
+    assert group.told("end", group.rank) == 0
+    if group.first:
+        group.exchange("sums", {{}})
+    """
+    ends = crew(crews, body, 2, tmp_path).ends()
+    ways = [(one, other) for one in calls for other in calls if one != other]
+    said = [f"ranks went different ways: rank 0 is at '{one}', rank 1 at '{other}'" for one, other in ways]
+    assert [(code, out.splitlines()) for code, out, _ in ends] == [(1, said)] * 2
+    assert {error for _, _, error in ends} == {"ranks went different ways: rank 0 is at 'sums', rank 1 at 'goodbye'\n"}
+
+
+def test_nothing_travels_but_what_ranks_give(crews: list[Crew], tmp_path: Path) -> None:
+    """One large part, whosever it is, costs its own size; of `told`, only what the first rank says."""
+    body = """
+    import torch.distributed as dist
+    moved = []
+    def counted(name, function):
+        def call(tensors, *rest):
+            each = tensors if isinstance(tensors, list) else [tensors]
+            moved.append(sum(one.nbytes for one in each))
+            return function(tensors, *rest)
+        setattr(dist, name, call)
+    for name in ("all_gather", "broadcast"):
+        counted(name, getattr(dist, name))
+    for large in range(3):
+        mine = {"x": torch.full((250_000,), float(large))} if group.rank == large else {}
+        parts = group.exchange("one part", mine)
+        assert [len(part) for part in parts] == [rank == large for rank in range(3)], parts
+        assert torch.equal(parts[large]["x"], torch.full((250_000,), float(large)))
+    print(sum(moved))
+    moved.clear()
+    assert group.told("letters", "a" * 100_000 if group.first else "b" * 1_000_000) == "a" * 100_000
+    print(sum(moved))
+    """
+    for code, out, error in crew(crews, body, 3, tmp_path).ends():
+        assert (code, error) == (0, "")
+        exchanged, told = map(int, out.split())
+        assert 3_000_000 <= exchanged < 3_005_000, "three parts of 250,000 float32 numbers"
+        assert 100_000 <= told < 102_000
+
+
+@pytest.mark.parametrize("waits", ["group.exchange('nothing', {})", "time.sleep(60)"])
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_an_error_ends_all_ranks_with_its_message(crews: list[Crew], tmp_path: Path, culprit: int, waits: str) -> None:
     """Whether the others wait for each other or compute."""
@@ -141,31 +195,64 @@ def test_an_error_ends_all_ranks_with_its_message(crews: list[Crew], tmp_path: P
     assert f"rank {culprit}: no such file" in ends[1 - culprit][2]
 
 
-@pytest.mark.parametrize("waits", ["group.exchange({})", "time.sleep(90)"])
-def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, waits: str) -> None:
+@pytest.mark.parametrize(
+    ("victim", "waits"), [(1, "group.exchange('nothing', {})"), (1, "time.sleep(90)"), (0, "time.sleep(90)")]
+)
+def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, victim: int, waits: str) -> None:
+    """Also the first one, which alone speaks while it lives."""
     body = f"""
-    group.exchange({{}})
-    ranks.LOST = 6.0
-    if group.rank == 1:
+    if not group.first:
+        sys.stderr = open(os.devnull, "w")
+    group.exchange("nothing", {{}})
+    ranks.life.LOST = 6.0
+    if group.rank == {victim}:
         os.kill(os.getpid(), signal.SIGKILL)
     {waits}
     """
     started = time.monotonic()
-    (code, _, said), (killed, _, _) = crew(crews, body, 2, tmp_path).ends()
+    ends = crew(crews, body, 2, tmp_path).ends()
+    (code, _, said), (killed, _, _) = ends[1 - victim], ends[victim]
     assert time.monotonic() - started < 60
     assert killed == -signal.SIGKILL and code == 4
-    assert "ended without a word" in said or "rank 1: it is gone" in said
+    assert "ended without a word" in said or f"rank {victim}: it is gone" in said
     assert "--resume" in said
 
 
 def test_ranks_with_other_data_are_refused(crews: list[Crew], tmp_path: Path) -> None:
     body = """
-    group.agree({"data": "a", "model": "b"})
-    group.agree({"data": str(group.rank), "model": "b"})
+    group.agree("facts", {"data": "a", "model": "b"})
+    group.agree("facts", {"data": str(group.rank), "model": "b"})
     """
     ends = crew(crews, body, 2, tmp_path).ends()
     assert [code for code, _, _ in ends] == [3, 3]
     assert "rank 1 has a different data than rank 0" in ends[0][2]
+
+
+@pytest.mark.parametrize(
+    ("fails", "said"),
+    [
+        ("write_text(folder / 'shard', 'a' * 1000)", "cannot write {place}/shard: File too large; free some space in"),
+        ("raise OSError(28, 'No space left on device', str(folder))", "{place}: No space left on device; free space"),
+    ],
+    ids=["line", "error"],
+)
+def test_a_disk_that_is_full_for_one_rank(crews: list[Crew], tmp_path: Path, fails: str, said: str) -> None:
+    """Every rank ends with the line and the code that one process has for it."""
+    body = f"""
+    import resource
+    from qtool.artifact import write_text
+    with aside.folder_aside() as folder:
+        if group.rank == 1:
+            Path("place").write_text(str(folder))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+            {fails}
+        group.exchange("nothing", {{}})
+    """
+    ends = crew(crews, body, 2, tmp_path).ends()
+    place = (tmp_path / "place").read_text()
+    assert ends[0][0] == 4 and ends[0][2].count("\n") == 1, ends
+    assert ends[0][2].removeprefix("qtool: ").startswith(f"rank 1: {said.format(place=place)}")
+    assert not Path(place).exists()
 
 
 def test_nobody_to_meet(tmp_path: Path) -> None:
@@ -178,12 +265,12 @@ def test_nobody_to_meet(tmp_path: Path) -> None:
     assert "cannot meet the other ranks at 127.0.0.1:1" in result.stderr
 
 
-@pytest.mark.parametrize("waits", ["group.exchange({})", "time.sleep(60)"])
+@pytest.mark.parametrize("waits", ["group.exchange('nothing', {})", "time.sleep(60)"])
 def test_a_signal_ends_a_rank_that_waits(crews: list[Crew], tmp_path: Path, waits: str) -> None:
     """Inside torch no handler of Python's runs; folders aside go all the same."""
     body = f"""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with group.folder_aside() as folder:
+    with aside.folder_aside() as folder:
         Path(f"place-{{group.rank}}").write_text(str(folder))
         if group.rank == 1:
             {waits}
@@ -258,19 +345,19 @@ def equal(a: Any, b: Any) -> bool:
 
 @given(VALUES)
 def test_values_travel_as_they_are(value: Any) -> None:
-    sent = json.loads(json.dumps(ranks.packed(value)))
-    assert equal(ranks.unpacked(sent), value)
+    sent = json.loads(json.dumps(values.packed(value)))
+    assert equal(values.unpacked(sent), value)
 
 
 def test_what_cannot_travel_is_named() -> None:
     with pytest.raises(TypeError, match="a set does not travel"):
-        ranks.packed([{1}])
+        values.packed([{1}])
 
 
 def test_pieces_are_put_in_order(crews: list[Crew], tmp_path: Path) -> None:
     body = """
-    found = ranks.gathered({piece: (piece, [0.1 * piece]) for piece in group.share(5)})
+    found = ranks.gathered("pieces", {piece: (piece, [0.1 * piece]) for piece in group.share(5)})
     assert list(found.items()) == [(piece, (piece, [0.1 * piece])) for piece in range(5)], found
     """
     assert crew(crews, body, 3, tmp_path).ends() == [(0, "", "")] * 3
-    assert ranks.gathered({2: "b", 1: (1.5, None)}) == {1: (1.5, None), 2: "b"}
+    assert ranks.gathered("pieces", {2: "b", 1: (1.5, None)}) == {1: (1.5, None), 2: "b"}

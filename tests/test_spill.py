@@ -1,10 +1,10 @@
 """Hidden states on disk: the same values, mapped, and gone with their list."""
 
-import resource
 from pathlib import Path
 
 import pytest
 import torch
+from limits import largest_file
 
 from qtool.errors import UnavailableError
 from qtool.spill import SpilledStates, State
@@ -90,11 +90,6 @@ def test_files_have_no_names_that_could_be_left_behind(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     kept = SpilledStates(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises(UnavailableError, match=r"cannot write .*: File too large; free some space"):
-            kept.append(state(0))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(4096), pytest.raises(UnavailableError, match=r"cannot write .*: File too large; free some space"):
+        kept.append(state(0))
     assert len(kept) == 0 and list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ import pytest
 
 from qtool import cli
 from qtool.cli import together
-from qtool.errors import UsageError
+from qtool.errors import RESUMABLE, UsageError
 from qtool.rundir import beside
 
 Command = Callable[..., Any]
@@ -168,11 +168,42 @@ def test_a_killed_rank_ends_all_and_one_rank_goes_on(
     _, said = process.communicate(timeout=90)
     assert time.monotonic() - started < 60
     assert process.returncode == 4
-    assert f"rank {victim} was ended by a signal (Killed)" in said and "--resume" in said and "Traceback" not in said
+    told = [line for line in said.splitlines() if line.startswith("qtool: ")]
+    assert told == [f"qtool: rank {victim} was ended by a signal (Killed); {RESUMABLE}"] and "Traceback" not in said
     assert not Path("two").exists()
     assert qtool_command(*learned(tiny, "two", "--resume", steps=steps)).code == 0
     assert qtool_command(*learned(tiny, "one", steps=steps)).code == 0
     assert made("one") == made("two")
+
+
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGINT, "all"),
+        pytest.param(signal.SIGINT, "parent", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "all", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "parent", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "rank 0", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "rank 1", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_is_said_once(tiny: Any, desk: Path, number: signal.Signals, to: str) -> None:
+    """To the process that was started, to a rank, or to all, as a terminal sends it and some launchers do."""
+    command = [sys.executable, "-m", "qtool", *learned(tiny, "two", "--jobs", "2", "-q", steps=400)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    shard = beside(Path("two"), "run") / "embeddings.safetensors"
+    deadline = time.monotonic() + 120
+    while not shard.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    ranks = learners(process.pid)
+    if to == "all":
+        os.killpg(process.pid, number)
+    else:
+        (process, *ranks)[["parent", "rank 0", "rank 1"].index(to)].send_signal(number)
+    _, said = process.communicate(timeout=90)
+    word = "interrupted" if number == signal.SIGINT else "terminated"
+    assert (process.returncode, said) == (128 + number, f"qtool: {word}; {RESUMABLE}\n")
+    assert len(ranks) == 2 and not any(rank.is_running() for rank in ranks)
 
 
 def test_what_runs_in_one_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

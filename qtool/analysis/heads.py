@@ -36,6 +36,7 @@ BUDGETS: dict[str, float] = {"score": 0.5, "agreement": 2.0, "kl": 0.02}
 """What a search may cost unless something else is asked for, in the unit of the metric."""
 KEPT_VALUES = 1 << 27
 """Hidden states and logits of the whole model that are kept, 512 MB; others are computed again each time."""
+_ASKED = "heads to measure"
 
 
 def removable(model: Any, protected: Iterable[tuple[int, int | None]] = ()) -> list[Head]:
@@ -123,17 +124,17 @@ class Judge:
         """The model without `heads` on all examples."""
         if not heads:
             return self.whole
-        self._group.told([list(head) for head in sorted(heads)])
+        self._group.told(_ASKED, [list(head) for head in sorted(heads)])
         return self._measured(heads)
 
     def serve(self) -> None:
         """Measure what the first rank asks for, until it is done."""
-        while (asked := self._group.told(None)) is not None:
+        while (asked := self._group.told(_ASKED, None)) is not None:
             self._measured(frozenset((layer, head) for layer, head in asked))
 
     def dismiss(self) -> None:
         """Let the ranks that serve go."""
-        self._group.told(None)
+        self._group.told(_ASKED, None)
         self._group = ranks.ALONE
 
     @torch.inference_mode()

@@ -84,7 +84,7 @@ def study(
     if body["distribution"] is None:
         limits = {*asked.thresholds, *((known or {}).get("distribution") or {}).get("thresholds", ())}
         found = _float(variants), _distribution(variants, attending, sorted(limits))
-        body["float"], body["distribution"] = ranks.current().told(list(found))
+        body["float"], body["distribution"] = ranks.current().told("float model", list(found))
         write(body)
     there = {_key(point) for point in body["points"]}
     settings = [setting for setting in asked.settings() if setting.key not in there]
@@ -105,7 +105,7 @@ def _shared(pieces: Sequence[P], measured: Callable[[P], dict[str, Any]]) -> Ite
     for start in range(0, len(pieces), group.size):
         mine = start + group.rank
         found = {mine: measured(pieces[mine])} if mine < len(pieces) else {}
-        yield list(ranks.gathered(found).values())
+        yield list(ranks.gathered("pieces of the study", found).values())
 
 
 def require_equal(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

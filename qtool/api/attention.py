@@ -81,7 +81,8 @@ def analyze_attention(
         require_renderer()
     group = ranks.current()
     with locked(folder / LOCK) if group.first else nullcontext(), torch_threads(wanted.threads):
-        known = group.told(_prepare(folder, resume=resume, overwrite=overwrite) if group.first else None)
+        left = _prepare(folder, resume=resume, overwrite=overwrite) if group.first else None
+        known = group.told("study so far", left)
         variants = Variants(
             model,
             chosen,
@@ -92,7 +93,7 @@ def analyze_attention(
             progress=progress,
         )
         fingerprint = _fingerprint(variants, wanted)
-        group.agree(fingerprint)
+        group.agree("study of attention", fingerprint)
         write = partial(_write, folder) if group.first else _nowhere
         body = study(variants, asked, fingerprint, write, known)
         write(body)

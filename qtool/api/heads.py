@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qtool.aside import folder_aside
 from qtool.errors import InputError, UsageError, one_of
 
 if TYPE_CHECKING:
     from qtool.analysis.heads import Judge, Kind
     from qtool.analysis.kept import Kept
-    from qtool.analysis.search import Found, Head, Metric
+    from qtool.analysis.search import Found, Head, Heads, Metric
     from qtool.evaluation.exams import Exam, Request
     from qtool.evaluation.exams.base import Progress
     from qtool.evaluation.sides import Side
@@ -56,6 +57,13 @@ class HeadsRequest:
     threads: int | None = None
     device: str = "cpu"
 
+    @property
+    def budget(self) -> float:
+        """What may be lost, in the unit of the metric."""
+        from qtool.analysis.heads import BUDGETS
+
+        return BUDGETS[self.metric] if self.max_drop is None else self.max_drop
+
     def exam_request(self, data: str | None, split: "Split | None", limit: int | None) -> "Request":
         """What exams are asked for on one part of the data."""
         from qtool.evaluation.exams import Request
@@ -82,7 +90,8 @@ def analyze_heads(
     Raises UsageError for an unknown task, metric or search, InputError for a model or data that cannot be used.
     """
     from qtool import ranks
-    from qtool.analysis.heads import BUDGETS, Judge
+    from qtool.analysis.heads import Judge
+    from qtool.analysis.outcome import outcome
     from qtool.device import usable
     from qtool.evaluation.runner import torch_threads
     from qtool.evaluation.tasks import task as task_named
@@ -90,25 +99,26 @@ def analyze_heads(
     usable(request.device if request else "cpu")
     wanted, chosen, group = request or HeadsRequest(), task_named(task), ranks.current()
     kind = _known(wanted)
-    budget = BUDGETS[kind] if wanted.max_drop is None else wanted.max_drop
     report = progress or (lambda stage, done, total: None)
     with torch_threads(wanted.threads), _folder(Path(out)) as folder:
         if group.first:
-            _prepare(
-                folder, resume=resume, overwrite=overwrite
-            )  # what is there goes only when all else was found right
+            _prepare(folder, resume=resume, overwrite=overwrite)
         exams = _exams(chosen, wanted, folder)
         sides = _sides(str(model), exams, wanted, report)
         fingerprint = _fingerprint(sides[0], exams[0], wanted)
-        group.agree(fingerprint)
+        group.agree("search for heads", fingerprint)
         judge = Judge(exams[0], sides[0], kind, group)
         _check_knows(judge, wanted.metric)
-        if not group.first:
+        body = None
+        if group.first:
+            asked = {"model": str(model), "metric": wanted.metric, "search": wanted.search, "max_drop": wanted.budget}
+            searched = _lead_search(judge, folder, fingerprint, report, wanted, fresh=overwrite)
+            body = outcome(asked, judge, *searched, exams[1], sides[1])
+            judge.dismiss()
+            _write(folder, body, fingerprint)
+        else:
             judge.serve()
-            return dict(group.told(None))
-        asked = {"model": str(model), "metric": wanted.metric, "search": wanted.search, "max_drop": budget}
-        body = _told(judge, folder, fingerprint, asked, (exams[1], sides[1]), report, wanted, fresh=overwrite)
-    return dict(group.told(body))
+    return dict(group.told("heads found", body))
 
 
 @contextmanager
@@ -119,35 +129,38 @@ def _folder(out: Path) -> Iterator[Path]:
     if current().first:
         yield out
         return
-    with current().folder_aside() as aside:
-        yield aside
+    with folder_aside() as folder:
+        yield folder
 
 
-def _told(
+def _lead_search(
     judge: "Judge",
     folder: Path,
     fingerprint: dict[str, Any],
-    asked: dict[str, Any],
-    held_out: "tuple[Exam, Side]",
     report: "Progress",
     wanted: HeadsRequest,
     *,
     fresh: bool,
-) -> dict[str, Any]:
-    """The search and its result, which is written."""
+) -> "tuple[Found, dict[Heads, float], dict[Head, float]]":
+    """What the search found, every set that is known, and the importance of heads where it goes by that.
+
+    With `fresh` what was known goes, and its result, now that nothing is left that could be wrong.
+    """
     from qtool.analysis.kept import Kept
-    from qtool.analysis.outcome import outcome
-    from qtool.artifact import write_json
 
     with closing(Kept(folder / MEASURED, fingerprint, judge, fresh=fresh)) as kept:
         if fresh:
             (folder / RESULT).unlink(missing_ok=True)
-        found, importance = _searched(judge, kept, report, asked["max_drop"], wanted)
-    body = outcome(asked, judge, found, kept.found, importance, *held_out)
-    judge.dismiss()
-    body["fingerprint"] = fingerprint  # `headprune` looks whether its model is this one
+        found, importance = _searched(judge, kept, report, wanted)
+    return found, kept.found, importance
+
+
+def _write(folder: Path, body: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    """The result, with what it is of: `headprune` looks whether its model is this one."""
+    from qtool.artifact import write_json
+
+    body["fingerprint"] = fingerprint
     write_json(folder / RESULT, body, sort=False)
-    return body
 
 
 def _known(wanted: HeadsRequest) -> "Kind":
@@ -284,7 +297,7 @@ def _fingerprint(side: "Side", exam: "Exam", wanted: HeadsRequest) -> dict[str, 
 
 
 def _searched(
-    judge: "Judge", kept: "Kept", report: "Progress", budget: float, wanted: HeadsRequest
+    judge: "Judge", kept: "Kept", report: "Progress", wanted: HeadsRequest
 ) -> "tuple[Found, dict[Head, float]]":
     """What the search found, and the importance of heads where it goes by that."""
     from qtool.analysis import search
@@ -298,9 +311,9 @@ def _searched(
         every = gradient_ranking(judge.exam, judge.side)
         importance = {head: every[head] for head in heads}
         order = sorted(heads, key=lambda head: (importance[head], head))
-        return search.walk(metric, order, budget, limits), importance
+        return search.walk(metric, order, wanted.budget, limits), importance
     find = search.astar if wanted.search == "astar" else search.greedy
-    return find(metric, heads, budget, limits), {}
+    return find(metric, heads, wanted.budget, limits), {}
 
 
 def _of_attending(kept: "Kept", judge: "Judge") -> "Metric":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qtool.api.data import calibration_events, golden_inputs, planned_batches
 from qtool.api.recipes import FLAG_KEYS, resolve_recipe
+from qtool.aside import folder_aside
 from qtool.errors import InputError, QtoolError, UnavailableError, one_of
 from qtool.recipe import Recipe
 
@@ -138,7 +139,7 @@ def quantize_events(
     read = (*places, recipe.evaluate.baseline, recipe.calibration.source, statistics)
     rundir.keep_apart(out, *(Path(path) for path in read if path and Path(path).exists()))
     known = (rundir.recorded(out) or rundir.published(out)) if resume and group.first else None
-    set_threads(recipe, group.told(known))
+    set_threads(recipe, group.told("recorded run", known))
     job = open_job(model, recipe, device)
     rundir.keep_apart(out, job.source)
     batches, budget = yield from batches_events(job, calibrates=not statistics)
@@ -149,7 +150,7 @@ def quantize_events(
         yield Note("hidden states of the calibration data lie on disk, beside the output")
     given = read_statistics(statistics, job, batches) if statistics else None
     fingerprint = job.fingerprint(batches, Path(statistics) if statistics else None)
-    group.agree(fingerprint)
+    group.agree("quantization", fingerprint)
     if group.first:
         run = rundir.RunDirectory(out, fingerprint, resume=resume, overwrite=overwrite)
         yield from _into(run, job, batches, given, spill=budget.spill)
@@ -184,7 +185,7 @@ def _result(out: Path, job: "Job", seconds: float) -> Quantized:
 
     group = ranks.current()
     found = [size_on_disk(out), worst(report(out).get("figures", {}))] if group.first else None
-    size, furthest = group.told(found)
+    size, furthest = group.told("result", found)
     least = [(str(path), float(decibels)) for path, decibels in furthest]
     return Quantized(out, size, job.checkpoint.num_bytes, seconds, peak_bytes(), least)
 
@@ -284,8 +285,8 @@ def calibrate_events(
         raise InputError(f"{names} needs no statistics with this recipe: nothing in it is calibrated")
     batches, budget = yield from batches_events(job, calibrates=True)
     yield Note(f"calibration data: {batches.description}")
-    group.agree(job.fingerprint(batches))
-    with nullcontext(file.absolute().parent) if group.first else group.folder_aside() as folder:
+    group.agree("calibration", job.fingerprint(batches))
+    with nullcontext(file.absolute().parent) if group.first else folder_aside() as folder:
         keep = partial(SpilledStates, folder) if budget.spill else list
         statistics = yield from pipeline.calibrate(job, batches, keep)
     if group.first:

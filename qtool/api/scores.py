@@ -104,7 +104,7 @@ def evaluations(
         source = data.get(item.name) if isinstance(data, Mapping) else data
         mark = _fingerprint(models, item, source, own) if models else None
         old = next((body for body in known if mark and body.get("fingerprint") == mark), None)
-        old = current().told(old)  # what another machine would keep does not matter
+        old = current().told("earlier score", old)  # what another machine would keep does not matter
         if old is not None and old["candidate"]["score"] is not None:
             yield Evaluation.from_json(old)
         else:
@@ -185,7 +185,8 @@ def evaluate_recipe(
     wanted = recipe.evaluate
     options = {**wanted.model_dump(exclude={"task", "data", "baseline"}), "device": device}
     baseline = wanted.baseline or locate(source, recipe.model.revision)
-    known = current().told(report(out).get("scores", []) if resume and current().first else [])
+    recorded = report(out).get("scores", []) if resume and current().first else []
+    known = current().told("recorded scores", recorded)
     places = wanted.data if isinstance(wanted.data, str | None) else dict(wanted.data)
     yield from evaluations(
         out, wanted.tasks, places, baseline=baseline, known=known, progress=progress, threads=recipe.threads, **options

@@ -10,7 +10,7 @@ import click
 from qtool import __version__
 from qtool.cli import analyze, bench, evaluate, look, quantize
 from qtool.cli.together import jobs_of, meeting, speaks, tell_in_json
-from qtool.errors import RESUMABLE, InterruptedRun, QtoolError, UnavailableError, UsageError
+from qtool.errors import InterruptedRun, QtoolError, UnavailableError, UsageError, said_by_parent, stopped
 
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -37,7 +37,8 @@ for command in (
 
 
 def _on_signal(number: int, frame: Any) -> None:
-    raise InterruptedRun(f"terminated; {RESUMABLE}", number)
+    signal.signal(number, signal.SIG_IGN)  # launchers send it to all, and again: the way out must not be cut short
+    raise InterruptedRun(stopped(128 + number), number)
 
 
 def main() -> None:
@@ -70,10 +71,7 @@ def _status() -> int:
         error.show()
         return UsageError.exit_code
     except (click.Abort, KeyboardInterrupt):
-        return _fail(
-            f"interrupted; {RESUMABLE}",
-            128 + signal.SIGINT,
-        )
+        return _fail(stopped(128 + signal.SIGINT), 128 + signal.SIGINT)
     except (BrokenPipeError, SystemExit) as error:  # click and rich exit when the reader of stdout is gone: no verdict
         if isinstance(error, SystemExit) and isinstance(error.code, str):
             return _fail(error.code, 1)
@@ -97,11 +95,10 @@ def _status() -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    """One line on stderr."""
-    if not speaks():
-        return code
+    """One line on stderr, of one of the processes that carry out a command."""
     tell_in_json(message, code, sys.argv[1:])
-    print(f"qtool: {' '.join(message.split())}", file=sys.stderr)
+    if speaks() and not said_by_parent(code):
+        print(f"qtool: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 

@@ -153,11 +153,11 @@ def _known_results(target: str | None, files: dict[str, Path]) -> list[dict[str,
     from qtool.ranks import current
 
     if not current().first:
-        return list(current().told(None))
+        return list(current().told("earlier results", None))
     known = api.kept_results(target)
     if files:  # predictions are not among what was kept
         known = [body for body in known if body["task"] in files and files[body["task"]].is_file()]
-    return list(current().told(known))
+    return list(current().told("earlier results", known))
 
 
 def _gate_of(params: dict[str, Any]) -> "Gate":

@@ -115,7 +115,7 @@ def agree(sides: Sequence[Side], exam: Exam) -> None:
         "instruction set": instruction_set(sides[0].device),
         "versions": versions(),
     }
-    ranks.current().agree(facts)
+    ranks.current().agree("evaluation", facts)
 
 
 def options_for(tasks: Sequence[Task], options: Mapping[str, Any]) -> list[dict[str, Any]]:

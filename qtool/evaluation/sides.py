@@ -125,12 +125,12 @@ def put_together(side: Side, mine: Sequence[int]) -> None:
     """Let every rank have what came of all rows; `mine` are those of this rank."""
     if ranks.current().size == 1:
         return
-    collected = ranks.gathered({index: side.collected[index] for index in mine})
+    collected = ranks.gathered("answers", {index: side.collected[index] for index in mine})
     side.collected = [collected[index] for index in range(len(side.rows))]
     if side.divergences:
-        divergences = ranks.gathered({index: side.divergences[index] for index in mine})
+        divergences = ranks.gathered("divergences", {index: side.divergences[index] for index in mine})
         side.divergences = [divergences[index] for index in range(len(side.rows))]
-    side.seconds = sum(ranks.gathered({ranks.current().rank: side.seconds}).values())
+    side.seconds = sum(ranks.gathered("seconds", {ranks.current().rank: side.seconds}).values())
 
 
 def _run(side: Side, exam: Exam, indices: Sequence[int]) -> tuple[Any, Batch, list[Any]]:

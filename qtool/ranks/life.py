@@ -1,0 +1,161 @@
+"""How ranks end together: signs of life, and what ended one of them, where a thread looks beside the work.
+
+The main thread may be waiting for a rank that died, where no exception reaches it.
+"""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from qtool import aside
+from qtool.errors import (
+    RESUMABLE,
+    QtoolError,
+    UnavailableError,
+    environment_problem,
+    said_by_parent,
+    stopped,
+)
+
+BEAT = 1.0
+"""Seconds between two signs of life."""
+LOST = 30.0
+"""Seconds without one after which a rank is taken for dead: also the longest that a call may hold Python's lock."""
+_ENDED = "error"
+
+
+class OtherRankError(QtoolError):
+    """What ended another rank, with its exit code."""
+
+    def __init__(self, rank: int, message: str, code: int) -> None:
+        super().__init__(f"rank {rank}: {message}")
+        self.exit_code = code
+
+
+class Life:
+    """Of one of several ranks. `store` is shared memory of all, for what is not work: signs of life, and errors."""
+
+    def __init__(self, rank: int, size: int, store: Any) -> None:
+        self._rank, self._size, self._store = rank, size, store
+        self._stop = threading.Event()
+        self._signals, pen = socket.socketpair()
+        self._signals.setblocking(False)
+        pen.setblocking(False)
+        self._pen = pen  # a signal's number is written there also while torch waits and handlers do not run
+        signal.set_wakeup_fd(pen.fileno(), warn_on_full_buffer=False)
+        self._watch = threading.Thread(target=self._watching, args=(store.clone(),), daemon=True)
+        self._watch.start()
+
+    def end(self) -> None:
+        """After all have said goodbye: look no more."""
+        self._stop.set()
+        self._watch.join()
+        signal.set_wakeup_fd(-1)
+
+    def check(self) -> None:
+        """Raises what ended another rank."""
+        if note := self._others(self._store):
+            raise OtherRankError(note["rank"], note["message"], note["code"])
+
+    def tell(self, error: BaseException) -> None:
+        """Let the other ranks end with this error, unless one has ended before."""
+        self._stop.set()
+        code, message = ending(error)
+        self._note(self._store, self._rank, code, message)
+
+    @staticmethod
+    def _note(store: Any, rank: int, code: int, message: str) -> None:
+        """Say what ended a rank, unless one has ended before, and give the others time to read it."""
+        note = json.dumps({"rank": rank, "code": code, "message": message})
+        try:
+            store.compare_set(_ENDED, "", note)
+            time.sleep(2 * BEAT)  # the store may be this process's
+        except RuntimeError:  # whoever kept the store is gone, and with it all ranks that could be told
+            return
+
+    def _others(self, store: Any) -> dict[str, Any] | None:
+        """What ended another rank."""
+        found = store.get(_ENDED) if store.check([_ENDED]) else b""
+        note = dict(json.loads(found)) if found else None
+        return note if note and note["rank"] != self._rank else None
+
+    def _watching(self, store: Any) -> None:
+        """Give signs of life, and end this process when another rank has failed or gives none."""
+        seen: dict[int, tuple[bytes, float]] = {}
+        while not self._stop.wait(BEAT):
+            try:
+                note = self._others(store)
+                store.set(f"beat {self._rank}", repr(time.monotonic()))
+                silent = self._silent(store, seen)
+            except RuntimeError:
+                note, silent = None, [0]
+            if self._stop.is_set():
+                return
+            if number := self._signalled():
+                self._end_by_signal(store, number)
+            if note is not None:
+                self._end_by_note(note)
+            elif silent:
+                self._end_by_silence(store, silent[0])
+
+    def _end_by_signal(self, store: Any, number: int) -> None:
+        time.sleep(2 * BEAT)  # the main thread may end in order
+        if not self._stop.is_set():
+            code = 128 + number
+            self._note(store, self._rank, code, stopped(code))
+            self._exit(stopped(code), code, -1)
+
+    def _end_by_note(self, note: dict[str, Any]) -> None:
+        time.sleep(BEAT)  # the main thread may notice by itself, and end in order
+        if not self._stop.is_set():
+            self._exit(f"rank {note['rank']}: {note['message']}", note["code"], note["rank"])
+
+    def _end_by_silence(self, store: Any, rank: int) -> None:
+        code, message = UnavailableError.exit_code, f"it is gone; {RESUMABLE}"
+        self._note(store, rank, code, message)
+        self._exit(f"rank {rank}: {message}", code, rank)
+
+    def _signalled(self) -> int:
+        """The number of a signal that came since the last look; 0 for none."""
+        try:
+            found = self._signals.recv(64)
+        except BlockingIOError:
+            return 0
+        return next((number for number in found if number in (signal.SIGTERM, signal.SIGINT)), 0)
+
+    def _silent(self, store: Any, seen: dict[int, tuple[bytes, float]]) -> list[int]:
+        """Ranks without a sign of life for too long. The first one looks at all, the others at the first."""
+        now = time.monotonic()
+        for rank in range(self._size) if self._rank == 0 else (0,):
+            key = f"beat {rank}"
+            beat = store.get(key) if store.check([key]) else b""
+            if rank not in seen or seen[rank][0] != beat:
+                seen[rank] = beat, now
+        return [rank for rank, (_, since) in seen.items() if now - since > LOST]
+
+    def _exit(self, message: str, code: int, culprit: int) -> None:
+        """The first rank that is left speaks."""
+        speaker = next(rank for rank in range(self._size) if rank != culprit)
+        if self._rank == speaker and not said_by_parent(code):
+            with suppress(OSError):  # not to sys.stderr, which ranks of a command have turned off but for the first
+                os.write(2, f"qtool: {message}\n".encode())
+        aside.clear()
+        os._exit(code)
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """The exit code and the line of an error."""
+    if isinstance(error, OSError):
+        error = environment_problem(error) or error
+    code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", None)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, stopped(130)
+    if not isinstance(code, int):
+        code = 1
+    said = " ".join(str(error).split()) or type(error).__name__
+    return code, said if code != 1 else f"{type(error).__name__}: {said}"

@@ -60,7 +60,8 @@ class Form:
         self.key = repr((self.kernel.__name__, self.signature, self.constants, self.attributes, self.options))
 
     def _take(self, place: int, param: Any, value: Any) -> None:
-        if param.is_constexpr or value is None or value is True or (type(value) is int and value == 1):
+        whole = type(value) is int and not param.do_not_specialize
+        if param.is_constexpr or value is None or value is True or (whole and value == 1):
             self.signature[param.name], self.constants[(place,)] = "constexpr", value
             return
         if isinstance(value, torch.Tensor):
@@ -69,7 +70,7 @@ class Form:
             self.signature[param.name] = "fp32"
         else:
             self.signature[param.name] = "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (whole and value % 16 == 0):
             self.attributes[(place,)] = [["tt.divisibility", 16]]
 
     def compiled(self, capability: int) -> str:

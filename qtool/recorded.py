@@ -18,6 +18,7 @@ from qtool.nn.plan import Plan, SameName, kept_plan
 _READ = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "cache_position"})
 _STEPS = frozenset({"gpt2", "gpt_neox", "llama", "mistral", "qwen2"})
 """Decoders whose step waits for nothing on the host; OPT's counts its positions there."""
+_KNOWN = frozenset({"torch", "transformers", "qtool"})
 _SEEN_INSIDE = ("output_hidden_states", "output_attentions")
 
 
@@ -33,8 +34,10 @@ class GraphPlan(Plan):
     def __init__(self, model: Any) -> None:
         from qtool.kernels.triton.graphs import Graphs
 
-        super().__init__([model], called=True)
+        super().__init__([model], ("training",), called=True)
         self.graphs = Graphs()
+        self.foreign = any(cls.__module__.partition(".")[0] not in _KNOWN for cls in self._classes)
+        """Whether a module is of a class that may go by more than its tensors, as adapters that are switched off do."""
         self._made: list[tuple[dict[str, Any], str, Any]] = []
 
     def note(self) -> None:
@@ -96,7 +99,7 @@ def recorded(model: Any, forward: Callable[..., Any], given: Mapping[str, Any]) 
     if not call.recordable(model):
         return forward(**given)
     plan = kept_plan(model, [model], lambda: GraphPlan(model), backends=("triton",))
-    if plan is None:
+    if plan is None or plan.foreign:
         return forward(**given)
 
     def run(**own: torch.Tensor) -> Any:

@@ -66,9 +66,22 @@ def test_a_forward_is_recorded_whole(folder: Path, made: list[Tape]) -> None:
         assert made[0].plays == 3
 
 
-@pytest.mark.parametrize(
-    "what", ["hidden states", "attentions", "configured", "labels", "watched", "reference", "grad"]
-)
+class Switched(torch.nn.Module):
+    """As an adapter: something that no tensor says decides what it does."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.on = inner, True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(x)
+        return found if self.on else -found
+
+
+WAYS = ["hidden states", "attentions", "configured", "labels", "watched", "reference", "grad", "foreign"]
+
+
+@pytest.mark.parametrize("what", WAYS)
 def test_what_is_not_recorded(artifacts: Artifacts, quick: list[Tape], what: str) -> None:
     model, inputs = load(artifacts.make("BertForSequenceClassification", W8A8)), batch()
     asked: dict[str, Any] = {
@@ -79,6 +92,8 @@ def test_what_is_not_recorded(artifacts: Artifacts, quick: list[Tape], what: str
     model.config.output_hidden_states = what == "configured"
     if what == "watched":
         model.bert.encoder.layer[1].register_forward_hook(lambda *_: None)
+    if what == "foreign":
+        model.classifier = Switched(model.classifier)
     with torch.set_grad_enabled(what == "grad"), kernels.using("reference" if what == "reference" else "triton"):
         for _ in range(2):
             model(**inputs, **asked.get(what, {}))
@@ -158,6 +173,18 @@ def test_kernels_do_not_depend_on_whether_padding_can_be_seen(artifacts: Artifac
         wanted = outputs(model, inputs)
         assert torch.equal(outputs(model, inputs), wanted)
     assert [one.plays for one in made] == [1]
+
+
+def test_what_is_random_stays_random(artifacts: Artifacts, quick: list[Tape]) -> None:
+    """Dropout alone is switched on, to see what the model is unsure of."""
+    model, inputs = load(artifacts.make("BertForSequenceClassification", W8A8)), batch()
+    sure = outputs(model, inputs)
+    assert torch.equal(outputs(model, inputs), sure)
+    assert [one.plays for one in quick] == [1]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.train()
+    assert not torch.equal(outputs(model, inputs), sure)
 
 
 @torch.no_grad()

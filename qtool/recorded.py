@@ -74,8 +74,6 @@ def _recorded_class(cls: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not any(_is_on_gpu(value) for value in (*args, *kwargs.values())):
             return original(self, *args, **kwargs)
-        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
-            return original(self, *args, **kwargs)
         return recorded(self, functools.partial(original, self), arguments(signature, self, args, kwargs))
 
     return SameName.subclass(_recorded_class, Recorded, cls, forward)
@@ -96,7 +94,7 @@ def recorded(model: Any, forward: Callable[..., Any], given: Mapping[str, Any]) 
     It cannot where somebody watches modules, wants to see inside or a loss, or records a graph of his own.
     """
     call = _Call.of(given)
-    if not call.recordable(model):
+    if model.training or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not call.recordable(model):
         return forward(**given)
     plan = kept_plan(model, [model], lambda: GraphPlan(model), backends=("triton",))
     if plan is None or plan.foreign:
@@ -150,7 +148,9 @@ class _Call:
 
         if config.model_type not in _STEPS or not self.words.get("return_dict", config.return_dict):
             return False
-        if type(self.cache) is not StaticCache or self.tensors["input_ids"].shape[1:] != (1,):
+        if type(self.cache) is not StaticCache or self.cache.offloading:  # such layers come and go
+            return False
+        if self.tensors["input_ids"].shape[1:] != (1,):
             return False
         return all(type(layer) is StaticLayer and layer.is_initialized for layer in self.cache.layers)
 

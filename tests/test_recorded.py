@@ -13,7 +13,7 @@ from transformers import StaticCache
 from qtool import kernels
 from qtool.kernels.reference import Reference
 from qtool.nn.integer.module import integer_outputs
-from qtool.recorded import Recorded
+from qtool.recorded import Recorded, _Call
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
 from taped_graph import Tape, tape
@@ -107,6 +107,26 @@ def test_integers_are_not_recorded(folder: Path, made: list[Tape]) -> None:
         for _ in range(2):
             assert model(**inputs).logits.dtype == torch.int32
     assert not made
+
+
+def test_integers_that_gradients_pass_behind_are_not_recorded(folder: Path, made: list[Tape]) -> None:
+    """A float head or pooler may learn from them: what was recorded without gradients would never let it."""
+    model, inputs = load(folder), batch()
+    with torch.enable_grad(), kernels.using("triton"):
+        for _ in range(2):
+            model(**inputs)
+    assert not made
+
+
+def test_a_cache_that_is_offloaded_does_not_lie_still(artifacts: Artifacts, quick: list[Tape]) -> None:
+    model = load(artifacts.make("LlamaForCausalLM", W8A8))
+    cache = steps(model, 3)[1]
+    assert [one.plays for one in quick] == [2]
+    cache.offloading = True
+    given = {"input_ids": torch.tensor([[7], [8]]), "past_key_values": cache}
+    assert not _Call.of(given)._is_step(model.config)
+    cache.offloading = False
+    assert _Call.of(given)._is_step(model.config)
 
 
 def test_what_a_module_made_anew_ends_recordings(folder: Path, made: list[Tape]) -> None:

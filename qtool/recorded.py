@@ -39,6 +39,7 @@ class GraphPlan(Plan):
         self.foreign = any(cls.__module__.partition(".")[0] not in _KNOWN for cls in self._classes)
         """Whether a module is of a class that may go by more than its tensors, as adapters that are switched off do."""
         self._made: list[tuple[dict[str, Any], str, Any]] = []
+        self._dtypes = [(own, own.get("output_dtype")) for own in self._own]  # moves change it where no tensor changes
 
     def note(self) -> None:
         """Keep what modules have made by now."""
@@ -47,7 +48,9 @@ class GraphPlan(Plan):
 
     def holds(self, roots: Sequence[nn.Module]) -> bool:
         """See `Plan`; also whether modules have what they had made."""
-        return super().holds(roots) and all([own.get(name) is value for own, name, value in self._made])
+        if not super().holds(roots) or any([own.get("output_dtype") is not dtype for own, dtype in self._dtypes]):
+            return False
+        return all([own.get(name) is value for own, name, value in self._made])
 
 
 class Recorded(SameName):
@@ -180,8 +183,9 @@ def _is_encoder(config: Any) -> bool:
 
 def _has_known_attention(config: Any) -> bool:
     """Whether attention is torch's or qtool's own; others look on the host for where padding is."""
-    name = config._attn_implementation
-    return name in ("eager", "sdpa") or str(name).startswith("qtool_")
+    from qtool.hf import CODES, REPEATABLE  # which imports this file
+
+    return config._attn_implementation in ("eager", "sdpa", REPEATABLE, CODES)
 
 
 def _is_on_gpu(value: Any) -> bool:

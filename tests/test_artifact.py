@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import resource
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from limits import largest_file
 from safetensors.torch import load_file, save_file
 
 from qtool import artifact
@@ -259,17 +258,6 @@ def test_json_is_sorted_unless_order_counts(tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / "x.json").read_text())) == ["b", "a"]
 
 
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: every write fails there, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 WRITES = {
     "text": lambda path: artifact.write_text(path, "x" * 10_000),
     "json": lambda path: artifact.write_json(path, ["x" * 10_000]),
@@ -283,7 +271,7 @@ def test_a_write_that_fails_leaves_what_was_there(kind: str, before: bytes | Non
     path = tmp_path / "file"
     if before is not None:
         path.write_bytes(before)
-    with full_disk(4_096), pytest.raises(UnavailableError) as caught:
+    with largest_file(4_096), pytest.raises(UnavailableError) as caught:
         WRITES[kind](path)
     assert caught.value.exit_code == 4
     assert str(path) in str(caught.value)
@@ -296,7 +284,7 @@ def test_a_write_that_fails_leaves_what_was_there(kind: str, before: bytes | Non
 
 def test_assembling_on_a_full_disk_is_said(tmp_path: Path) -> None:
     units = shards_of({"a": torch.zeros(10_000)}, tmp_path, 1)
-    with full_disk(4_096), pytest.raises(UnavailableError, match=r"cannot write .*: File too large"):
+    with largest_file(4_096), pytest.raises(UnavailableError, match=r"cannot write .*: File too large"):
         artifact.assemble(units, tmp_path)
 
 

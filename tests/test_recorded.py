@@ -185,14 +185,37 @@ def test_every_family_of_encoders(artifacts: Artifacts, quick: list[Tape], archi
     assert [one.plays for one in quick] == [1]
 
 
-def test_kernels_do_not_depend_on_whether_padding_can_be_seen(artifacts: Artifacts, made: list[Tape]) -> None:
+def test_kernels_do_not_depend_on_whether_padding_can_be_seen(
+    artifacts: Artifacts, quick: list[Tape], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Others than those of the first call would have to be compiled amid the recording: here nothing is padded."""
+    masks, attend = [], Reference.int8_attention
+
+    def seen(*args: Any, **options: Any) -> Any:
+        masks.append(None if args[4] is None else (args[4].dtype, args[4].shape, args[4].stride()))
+        return attend(*args, **options)
+
+    monkeypatch.setattr(Reference, "int8_attention", staticmethod(seen))
     model = load(artifacts.make("RobertaForQuestionAnswering", W8A8, *ATTENTION))
     inputs = {"input_ids": torch.full((2, 3), 7), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}
-    with kernels.using("triton"):
-        wanted = outputs(model, inputs)
-        assert torch.equal(outputs(model, inputs), wanted)
-    assert [one.plays for one in made] == [1]
+    wanted = outputs(model, inputs)
+    first = masks.copy()
+    masks.clear()
+    assert torch.equal(outputs(model, inputs), wanted)
+    assert [one.plays for one in quick] == [1]
+    assert len(first) == 2 and masks[:2] == first  # two blocks; what is played calls it again
+
+
+def test_what_a_module_returns_may_change_though_no_tensor_does(artifacts: Artifacts, quick: list[Tape]) -> None:
+    model, inputs = load(artifacts.make("BertForSequenceClassification", W8A8)), batch()
+    before = outputs(model, inputs)
+    assert torch.equal(outputs(model, inputs), before)
+    changed = copy.deepcopy(model)
+    for one in (model, changed):
+        one.bert.embeddings.word_embeddings.half()
+    found = outputs(model, inputs)
+    assert torch.equal(found, outputs(changed, inputs)) and not torch.equal(found, before)
+    assert [one.plays for one in quick] == [1]
 
 
 def test_what_is_random_stays_random(artifacts: Artifacts, quick: list[Tape]) -> None:

@@ -10,6 +10,7 @@ from qtool.errors import UnavailableError
 
 _ELSEWHERE = "or set TMPDIR to a folder on another disk"
 _OPEN: list[Path] = []
+_TRIES = 5  # another thread may still write there
 
 
 @contextmanager
@@ -18,12 +19,15 @@ def folder_aside() -> Iterator[Path]:
 
     Raises UnavailableError where none can be made.
     """
-    with _made() as name:
-        folder = Path(name)
-        _OPEN.append(folder)
+    made = _made()
+    folder = Path(made.name)
+    _OPEN.append(folder)
+    try:
+        yield folder
+    finally:
         try:
-            yield folder
-        finally:
+            made.cleanup()
+        finally:  # not before: `clear` may have to finish it
             _OPEN.remove(folder)
 
 
@@ -46,5 +50,8 @@ def advice(path: Path) -> str | None:
 
 def clear() -> None:
     """Remove all folders now: for a process that is about to end without leaving their contexts."""
-    for folder in _OPEN:
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in [*_OPEN]:
+        for _ in range(_TRIES):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                break

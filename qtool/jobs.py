@@ -62,6 +62,7 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
         codes = [child.poll() for child in children]
         killed = next((rank for rank, code in enumerate(codes) if code is not None and code < 0), None)
         if killed is not None:
+            _verdict(128 - int(codes[killed] or 0))
             name = signal.strsignal(-int(codes[killed] or 0)) or f"signal {codes[killed]}"
             raise UnavailableError(f"rank {killed} was ended by a signal ({name}); {RESUMABLE}")
         if any(codes):

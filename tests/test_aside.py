@@ -38,6 +38,18 @@ def test_folders_go_with_their_contexts_or_all_at_once(place: Path) -> None:
     assert not [*place.iterdir()]
 
 
+def test_a_folder_whose_removal_is_cut_short_is_still_known(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that ends the process comes amid the removal."""
+    known = []
+    cleanup = tempfile.TemporaryDirectory.cleanup
+    monkeypatch.setattr(
+        tempfile.TemporaryDirectory, "cleanup", lambda self: (known.extend(aside._OPEN), cleanup(self))[1]
+    )
+    with aside.folder_aside() as folder:
+        pass
+    assert known == [folder] and aside._OPEN == []
+
+
 def test_a_folder_that_cannot_be_made(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     advice = "free some space there, or set TMPDIR to a folder on another disk"
 

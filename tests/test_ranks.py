@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -20,8 +21,8 @@ from torch.distributed import TCPStore
 
 from qtool import ranks
 from qtool.cli import together
-from qtool.errors import UsageError
-from qtool.ranks import values
+from qtool.errors import InputError, UsageError
+from qtool.ranks import life, values
 
 CODE = """
 import os, signal, sys, time
@@ -46,11 +47,14 @@ os._exit(code)  # as the command line does
 class Crew:
     """Python processes that meet in a store of this one."""
 
-    def __init__(self, body: str, count: int, folder: Path) -> None:
+    def __init__(self, body: str, count: int, folder: Path, *, alone: bool = False) -> None:
+        """`alone` they meet in the first of them."""
         self.store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
         code = CODE.format(body=textwrap.indent(textwrap.dedent(body), " " * 8).strip())
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
-        shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+        shared |= {"TORCHELASTIC_USE_AGENT_STORE": str(not alone), "OMP_NUM_THREADS": "1"}
+        if alone:
+            del self.store  # its port is free now
         self.children = [
             subprocess.Popen(
                 [sys.executable, "-c", code], cwd=folder, env={**os.environ, **shared, "RANK": str(rank)},
@@ -192,7 +196,11 @@ def test_an_error_ends_all_ranks_with_its_message(crews: list[Crew], tmp_path: P
     assert time.monotonic() - started < 45
     assert [code for code, _, _ in ends] == [3, 3]
     assert ends[culprit][2] == "no such file\n"
-    assert f"rank {culprit}: no such file" in ends[1 - culprit][2]
+    line = f"rank {culprit}: no such file\n"
+    if culprit:
+        assert ends[0][2].endswith(line)
+    elif "sleep" in waits:  # where it waits, it is the code above that prints what ends it
+        assert ends[1][2] == "", "the first rank has said so itself"
 
 
 @pytest.mark.parametrize(
@@ -216,6 +224,44 @@ def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, victim: int
     assert killed == -signal.SIGKILL and code == 4
     assert "ended without a word" in said or f"rank {victim}: it is gone" in said
     assert "--resume" in said
+
+
+@pytest.mark.parametrize("waits", ["group.exchange('nothing', {})", "time.sleep(90)"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_rank_in_which_all_meet_is_gone(crews: list[Crew], tmp_path: Path, how: int, waits: str) -> None:
+    """Killed, or frozen, so that no connection breaks: a call to its store never returns."""
+    body = f"""
+    group.exchange("nothing", {{}})
+    ranks.life.LOST = 6.0
+    if group.first:
+        os.kill(os.getpid(), {int(how)})
+    {waits}
+    """
+    crews.append(Crew(body, 2, tmp_path, alone=True))
+    started = time.monotonic()
+    first, left = crews[-1].children
+    _, said = left.communicate(timeout=60)
+    first.kill()
+    first.communicate()
+    assert time.monotonic() - started < 50
+    assert left.returncode == 4 and "Traceback" not in said
+    assert "gone" in said or "ended without a word" in said
+    assert "--resume" in said
+
+
+def test_signals_are_written_nowhere_after_an_error() -> None:
+    """The number of a socket that is gone may be that of any file later."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    before = signal.set_wakeup_fd(theirs.fileno())
+    try:
+        store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        life.Life(0, 1, store).tell(InputError("no such file"))
+        assert signal.set_wakeup_fd(-1) == theirs.fileno()
+    finally:
+        signal.set_wakeup_fd(before)
+        ours.close()
+        theirs.close()
 
 
 def test_ranks_with_other_data_are_refused(crews: list[Crew], tmp_path: Path) -> None:

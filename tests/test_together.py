@@ -143,6 +143,16 @@ def test_an_error_is_said_once_with_its_code(desk: Path) -> None:
     assert json.loads(Path("result.json").read_text("utf-8"))["exit_code"] == 3
 
 
+def test_an_error_of_the_first_rank_alone_is_said_once(tiny: Any, desk: Path) -> None:
+    """It alone looks at where the output goes."""
+    Path("occupied").mkdir()
+    Path("occupied", "file").write_text("mine")
+    command = [sys.executable, "-m", "qtool", *learned(tiny, "occupied", "--jobs", "2", "-q")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 3, ended.stderr
+    assert ended.stderr.count("qtool: ") == 1 and "occupied is not empty" in ended.stderr
+
+
 def learners(parent: int) -> list[psutil.Process]:
     """The ranks that a process has started, by rank."""
     children = psutil.Process(parent).children(recursive=True)

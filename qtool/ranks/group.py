@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 
 from qtool.errors import RESUMABLE, InputError, UnavailableError
 from qtool.ranks.alone import Ranks
-from qtool.ranks.life import BEAT, Life
+from qtool.ranks.life import ASKED, BEAT, Life
 from qtool.ranks.values import read, written
 
 _PATIENCE = timedelta(days=30)  # of a collective: who is alive may compute for as long as it takes
@@ -36,7 +36,8 @@ class Group(Ranks):
         import torch.distributed as dist
 
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        ours = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [number for number in ASKED if signal.getsignal(number) != signal.SIG_IGN]
+        ours = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
         try:  # while torch waits for the others no handler of Python's would run
             store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
             work = dist.PrefixStore("work", store)  # type: ignore[attr-defined]

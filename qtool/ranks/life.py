@@ -26,6 +26,8 @@ BEAT = 1.0
 """Seconds between two signs of life."""
 LOST = 30.0
 """Seconds without one after which a rank is taken for dead: also the longest that a call may hold Python's lock."""
+ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a process to end."""
 _ENDED = "error"
 
 
@@ -47,19 +49,26 @@ class Life:
         self._signals.setblocking(False)
         pen.setblocking(False)
         self._pen = pen  # a signal's number is written there also while torch waits and handlers do not run
-        signal.set_wakeup_fd(pen.fileno(), warn_on_full_buffer=False)
+        self._pen_before = signal.set_wakeup_fd(pen.fileno(), warn_on_full_buffer=False)
+        self._missed = 0
+        """Beats since the watch was last heard of."""
         self._watch = threading.Thread(target=self._watching, args=(store.clone(),), daemon=True)
         self._watch.start()
+        threading.Thread(target=self._guarding, daemon=True).start()
 
     def end(self) -> None:
         """After all have said goodbye: look no more."""
         self._stop.set()
-        self._watch.join()
-        signal.set_wakeup_fd(-1)
+        self._watch.join(LOST)
+        self._put_down()
 
     def check(self) -> None:
-        """Raises what ended another rank."""
-        if note := self._others(self._store):
+        """Raises what ended another rank, as far as the store, which may be gone, still tells."""
+        try:
+            note = self._others(self._store)
+        except RuntimeError:
+            return
+        if note:
             raise OtherRankError(note["rank"], note["message"], note["code"])
 
     def tell(self, error: BaseException) -> None:
@@ -67,11 +76,17 @@ class Life:
         self._stop.set()
         code, message = ending(error)
         self._note(self._store, self._rank, code, message)
+        self._put_down()
 
-    @staticmethod
-    def _note(store: Any, rank: int, code: int, message: str) -> None:
+    def _put_down(self) -> None:
+        """Signals are no more written here: the number of a closed socket will be another file's."""
+        signal.set_wakeup_fd(self._pen_before)
+        self._signals.close()
+        self._pen.close()
+
+    def _note(self, store: Any, rank: int, code: int, message: str) -> None:
         """Say what ended a rank, unless one has ended before, and give the others time to read it."""
-        note = json.dumps({"rank": rank, "code": code, "message": message})
+        note = json.dumps({"rank": rank, "code": code, "message": message, "by": self._rank})
         try:
             store.compare_set(_ENDED, "", note)
             time.sleep(2 * BEAT)  # the store may be this process's
@@ -96,12 +111,23 @@ class Life:
                 note, silent = None, [0]
             if self._stop.is_set():
                 return
+            self._missed = 0
             if number := self._signalled():
                 self._end_by_signal(store, number)
             if note is not None:
                 self._end_by_note(note)
             elif silent:
                 self._end_by_silence(store, silent[0])
+
+    def _guarding(self) -> None:
+        """End this process when the watch waits for a store that is frozen or cut off: no call to it ever returns.
+
+        Beats are counted, so that the time in which this process itself was stopped is none.
+        """
+        while not self._stop.wait(BEAT):
+            self._missed += 1
+            if self._missed * BEAT > LOST + 2 * BEAT:  # it may be waiting for the main thread to end in order
+                self._exit(f"the process in which ranks meet is gone; {RESUMABLE}", UnavailableError.exit_code, 0)
 
     def _end_by_signal(self, store: Any, number: int) -> None:
         time.sleep(2 * BEAT)  # the main thread may end in order
@@ -113,7 +139,8 @@ class Life:
     def _end_by_note(self, note: dict[str, Any]) -> None:
         time.sleep(BEAT)  # the main thread may notice by itself, and end in order
         if not self._stop.is_set():
-            self._exit(f"rank {note['rank']}: {note['message']}", note["code"], note["rank"])
+            itself = note["rank"] == note["by"] == 0  # then it says so
+            self._exit(f"rank {note['rank']}: {note['message']}", note["code"], -1 if itself else note["rank"])
 
     def _end_by_silence(self, store: Any, rank: int) -> None:
         code, message = UnavailableError.exit_code, f"it is gone; {RESUMABLE}"
@@ -126,7 +153,7 @@ class Life:
             found = self._signals.recv(64)
         except BlockingIOError:
             return 0
-        return next((number for number in found if number in (signal.SIGTERM, signal.SIGINT)), 0)
+        return next((number for number in found if number in ASKED), 0)
 
     def _silent(self, store: Any, seen: dict[int, tuple[bytes, float]]) -> list[int]:
         """Ranks without a sign of life for too long. The first one looks at all, the others at the first."""

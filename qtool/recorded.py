@@ -164,7 +164,7 @@ class _Call:
             for layer in (() if self.cache is None else self.cache.layers)
             for tensor in (layer.keys, layer.values, layer.cumulative_length)
         ]
-        settings = config.return_dict, config._attn_implementation, getattr(config, "use_cache", None)
+        settings = config.return_dict, getattr(config, "use_cache", None), *_attention(config), *_torch_settings()
         return (*settings, *sorted(self.words.items()), *places)
 
     def run(self, forward: Callable[..., Any], own: Mapping[str, torch.Tensor]) -> Any:
@@ -173,6 +173,25 @@ class _Call:
             return forward(**self.words, **own)
         output = forward(**self.words, **own, past_key_values=self.cache)
         return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+
+
+def _attention(config: Any) -> tuple[Any, ...]:
+    """Which one is computed: its name, and what that stands for where somebody registered another."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = config._attn_implementation
+    return name, ALL_ATTENTION_FUNCTIONS.get(name)
+
+
+def _torch_settings() -> tuple[Any, ...]:
+    """What decides which kernels torch takes for the same tensors."""
+    products, cuda = torch.backends.cuda.matmul, torch.backends.cuda
+    return (
+        *(products.fp32_precision, products.allow_fp16_reduced_precision_reduction),
+        *(products.allow_bf16_reduced_precision_reduction, torch.are_deterministic_algorithms_enabled()),
+        *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
+        cuda.cudnn_sdp_enabled(),
+    )
 
 
 def _is_encoder(config: Any) -> bool:

@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 
 from qtool import ranks
 from qtool.cli import together
-from qtool.errors import InputError, UsageError
+from qtool.errors import JOBS_PARENT, InputError, UsageError
 from qtool.ranks import life, values
 
 CODE = """
@@ -301,6 +301,20 @@ def test_a_disk_that_is_full_for_one_rank(crews: list[Crew], tmp_path: Path, fai
     assert not Path(place).exists()
 
 
+def test_nothing_is_left_of_a_file_that_did_not_arrive(crews: list[Crew], tmp_path: Path) -> None:
+    body = """
+    Path("here").mkdir(exist_ok=True)
+    file = Path("here", "file") if group.first else Path("file")
+    if not group.first:
+        file.write_text("content")
+        group._send = lambda file: os.kill(os.getpid(), signal.SIGKILL)
+    group.fetch(file, 1)
+    """
+    ends = crew(crews, body, 2, tmp_path).ends()
+    assert ends[0][0] == 4 and "--resume" in ends[0][2]
+    assert not [*(tmp_path / "here").iterdir()]
+
+
 def test_nobody_to_meet(tmp_path: Path) -> None:
     code = CODE.format(body="pass")
     environment = {**os.environ, "RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -309,6 +323,19 @@ def test_nobody_to_meet(tmp_path: Path) -> None:
     )
     assert result.returncode == 4
     assert "cannot meet the other ranks at 127.0.0.1:1" in result.stderr
+
+
+def test_ranks_of_a_parent_that_is_gone_do_not_look_for_it(tmp_path: Path) -> None:
+    """`--jobs` was killed while they started; torch would go on for five minutes."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", JOBS_PARENT: str(gone.pid)}
+        place |= {"MASTER_PORT": str(nobody.getsockname()[1]), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        command = [sys.executable, "-c", CODE.format(body="pass")]
+        result = subprocess.run(command, cwd=tmp_path, env={**os.environ, **place}, check=False, timeout=60)
+    assert result.returncode == 4
 
 
 @pytest.mark.parametrize("waits", ["group.exchange('nothing', {})", "time.sleep(60)"])

@@ -1,12 +1,14 @@
 """Whole forwards as CUDA graphs; without a GPU, as tapes of their operations and kernels."""
 
 import copy
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from small_models import DECODERS, ENCODERS, Artifacts, batch, load, outputs
 from transformers import StaticCache
 
@@ -228,6 +230,63 @@ def test_what_is_random_stays_random(artifacts: Artifacts, quick: list[Tape]) ->
         if isinstance(module, torch.nn.Dropout):
             module.train()
     assert not torch.equal(outputs(model, inputs), sure)
+
+
+def test_calls_after_one_that_looked_inside_are_recorded(artifacts: Artifacts, quick: list[Tape]) -> None:
+    """transformers leaves its hooks there; they see nothing of calls that do not ask."""
+    model, inputs = load(artifacts.make("BertForSequenceClassification", W8A8)), batch()
+    wanted = outputs(model, inputs)
+    with torch.no_grad():
+        seen = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(seen) == 3 and any(module._forward_hooks for module in model.modules())
+    for _ in range(2):
+        assert torch.equal(outputs(model, inputs), wanted)
+    assert [one.plays for one in quick] == [2]
+    with torch.no_grad():
+        again = model(**inputs, output_hidden_states=True).hidden_states
+    assert all(torch.equal(one, other) for one, other in zip(seen, again, strict=True))
+    assert [one.plays for one in quick] == [2]
+
+
+MATMUL = {"fp32_precision": "ieee"}
+MATMUL |= {f"allow_{kind}_reduced_precision_reduction": True for kind in ("fp16", "bf16")}
+
+
+@pytest.mark.parametrize("setting", ["fp32_precision", "flash", "attention"])
+def test_what_decides_on_kernels_has_recordings_of_its_own(
+    artifacts: Artifacts, quick: list[Tape], setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = load(artifacts.make("BertForSequenceClassification", W8A8)), batch()
+    for _ in range(2):
+        outputs(model, inputs)
+    if setting == "fp32_precision":
+        monkeypatch.setattr(torch.backends.cuda, "matmul", types.SimpleNamespace(**MATMUL | {setting: "tf32"}))
+    elif setting == "flash":
+        monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
+    else:
+        name, known = model.config._attn_implementation, transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+        before = known[name]
+        monkeypatch.setitem(known._local_mapping, name, lambda *args, **kwargs: before(*args, **kwargs))
+    outputs(model, inputs)
+    assert [one.plays for one in quick] == [1]
+    outputs(model, inputs)
+    assert [one.plays for one in quick] == [1, 1]
+
+
+class Mine(torch.nn.Module):
+    """What somebody adds to a model's class."""
+
+    def twice(self) -> int:
+        return 2
+
+
+def test_subclasses_of_recorded_models_are_copied(artifacts: Artifacts, quick: list[Tape]) -> None:
+    model, inputs = load(artifacts.make("BertForSequenceClassification", W8A8)), batch()
+    wanted = outputs(model, inputs)
+    model.__class__ = type("Theirs", (Mine, type(model)), {})
+    for one in (copy.copy(model), copy.deepcopy(model)):
+        assert type(one) is type(model) and one.twice() == 2
+        assert torch.equal(outputs(one, inputs), wanted)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import itertools
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,8 +108,10 @@ class Plan:
 
     def watched(self) -> bool:
         """Whether somebody wants to see or do what happens inside: then modules must be called one by one."""
-        if any(self._hooks) and not (self.runs_checks and all(hook in CHECKS for hook in self._hooked())):
-            return True
+        if any(self._hooks):
+            awake = itertools.filterfalse(_asleep, self._hooked())
+            if any(not self.runs_checks or hook not in CHECKS for hook in awake):
+                return True
         if nn.modules.module._has_any_global_hook():
             return True
         if any(cls.forward is not _FORWARDS[cls] for cls in self._classes):
@@ -134,6 +137,15 @@ class Plan:
         return address(tensor)
 
 
+def _asleep(hook: Any) -> bool:
+    """Whether it is one of those that transformers leaves on a model once `output_hidden_states` was asked for, and
+    that see nothing of calls that do not ask."""
+    if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
+        return False
+    collector = getattr(sys.modules[hook.__module__], "_active_collector", None)
+    return collector is not None and not collector.get()
+
+
 class NoPlan(Plan):
     """Says of unchanged modules that they do not fit, so that this is found out once."""
 
@@ -142,11 +154,12 @@ class SameName:
     """Of subclasses that modules are given under the name of their own class; copies and pickles as that does."""
 
     _make: Callable[[Any], Any]
+    _original: Any
 
     @staticmethod
     def subclass(make: Callable[[Any], Any], mark: type, cls: Any, forward: Callable[..., Any]) -> Any:
         """A subclass of `cls`, marked, with another forward; `make` is the function that was asked for it."""
-        body = {"forward": forward, "_make": staticmethod(make), "__module__": cls.__module__}
+        body = {"forward": forward, "_make": staticmethod(make), "_original": cls, "__module__": cls.__module__}
         return type(cls.__name__, (mark, cls), body)
 
     def _apply(self, *args: Any, **options: Any) -> Any:
@@ -155,8 +168,9 @@ class SameName:
         return above._apply(*args, **options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        cls: Any = type(self)
-        return _rebuild, (self._make, cls.__mro__[3]), self.__dict__
+        if "_make" not in vars(type(self)):  # somebody's own subclass, which is found under its own name
+            return super().__reduce_ex__(protocol)
+        return _rebuild, (self._make, self._original), self.__dict__
 
 
 def _rebuild(make: Callable[[Any], Any], cls: Any) -> Any:

@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import IO, Any
 import torch
 from safetensors.torch import load, save
 
-from qtool.errors import RESUMABLE, InputError, UnavailableError
+from qtool.errors import JOBS_PARENT, RESUMABLE, InputError, UnavailableError
 from qtool.ranks.alone import Ranks
 from qtool.ranks.life import ASKED, BEAT, Life
 from qtool.ranks.values import read, written
@@ -38,6 +39,8 @@ class Group(Ranks):
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         heard = [number for number in ASKED if signal.getsignal(number) != signal.SIG_IGN]
         ours = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
+        met = threading.Event()
+        threading.Thread(target=_end_without_parent, args=(met,), daemon=True).start()
         try:  # while torch waits for the others no handler of Python's would run
             store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
             work = dist.PrefixStore("work", store)  # type: ignore[attr-defined]
@@ -46,6 +49,7 @@ class Group(Ranks):
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise UnavailableError(f"cannot meet the other ranks at {where}: {said}") from error
         finally:
+            met.set()
             for number, handler in ours.items():
                 if handler is not None:  # one that Python did not install
                     signal.signal(number, handler)
@@ -116,12 +120,15 @@ class Group(Ranks):
         import torch.distributed as dist
 
         part = file.with_name(f"{file.name}.part")
-        with self._working(), _writing(part) as stream:
-            for start in range(0, size, _CHUNK):
-                chunk = torch.empty(min(_CHUNK, size - start), dtype=torch.uint8)
-                dist.recv(chunk, source)
-                stream.write(chunk.numpy().tobytes())
-        os.replace(part, file)
+        try:
+            with self._working(), _writing(part) as stream:
+                for start in range(0, size, _CHUNK):
+                    chunk = torch.empty(min(_CHUNK, size - start), dtype=torch.uint8)
+                    dist.recv(chunk, source)
+                    stream.write(chunk.numpy().tobytes())
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
 
     def check(self) -> None:
         """See `Ranks`."""
@@ -151,6 +158,15 @@ class Group(Ranks):
             raise UnavailableError(f"another rank ended without a word; {RESUMABLE}") from error
 
 
+def _end_without_parent(met: threading.Event) -> None:
+    """End this process when the one is gone that `--jobs` was asked of: it keeps the store, for which torch would look
+    for minutes. Once ranks have met, the store itself says so."""
+    parent = os.environ.get(JOBS_PARENT)
+    while parent is not None and not met.wait(BEAT):
+        if str(os.getppid()) != parent:
+            os._exit(UnavailableError.exit_code)
+
+
 @contextmanager
 def _writing(file: Path) -> Iterator[IO[bytes]]:
     """Raises UnavailableError where the disk is full or may not be written on."""
@@ -158,7 +174,6 @@ def _writing(file: Path) -> Iterator[IO[bytes]]:
         with file.open("wb") as stream:
             yield stream
     except OSError as error:
-        file.unlink(missing_ok=True)
         raise UnavailableError(f"cannot write {file}: {error.strerror or error}; free some space there") from error
 
 

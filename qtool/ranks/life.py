@@ -44,7 +44,7 @@ class Life:
 
     def __init__(self, rank: int, size: int, store: Any) -> None:
         self._rank, self._size, self._store = rank, size, store
-        self._stop = threading.Event()
+        self._stop, self._over = threading.Event(), threading.Event()
         self._signals, pen = socket.socketpair()
         self._signals.setblocking(False)
         pen.setblocking(False)
@@ -80,6 +80,7 @@ class Life:
 
     def _put_down(self) -> None:
         """Signals are no more written here: the number of a closed socket will be another file's."""
+        self._over.set()
         signal.set_wakeup_fd(self._pen_before)
         self._signals.close()
         self._pen.close()
@@ -120,11 +121,11 @@ class Life:
                 self._end_by_silence(store, silent[0])
 
     def _guarding(self) -> None:
-        """End this process when the watch waits for a store that is frozen or cut off: no call to it ever returns.
+        """End this process when one waits for a store that is frozen or cut off: no call to it ever returns.
 
         Beats are counted, so that the time in which this process itself was stopped is none.
         """
-        while not self._stop.wait(BEAT):
+        while not self._over.wait(BEAT):
             self._missed += 1
             if self._missed * BEAT > LOST + 2 * BEAT:  # it may be waiting for the main thread to end in order
                 self._exit(f"the process in which ranks meet is gone; {RESUMABLE}", UnavailableError.exit_code, 0)

@@ -390,6 +390,15 @@ def test_hidden_states_and_attentions(decoder: Load) -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_blocks_are_joined_again_after_hidden_states(decoder: Load, calls: list[str]) -> None:
+    """What transformers leaves on modules then sees nothing of calls that do not ask."""
+    model, inputs = decoder(), batch(2, 5)
+    assert len(model(**inputs, output_hidden_states=True).hidden_states) == 4
+    calls.clear()
+    logits(model, inputs)
+    assert joined(calls, model)
+
+
 @pytest.mark.parametrize("way", ["training", "a module in training", "reference", "half"])
 def test_modules_run_where_joining_would_lose_something(decoder: Load, way: str, calls: list[str]) -> None:
     model, inputs = decoder(), batch(2, 5)

@@ -175,6 +175,10 @@ def test_float_blocks_one_by_one_where_somebody_looks(load: Load, asked: str, ca
     assert "qtool_float_encoder" not in calls and "qtool_float_linear" in calls
     if options:
         assert len(output[asked.removeprefix("output_")]) == model.config.num_hidden_layers + ("hidden" in asked)
+    if asked == "output_hidden_states":  # what transformers leaves on the blocks then sees nothing of other calls
+        assert model.bert.encoder.layer[0]._forward_hooks
+        model(**inputs)
+        assert "qtool_float_encoder" in calls
 
 
 def test_the_holder_keeps_its_class_name(load: Load) -> None:

@@ -50,7 +50,8 @@ class Graphs:
     """Recordings of one function, by the shapes of its tensors. A shape is recorded the second time that it comes.
 
     What the function reads and writes beside its tensors must stay where it is. A function that waits for the device
-    cannot be recorded: it is called instead from then on, and a warning says so once.
+    cannot be recorded: it is called instead from then on, and a warning says so once. A shape that memory is too small
+    to record is called, too; others still are recorded.
     """
 
     def __init__(self) -> None:
@@ -59,6 +60,7 @@ class Graphs:
         self._played: dict[Hashable, int] = {}
         """The number of the last call that each recording was played in."""
         self._refused = False
+        self._too_large: set[Hashable] = set()
         self._calls = 0
         self._pool: Any = None
         self._turn = threading.Lock()
@@ -91,11 +93,14 @@ class Graphs:
 
     def _record(self, key: Hashable, function: Callable[..., Any], tensors: Tensors) -> bool:
         """Whether there is a recording now."""
-        if self._refused or key not in self._seen or not self._makes_room():
+        if self._refused or key in self._too_large or key not in self._seen or not self._makes_room():
             return False
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             self._recorded[key] = Recording(function, tensors, self._pool)
+        except torch.cuda.OutOfMemoryError:  # a call that is not recorded gives memory back as it goes
+            self._too_large.add(key)
+            return False
         except RuntimeError as error:
             self._refused = True  # other shapes would fare no better, and each try costs
             said = (str(error).splitlines() or [type(error).__name__])[0]

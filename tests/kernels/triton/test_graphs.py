@@ -62,6 +62,22 @@ def test_one_that_waits_for_the_device_is_called(made: list[Tape]) -> None:
     assert not made and len(known) == 0
 
 
+def test_a_shape_that_memory_is_too_small_for_is_called(made: list[Tape]) -> None:
+    """And others are recorded all the same."""
+    known, tried = Graphs(), []
+
+    def needs(x: torch.Tensor) -> torch.Tensor:
+        if Tape.capturing() and len(x) > 2:
+            tried.append(len(x))
+            raise torch.cuda.OutOfMemoryError("no memory left")
+        return x + 1
+
+    for size in (3, 3, 3, 2, 2, 3, 2):
+        assert known.call(needs, {"x": torch.zeros(size)}).tolist() == [1] * size
+    assert tried == [3]
+    assert [one.plays for one in made] == [2]
+
+
 def test_what_is_written_is_written_once_a_call(made: list[Tape]) -> None:
     known, total = Graphs(), torch.zeros(2)
 

@@ -107,9 +107,9 @@ class Life:
             try:
                 note = self._others(store)
                 store.set(f"beat {self._rank}", repr(time.monotonic()))
-                silent = self._silent(store, seen)
+                silent, gone = self._silent(store, seen), False
             except RuntimeError:
-                note, silent = None, [0]
+                note, silent, gone = None, [], True
             if self._stop.is_set():
                 return
             self._missed = 0
@@ -117,6 +117,8 @@ class Life:
                 self._end_by_signal(store, number)
             if note is not None:
                 self._end_by_note(note)
+            elif gone:
+                self._end_by_loss()
             elif silent:
                 self._end_by_silence(store, silent[0])
 
@@ -128,7 +130,7 @@ class Life:
         while not self._over.wait(BEAT):
             self._missed += 1
             if self._missed * BEAT > LOST + 2 * BEAT:  # it may be waiting for the main thread to end in order
-                self._exit(f"the process in which ranks meet is gone; {RESUMABLE}", UnavailableError.exit_code, 0)
+                self._end_by_loss()
 
     def _end_by_signal(self, store: Any, number: int) -> None:
         time.sleep(2 * BEAT)  # the main thread may end in order
@@ -147,6 +149,10 @@ class Life:
         code, message = UnavailableError.exit_code, f"it is gone; {RESUMABLE}"
         self._note(store, rank, code, message)
         self._exit(f"rank {rank}: {message}", code, rank)
+
+    def _end_by_loss(self) -> None:
+        """Of the store, and with it of the first rank, unless others keep it."""
+        self._exit(f"the process in which ranks meet is gone; {RESUMABLE}", UnavailableError.exit_code, 0)
 
     def _signalled(self) -> int:
         """The number of a signal that came since the last look; 0 for none."""

@@ -19,6 +19,7 @@ from qtool.errors import InputError
 from qtool.nn.integer.embedding import IntEmbeddings
 from qtool.nn.integer.module import IntModule, leave
 from qtool.nn.integer.plan import planned
+from qtool.nn.plan import SameName
 from qtool.recorded import arguments, recorded
 
 _INSIDE: ContextVar[bool] = ContextVar("inside a headed model", default=False)
@@ -37,43 +38,37 @@ def integrate(model: Any) -> None:
     )  # a float head, to be trained: it gets floats
     for module in dict.fromkeys((base, base if foreign else model)):
         cls: Any = type(module)
-        module.__class__ = integer_class(cls, module is base)
+        module.__class__ = _base_class(cls) if module is base else _headed_class(cls)
 
 
-class IntegerEncoder:
-    """Marks a model whose forward is one of this file; copies and pickles as its own class does."""
-
-    def _apply(self, *args: Any, **options: Any) -> Any:
-        self.__dict__.pop("_plan", None)  # recordings of its forward, which hold memory of the device that it leaves
-        above: Any = super()
-        return above._apply(*args, **options)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        cls: Any = type(self)
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _rebuild, (cls.__mro__[2], cls.is_base), state
-
-
-def _rebuild(cls: type, is_base: bool) -> Any:
-    return object.__new__(integer_class(cls, is_base))
+class IntegerEncoder(SameName):
+    """Marks a model whose forward is one of this file."""
 
 
 @functools.cache
-def integer_class(cls: Any, is_base: bool) -> Any:
-    """The subclass of a transformers class, under the same name, whose forward computes with integers."""
+def _base_class(cls: Any) -> Any:
+    """For a model without a head: inside another one it gives integers."""
     original = cls.forward
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def base_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_training(self)
         given = arguments(signature, self, args, kwargs)
         if _INSIDE.get():
             return _base_forward(self, **given)
         return recorded(self, functools.partial(_base_forward, self), given)
 
+    return SameName.subclass(_base_class, IntegerEncoder, cls, forward)
+
+
+@functools.cache
+def _headed_class(cls: Any) -> Any:
+    original = cls.forward
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    def headed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_training(self)
 
         def run(**given: Any) -> Any:
@@ -82,9 +77,7 @@ def integer_class(cls: Any, is_base: bool) -> Any:
 
         return recorded(self, run, arguments(signature, self, args, kwargs))
 
-    forward = base_forward if is_base else headed_forward
-    body = {"forward": forward, "is_base": is_base, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (IntegerEncoder, cls), body)
+    return SameName.subclass(_headed_class, IntegerEncoder, cls, forward)
 
 
 @contextmanager

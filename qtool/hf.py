@@ -22,7 +22,6 @@ from qtool.device import gpu_problem
 from qtool.encoder import IntegerEncoder, integrate
 from qtool.errors import InputError, UnavailableError
 from qtool.fused import fuse
-from qtool.kernels.integer import Native
 from qtool.nn import QAttention
 from qtool.nn.attention import CHILD
 from qtool.nn.codes import CODES_CHILD, CodedAttention
@@ -194,10 +193,10 @@ def _wide_sdpa(
     """SDPA in float64: `[batch, heads, tokens, size]` in, `[batch, tokens, heads, size]` out."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if kernels.backend(query.device).name == "native" and _one_query(query, key, value, mask, options):
+    if _one_query(query, key, value, mask, options):
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return Native.wide_attention(query, key, value, mask, scaling), None
+        return kernels.backend(query.device).wide_attention(query, key, value, mask, scaling), None
     wide = mask.double() if mask is not None and mask.is_floating_point() else mask
     out, _ = sdpa_attention_forward(module, query.double(), key.double(), value.double(), wide, **options)
     return out.to(query.dtype), None
@@ -206,11 +205,11 @@ def _wide_sdpa(
 def _one_query(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: Mapping[str, Any]
 ) -> bool:
-    """Whether the native kernel does it: a step with a cache, which is over before torch's threads have begun."""
+    """Whether kernels of one query a head do it: a step with a cache, which waits for keys and values alone."""
     states = (query, key, value)
     if query.shape[2] != 1 or key.shape != value.shape or query.shape[1] % key.shape[1]:
         return False
-    if any(x.dtype != torch.float32 or x.device.type != "cpu" or x.stride(-1) != 1 for x in states):
+    if any(x.dtype != torch.float32 or x.is_meta or x.stride(-1) != 1 for x in states):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in states):
         return False

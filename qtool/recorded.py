@@ -149,7 +149,9 @@ class _Call:
         """Whether one token comes behind a cache whose tensors stay where they are."""
         from transformers.cache_utils import StaticCache, StaticLayer
 
-        if config.model_type not in _STEPS or not self.words.get("return_dict", config.return_dict):
+        if config.model_type not in _STEPS or _moves_angles(config):
+            return False
+        if not self.words.get("return_dict", config.return_dict):
             return False
         if type(self.cache) is not StaticCache or self.cache.offloading:  # such layers come and go
             return False
@@ -175,6 +177,13 @@ class _Call:
         return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
 
 
+def _moves_angles(config: Any) -> bool:
+    """Whether rotary angles are changed by how long the text is: transformers then looks, or writes, each time."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one for each type of layer, in some
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
+
+
 def _attention(config: Any) -> tuple[Any, ...]:
     """Which one is computed: its name, and what that stands for where somebody registered another."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -185,12 +194,14 @@ def _attention(config: Any) -> tuple[Any, ...]:
 
 def _torch_settings() -> tuple[Any, ...]:
     """What decides which kernels torch takes for the same tensors."""
-    products, cuda = torch.backends.cuda.matmul, torch.backends.cuda
+    cuda = torch.backends.cuda
     return (
-        *(products.fp32_precision, products.allow_fp16_reduced_precision_reduction),
-        *(products.allow_bf16_reduced_precision_reduction, torch.are_deterministic_algorithms_enabled()),
+        # Known since torch 2.9; before, this is what decides.
+        getattr(cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision(),
+        *(cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_bf16_reduced_precision_reduction),
+        *(getattr(cuda.matmul, "allow_fp16_accumulation", None), torch.are_deterministic_algorithms_enabled()),
         *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()),
-        cuda.cudnn_sdp_enabled(),
+        *(cuda.cudnn_sdp_enabled(), cuda.preferred_blas_library()),
     )
 
 

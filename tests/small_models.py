@@ -82,7 +82,7 @@ class Artifacts:
 
     def make(self, architecture: str, methods: tuple[str, ...], *sets: str, **options: Any) -> Path:
         """What methods make of it, calibrated on random tokens."""
-        key = (architecture, methods, *sets, *options.items())
+        key = (architecture, methods, *sets, repr(options))
         if key not in self._made:
             source, out = self.source(architecture, **options), self._folder / f"{self._name}-{len(self._made)}-out"
             with golden_check_here(self._folder):

@@ -15,7 +15,9 @@ from triton.runtime.interpreter import GridExecutor
 
 _aten: Any = torch.ops.aten
 _WAITING = (
-    *(_aten._local_scalar_dense, _aten.nonzero, _aten.equal, _aten.is_nonzero, _aten.masked_select, _aten.item),
+    *(_aten._local_scalar_dense, _aten.item, _aten.is_nonzero, _aten.nonzero, _aten.masked_select),
+    *(_aten.repeat_interleave, _aten._unique2, _aten.unique_consecutive, _aten.unique_dim, _aten.bincount),
+    *(_aten.equal, _aten.allclose),
     _aten.lift_fresh,  # `torch.tensor(…)`: a copy of what the host has
 )
 
@@ -28,7 +30,8 @@ class Tape:
     made: ClassVar[list["Tape"]] = []
     _present: ClassVar["Tape | None"] = None
 
-    def __init__(self, function: Callable[..., Any], tensors: Mapping[str, torch.Tensor], pool: Any) -> None:
+    def __init__(self, function: Callable[..., Any], tensors: Mapping[str, torch.Tensor], place: Any) -> None:
+        self.place = place
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = {name: tensor.clone() for name, tensor in tensors.items()}
         self._steps: list[tuple[Step, list[torch.Tensor]]] = []
@@ -85,12 +88,19 @@ class _Taping(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function.overloadpacket in _WAITING:
+        if function.overloadpacket in _WAITING or _counts(function, args):
             raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({function})")
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument.is_write and isinstance(value, torch.Tensor):
                 self._tape.keep(value)
         return self._tape.add(lambda: function(*args, **kwargs))
+
+
+def _counts(function: Any, args: Any) -> bool:
+    """Whether the size of the result, or where it goes, depends on numbers: indices that are masks."""
+    if function.overloadpacket not in (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_):
+        return False
+    return any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
 
 
 _launch = GridExecutor.__call__

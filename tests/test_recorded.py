@@ -15,7 +15,7 @@ from transformers import StaticCache
 from qtool import kernels
 from qtool.kernels.reference import Reference
 from qtool.nn.integer.module import integer_outputs
-from qtool.recorded import Recorded, _Call
+from qtool.recorded import Recorded, _Call, _torch_settings
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux)")
 from taped_graph import Tape, tape
@@ -273,6 +273,32 @@ def test_what_decides_on_kernels_has_recordings_of_its_own(
     assert [one.plays for one in quick] == [1, 1]
 
 
+def test_what_decides_on_kernels_is_known_of_every_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch before 2.9 knows no precision of matrix products but its own."""
+    known = _torch_settings()
+    assert known[0] == torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert _torch_settings() != known
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert _torch_settings()[1:] == known[1:]
+    monkeypatch.setattr(torch.backends.cuda, "matmul", types.SimpleNamespace(**MATMUL))
+    monkeypatch.delattr(torch.backends.cuda.matmul, "fp32_precision")
+    assert _torch_settings()[0] == torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "linear"])
+def test_angles_that_move_are_not_recorded(artifacts: Artifacts, quick: list[Tape], kind: str) -> None:
+    """transformers looks at how long the text is, which waits for the device, or writes other angles each time."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 8}
+    model = load(artifacts.make("LlamaForCausalLM", W8A8, rope_parameters=rope))
+    steps(model, 3)
+    assert [one.plays for one in quick] == ([2] if kind == "linear" else [])
+
+
 class Mine(torch.nn.Module):
     """What somebody adds to a model's class."""
 
@@ -280,13 +306,16 @@ class Mine(torch.nn.Module):
         return 2
 
 
-def test_subclasses_of_recorded_models_are_copied(artifacts: Artifacts, quick: list[Tape]) -> None:
-    model, inputs = load(artifacts.make("BertForSequenceClassification", W8A8)), batch()
-    wanted = outputs(model, inputs)
+@pytest.mark.parametrize("methods", [W8A8, ("ibert",)])
+def test_subclasses_of_recorded_models_are_copied(artifacts: Artifacts, methods: tuple[str, ...]) -> None:
+    model, inputs = load(artifacts.make("BertForSequenceClassification", methods)), batch()
+    with kernels.using("reference"):
+        wanted = outputs(model, inputs)
     model.__class__ = type("Theirs", (Mine, type(model)), {})
     for one in (copy.copy(model), copy.deepcopy(model)):
         assert type(one) is type(model) and one.twice() == 2
-        assert torch.equal(outputs(one, inputs), wanted)
+        with kernels.using("reference"):
+            assert torch.equal(outputs(one, inputs), wanted)
 
 
 @torch.no_grad()

@@ -77,6 +77,9 @@ class Backend(Protocol):
     def int8_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What the function of this name in `attention` does."""
 
+    def wide_attention(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the method of this name of `reference.Reference` does."""
+
     def coded_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What the function of this name in `coding` does."""
 

@@ -262,11 +262,7 @@ class Native(Reference):
     def wide_attention(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
     ) -> torch.Tensor:
-        """Attention of one query a head in float64: `[batch, heads, 1, size]` → float32 `[batch, 1, heads, size]`.
-
-        Keys and values are `[batch, groups, keys, size]`, with channels side by side; `mask` is boolean and broadcasts
-        to `[batch, heads, 1, keys]`. A query that sees nothing gets 0.
-        """
+        """See `Reference.wide_attention`."""
         batch, heads, _, size = query.shape
         groups, keys = key.shape[1:3]
         seen = None if mask is None else mask.expand(batch, -1, 1, keys)

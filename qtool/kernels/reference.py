@@ -554,6 +554,23 @@ class Reference:
 
         return coded_attention(*args, **kwargs)
 
+    @staticmethod
+    def wide_attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """Attention of one query a head in float64: `[batch, heads, 1, size]` → float32 `[batch, 1, heads, size]`.
+
+        Keys and values are `[batch, groups, keys, size]`, with channels side by side; `mask` is boolean and broadcasts
+        to `[batch, heads, 1, keys]`. A query that sees nothing gets 0. Backends agree up to the rounding of float64.
+        """
+        shared = query.shape[1] // key.shape[1]
+        key, value = (x.double().repeat_interleave(shared, dim=1) for x in (key, value))
+        scores = (query.double() @ key.mT) * scaling
+        if mask is None:
+            return (scores.softmax(-1) @ value).transpose(1, 2).float()
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask, 0)
+        return (weights @ value.masked_fill(~mask.mT, 0)).transpose(1, 2).float()
+
     def row_table_linear(
         self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:

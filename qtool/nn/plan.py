@@ -159,7 +159,8 @@ class SameName:
     @staticmethod
     def subclass(make: Callable[[Any], Any], mark: type, cls: Any, forward: Callable[..., Any]) -> Any:
         """A subclass of `cls`, marked, with another forward; `make` is the function that was asked for it."""
-        body = {"forward": forward, "_make": staticmethod(make), "_original": cls, "__module__": cls.__module__}
+        theirs = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        body = {"forward": forward, "_make": staticmethod(make), "_original": cls, **theirs}
         return type(cls.__name__, (mark, cls), body)
 
     def _apply(self, *args: Any, **options: Any) -> Any:

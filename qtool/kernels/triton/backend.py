@@ -15,7 +15,7 @@ import torch
 from qtool.kernels import attention, reference
 from qtool.kernels.codebook import WholeCodebook
 from qtool.kernels.reference import Reference, Rescale
-from qtool.kernels.triton import float_attention, float_launch, launch, tables
+from qtool.kernels.triton import float_attention, float_launch, launch, tables, wide_attention
 from qtool.kernels.triton.launch import Coding, Count, Heads, Layer, Norm
 
 
@@ -217,6 +217,16 @@ class Triton(Reference):
             with on(query):
                 float_attention.attend(given, seen, book, level_unit, context, codes)
         return context.transpose(1, 2), codes
+
+    @staticmethod
+    def wide_attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """See `Reference.wide_attention`, which does it for wider heads."""
+        if query.shape[3] > wide_attention.MAX_SIZE or not query.numel():
+            return Reference.wide_attention(query, key, value, mask, scaling)
+        with on(query):
+            return wide_attention.attend(query, key, value, mask, scaling)
 
     @staticmethod
     def integer_gelu(

@@ -21,22 +21,37 @@ _SEEN = 256
 Tensors = Mapping[str, torch.Tensor]
 
 
+_CAPTURING = threading.Lock()
+"""One recording at a time in a process, whichever models and threads make them: each begins by waiting for the GPU."""
+
+
+class Place:
+    """Where recordings are made: a stream, and memory that they share, for they run one at a time."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        # torch's own stream for recording belongs to the GPU that was recorded on first.
+        self.stream: Any = torch.cuda.Stream(x.device) if x.is_cuda else None
+
+
 class Recording:
-    """A call of a function of tensors on one GPU, recorded on a stream of its own. What it writes is not written yet.
+    """A call of a function of tensors on one GPU. What it writes is not written yet."""
 
-    `pool` is memory that recordings share, for they run one at a time.
-    """
-
-    def __init__(self, function: Callable[..., Any], tensors: Tensors, pool: Any) -> None:
+    def __init__(self, function: Callable[..., Any], tensors: Tensors, place: Place) -> None:
         device = next(iter(tensors.values())).device
         with torch.inference_mode(False), torch.no_grad():  # or later calls could not write into these
             self._inputs = {name: tensor.clone() for name, tensor in tensors.items()}
         self._graph = torch.cuda.CUDAGraph()
-        # torch's own stream for recording belongs to the GPU that was recorded on first, and a recording that fails
-        # leaves its stream behind as the current one.
-        stream, ours = torch.cuda.Stream(device), torch.cuda.stream(torch.cuda.current_stream(device))
-        with ours, torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._output = function(**self._inputs)
+        # A recording that fails leaves its stream behind as the current one.
+        ours = torch.cuda.stream(torch.cuda.current_stream(device))
+        graph = torch.cuda.graph(self._graph, pool=place.pool, stream=place.stream, capture_error_mode="thread_local")
+        # cuBLAS keeps memory for each stream, which torch takes away with any graph of that stream: each gets its own.
+        _forget_workspaces()
+        try:
+            with ours, graph:
+                self._output = function(**self._inputs)
+        finally:
+            _forget_workspaces()
 
     def play(self, tensors: Tensors) -> Any:
         """What the function returns for other numbers in tensors of the same shapes."""
@@ -44,6 +59,10 @@ class Recording:
             self._inputs[name].copy_(tensor)
         self._graph.replay()
         return tree_map_only(torch.Tensor, torch.Tensor.clone, self._output)
+
+
+def _forget_workspaces() -> None:
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 class Graphs:
@@ -56,13 +75,13 @@ class Graphs:
 
     def __init__(self) -> None:
         self._recorded: OrderedDict[Hashable, Recording] = OrderedDict()
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._seen: OrderedDict[Hashable, bool] = OrderedDict()
+        """Whether to record a shape that came."""
         self._played: dict[Hashable, int] = {}
         """The number of the last call that each recording was played in."""
         self._refused = False
-        self._too_large: set[Hashable] = set()
         self._calls = 0
-        self._pool: Any = None
+        self._place: Place | None = None
         self._turn = threading.Lock()
         self._done: Any = None
 
@@ -93,20 +112,36 @@ class Graphs:
 
     def _record(self, key: Hashable, function: Callable[..., Any], tensors: Tensors) -> bool:
         """Whether there is a recording now."""
-        if self._refused or key in self._too_large or key not in self._seen or not self._makes_room():
+        if self._refused or not self._seen.get(key) or not self._makes_room():
             return False
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        try:
-            self._recorded[key] = Recording(function, tensors, self._pool)
-        except torch.cuda.OutOfMemoryError:  # a call that is not recorded gives memory back as it goes
-            self._too_large.add(key)
-            return False
-        except RuntimeError as error:
+        problem = self._try(key, function, tensors)
+        if problem is None:
+            return True
+        if _is_of_memory(problem):
+            self._seen[key] = False
+            # What it took stays in its place for as long as any recording there lives: others are made anew elsewhere.
+            self._recorded.clear()
+            self._played.clear()
+            self._place = None
+        else:
             self._refused = True  # other shapes would fare no better, and each try costs
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = (str(problem).splitlines() or [type(problem).__name__])[0]
             warnings.warn(f"a forward cannot be a CUDA graph and runs kernel by kernel: {said}", stacklevel=2)
-            return False
-        return True
+        return False
+
+    def _try(self, key: Hashable, function: Callable[..., Any], tensors: Tensors) -> RuntimeError | None:
+        """Record; what went wrong, without what it held in memory."""
+        with _CAPTURING:
+            self._place = self._place or Place(next(iter(tensors.values())))
+            try:
+                self._recorded[key] = Recording(function, tensors, self._place)
+            except RuntimeError as error:
+                problem: BaseException | None = error
+                while problem is not None:
+                    problem.__traceback__ = None
+                    problem = problem.__context__
+                return error
+        return None
 
     def _makes_room(self) -> bool:
         """Whether there is room for one more, or was for one that nobody has asked for in a while."""
@@ -120,10 +155,24 @@ class Graphs:
 
     def _remember(self, key: Hashable) -> None:
         """That a shape came."""
-        self._seen[key] = None
+        self._seen.setdefault(key, True)
         self._seen.move_to_end(key)
         if len(self._seen) > _SEEN:
             self._seen.popitem(last=False)
+
+
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
+
+def _is_of_memory(error: BaseException | None) -> bool:
+    """Whether memory was too small. What ends a recording then may fail, too, and hide it."""
+    while error is not None:
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+            return True
+        if getattr(error, "error_code", None) == _OUT_OF_MEMORY:
+            return True
+        error = error.__context__
+    return False
 
 
 def _on(x: torch.Tensor) -> AbstractContextManager[Any]:

@@ -76,6 +76,28 @@ def table_tile(rows: int) -> Tile:
     return Tile(16, 64, 128, 4, 4) if rows <= 16 else Tile(64, 64, 64, 4, 3) if rows <= 64 else Tile(128, 64, 64, 8, 3)
 
 
+class Cut(NamedTuple):
+    """How a step's attention is cut: `heads` that share keys, so many `keys` at a time, `per` times each."""
+
+    heads: int
+    keys: int
+    per: int
+    warps: int
+
+
+def keys_of(groups: int, shared: int, keys: int, size: int) -> Cut:
+    """For so many groups of `shared` heads, all texts together, which see up to so many keys of `size` channels.
+
+    What heads mix, and keys and values, are numbers of 64 bits: more of them would not fit in registers.
+    """
+    most = max(1, 512 // size)
+    parts = -(-shared // most)
+    block = 16 if interpreted() else max(8, min(64, 2048 // size))
+    blocks = -(-keys // block)
+    cuts = max(1, min(blocks, 2 * machine()[1] // (groups * parts)))
+    return Cut(-(-shared // parts), block, -(-blocks // cuts), 4)
+
+
 def power_of_two(n: int) -> int:
     """The least that is not below n."""
     return 1 << max(0, n - 1).bit_length()

@@ -88,6 +88,18 @@ def test_float_linear_kernels(capability: int, tmp_path: Path) -> None:
     assert all(any(one.startswith("mul.rn") for one in form["floats"]) for form in found["int8_kernel"])
 
 
+@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+def test_steps(capability: int, tmp_path: Path) -> None:
+    """Attention is float64 from the loads to the last rounding."""
+    found = compiled("step_calls", capability, tmp_path)
+    assert found.keys() == {"sweep_kernel", "join_kernel"}
+    for name, forms in found.items():
+        for form in forms:
+            assert not form["tensor_cores"], name
+            assert not [one for one in form["floats"] if one.startswith(("ex2", "mul.f32", "add.f32", "fma.rn.f32"))]
+            assert any(one.startswith("fma.rn.f64") for one in form["floats"]), name
+
+
 def test_a_float_instruction_would_be_seen(tmp_path: Path) -> None:
     """The same script on a kernel that computes with floats."""
     (tmp_path / "float_calls.py").write_text(

@@ -1,4 +1,4 @@
-"""Float decoders with integer weights: a block in two native calls, around transformers' own cache and attention.
+"""Float decoders with integer weights: a block in few calls of kernels, around transformers' own cache and attention.
 
 A block becomes an instance of a subclass with the same name. Its forward joins what lies before and behind the
 attention where nothing is lost by it, and calls the modules one by one elsewhere. What a block computes is known from
@@ -15,10 +15,12 @@ from torch import nn
 
 from qtool import kernels
 from qtool.anatomy import FAMILIES
+from qtool.kernels.triton.tuning import FEW_ROWS
 from qtool.nn.attention import CHILD, QAttention
 from qtool.nn.codes import CODES_CHILD, CodedAttention
-from qtool.nn.decoder import DecoderPlan, Heads, Parts, heads_of
+from qtool.nn.decoder import DecoderPlan, Heads, Parts, fits_native, heads_of
 from qtool.nn.plan import NoPlan, SameName, kept_plan
+from qtool.nn.step import StepPlan, fits_step
 
 _ROLES = {
     "attention.query": "query", "attention.key": "key", "attention.value": "value", "attention.output": "output",
@@ -31,6 +33,12 @@ _OPTIONS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
     "qwen2": lambda attention: {"sliding_window": attention.sliding_window},
 }
 """By `config.model_type`, what the attention function is given beside what all are."""
+
+
+_PLANS: Mapping[str, tuple[Any, Callable[[Mapping[str, Any]], bool]]] = {
+    "native": (DecoderPlan, fits_native), "triton": (StepPlan, fits_step)
+}  # fmt: skip
+"""By backend, how a block is joined, and whether its linears fit."""
 
 
 def join(model: Any) -> None:
@@ -66,16 +74,19 @@ def _joined_class(cls: Any) -> Any:
     return SameName.subclass(_joined_class, JoinedLayer, cls, forward)
 
 
-def _plan(layer: Any, hidden: Any, angles: Any) -> DecoderPlan | None:
+def _plan(layer: Any, hidden: Any, angles: Any) -> DecoderPlan | StepPlan | None:
     """How to join the layer for these inputs; None where that cannot give what its modules give."""
-    if kernels.backend(hidden.device).name != "native" or layer.training or layer.self_attn.training:
+    name = kernels.backend(hidden.device).name
+    if name not in _PLANS or layer.training or layer.self_attn.training:
         return None
-    plan: Any = kept_plan(layer, [layer], lambda: _made(layer))
-    return plan if isinstance(plan, DecoderPlan) and _plain(hidden, angles, plan.heads) else None
+    if name == "triton" and hidden.shape[:-1].numel() > FEW_ROWS:  # then the products are not all that it waits for
+        return None
+    plan: Any = kept_plan(layer, [layer], lambda: _made(layer, name), backends=tuple(_PLANS))
+    return None if plan is None or isinstance(plan, NoPlan) or not _plain(hidden, angles, plan.heads) else plan
 
 
 def _plain(hidden: Any, angles: Any, heads: Heads) -> bool:
-    """Whether rows and angles are what the kernels read: float32 in the CPU's memory, an angle for every token.
+    """Whether rows and angles are what the kernels read: float32 in the same memory, an angle for every token.
 
     Products on codes pass no gradient on, but what goes around them does.
     """
@@ -85,7 +96,7 @@ def _plain(hidden: Any, angles: Any, heads: Heads) -> bool:
     wanted = ((1, tokens, heads.size), (batch, tokens, heads.size))
     if any(angle.shape not in wanted or angle.shape != angles[0].shape for angle in angles):
         return False
-    return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (hidden, *angles))
+    return all(x.dtype == torch.float32 and x.device == hidden.device and not x.is_meta for x in (hidden, *angles))
 
 
 def _attend(attention: Any, states: tuple[torch.Tensor, ...], given: Mapping[str, Any]) -> torch.Tensor:
@@ -111,16 +122,18 @@ def _attend(attention: Any, states: tuple[torch.Tensor, ...], given: Mapping[str
     return found
 
 
-def _made(layer: Any) -> DecoderPlan | NoPlan:
-    """A plan for a layer that its family describes and that holds nothing else."""
+def _made(layer: Any, backend: str) -> DecoderPlan | StepPlan | NoPlan:
+    """A backend's plan for a layer that its family describes and that holds nothing else."""
     kind = layer.self_attn.config.model_type
     parts = {_ROLES[name]: layer.get_submodule(path) for name, path in FAMILIES[kind].block_parts.items()}
     parts |= {role: layer.get_submodule(path) for path, role in _NORMS.items()}
     activation = _activation(layer.mlp.act_fn)
     if activation is None or not _holds_only(layer, parts, kind):
         return NoPlan([layer])
-    heads = heads_of(parts, layer.self_attn.head_dim)
-    return NoPlan([layer]) if heads is None else DecoderPlan(layer, parts, heads, activation)
+    cls, fits = _PLANS[backend]
+    heads = heads_of(parts, layer.self_attn.head_dim, fits)
+    made: DecoderPlan | StepPlan | NoPlan = NoPlan([layer]) if heads is None else cls(layer, parts, heads, activation)
+    return made
 
 
 def _activation(module: nn.Module) -> str | None:

@@ -38,6 +38,8 @@ class Tape:
         self._own = {tensor.untyped_storage().data_ptr() for tensor in self._inputs.values()}
         self._before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.plays = 0
+        self.kernels = 0
+        """How many a GPU would start, as each operation that is neither a view nor memory alone is at least one."""
         Tape._present = self
         try:
             with _Taping(self):
@@ -93,6 +95,8 @@ class _Taping(TorchDispatchMode):
         for argument, value in zip(function._schema.arguments, args, strict=False):
             if argument.is_write and isinstance(value, torch.Tensor):
                 self._tape.keep(value)
+        memory = function.overloadpacket in (_aten.empty, _aten.empty_strided, _aten.new_empty, _aten.empty_like)
+        self._tape.kernels += not (memory or function.is_view)
         return self._tape.add(lambda: function(*args, **kwargs))
 
 
@@ -116,6 +120,7 @@ def _taped_launch(self: Any, *args: Any, **kwargs: Any) -> None:
     if Tape._present is None:
         _launch(self, *args, **kwargs)
     else:
+        Tape._present.kernels += 1
         Tape._present.add(step)
 
 

@@ -1,6 +1,6 @@
 """A pre-norm decoder block with integer weights as two native calls, around its attention."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +31,10 @@ class Heads:
     size: int
 
 
-def heads_of(parts: Parts, size: int) -> Heads | None:
-    """The heads of a block whose linears the kernels run in any mix; None for one that they do not."""
+def heads_of(parts: Parts, size: int, fits: Callable[[Mapping[str, Any]], bool]) -> Heads | None:
+    """The heads of a block that can be joined, else None; `fits` says it of linears by role."""
     linears: dict[str, Any] = {role: parts[role] for role in (*FRONT, *BACK)}
-    if not all(_fits_linear(linear) for linear in linears.values()):
+    if not all(map(_plain, linears.values())) or not fits(linears):
         return None
     hidden, inner = linears["query"].in_features, linears["up"].out_features
     outer, keys = linears["query"].out_features, linears["key"].out_features
@@ -50,13 +50,19 @@ def heads_of(parts: Parts, size: int) -> Heads | None:
     return heads if exact and size % 2 == 0 and heads.queries % heads.groups == 0 else None
 
 
-def _fits_linear(linear: Any) -> bool:
+def _plain(linear: Any) -> bool:
     if type(linear) is not QLinear or linear.output_dtype != torch.float32:
         return False
     # What is listed is what the kernels read: a linear with another tensor computes something else.
-    if not {name for name, _ in linear.named_buffers(recurse=False)} <= BUFFERS:
-        return False
-    return isinstance(linear._prepared(), NativeCodes if linear.activations == "float" else Operand)
+    return {name for name, _ in linear.named_buffers(recurse=False)} <= BUFFERS
+
+
+def fits_native(linears: Mapping[str, Any]) -> bool:
+    """Whether linears, by role, have codes that the native kernels run, which they do in any mix."""
+    return all(
+        isinstance(linear._prepared(), NativeCodes if linear.activations == "float" else Operand)
+        for linear in linears.values()
+    )
 
 
 def _products(linear: Any) -> int:

@@ -28,7 +28,21 @@ def few_rows_kernel(
     Column blocks are `width` columns, each in `chunks` steps of WORDS words, `steps` in all; a split takes `per` of
     them. `scale` is `[outputs / share, blocks]`, `offset` likewise or None; `bias`, or None, belongs to the one split.
     """
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    few_rows(
+        x, words, scale, share, offset, offset_share, bias, result, count, inputs, outputs, width, blocks, chunks,
+        steps, per, tl.program_id(0), outputs, BITS, ROWS, BLOCK_N, WORDS,
+    )  # fmt: skip
+
+
+@triton.jit
+def few_rows(
+    x: tl.tensor, words: tl.tensor, scale: tl.tensor, share: tl.tensor, offset: tl.tensor, offset_share: tl.tensor,
+    bias: tl.tensor, result: tl.tensor, count: tl.tensor, inputs: tl.tensor, outputs: tl.tensor, width: tl.tensor,
+    blocks: tl.tensor, chunks: tl.tensor, steps: tl.tensor, per: tl.tensor, number: tl.tensor, stride: tl.tensor,
+    BITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, WORDS: tl.constexpr,
+) -> None:  # fmt: skip
+    """Block `number` of the outputs, for the split that is the second program id; results have `stride` a row."""
+    columns = number * BLOCK_N + tl.arange(0, BLOCK_N)
     known = columns < outputs
     stored = words + _column_of_words(columns, inputs)[None, :]
     scale_row = scale + (columns // share).to(tl.int64) * blocks
@@ -64,7 +78,7 @@ def few_rows_kernel(
         found = tl.sum(totals[row], 0)
         if bias is not None:
             found += tl.load(bias + columns, mask=known, other=0.0)
-        at = (split * count + row).to(tl.int64) * outputs + columns
+        at = (split * count + row).to(tl.int64) * stride + columns
         tl.store(result + at, found, mask=known)
 
 
@@ -130,19 +144,34 @@ def many_rows_kernel(
 
 @triton.jit
 def splits_kernel(
-    parts: tl.tensor, bias: tl.tensor, result: tl.tensor, size: tl.tensor, outputs: tl.tensor, splits: tl.tensor,
-    SIZE: tl.constexpr,
+    parts: tl.tensor, bias: tl.tensor, beside: tl.tensor, result: tl.tensor, size: tl.tensor, outputs: tl.tensor,
+    splits: tl.tensor, SIZE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """float32 `parts` `[splits, size]` added, and to each row of `outputs` the `bias`, or None: `result` `[size]`."""
+    """float32 `parts` `[splits, size]` added up, with the `bias` of rows of `outputs` and what is `beside`: `[size]`.
+
+    Either may be None.
+    """
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     here = at < size
-    total = tl.zeros((SIZE,), dtype=tl.float32)
+    total = added(parts, bias, at, at % outputs, here, size, splits)
+    if beside is not None:
+        total += tl.load(beside + at, mask=here, other=0.0)
+    tl.store(result + at, total, mask=here)
+
+
+@triton.jit
+def added(
+    parts: tl.tensor, bias: tl.tensor, at: tl.tensor, column: tl.tensor, here: tl.tensor, size: tl.tensor,
+    splits: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """What is `here` of `parts` `[splits, size]`, added in the order of the splits, and the bias of a column."""
+    total = tl.zeros(at.shape, dtype=tl.float32)
     for _ in range(0, splits):
         total += tl.load(parts + at, mask=here, other=0.0)
         parts += size
     if bias is not None:
-        total += tl.load(bias + at % outputs, mask=here, other=0.0)
-    tl.store(result + at, total, mask=here)
+        total += tl.load(bias + column, mask=here, other=0.0)
+    return total
 
 
 @triton.jit

@@ -60,7 +60,7 @@ def int8_linear(
     )  # fmt: skip
 
 
-_ELEMENTS = 1024  # whose splits a program adds
+ELEMENTS = 1024  # whose splits a program adds
 
 
 class Codes(NamedTuple):
@@ -76,22 +76,29 @@ class Codes(NamedTuple):
         word = torch.int16 if stored.dtype == torch.uint8 else torch.int32
         return cls(stored.contiguous().view(word), shape, min(width, shape[1]))
 
+    @property
+    def bits(self) -> int:
+        """Of a code as it is stored."""
+        return 4 if self.words.dtype == torch.int16 else 8
+
+    def words_of_block(self, blocks: int) -> int:
+        """Words that one of so many column blocks has. One that does not start with a tile reaches into one more."""
+        return -(-(self.width + (3 if self.width % 4 and blocks > 1 else 0)) // 4)
+
 
 def code_linear(
     x: Tensor, codes: Codes, scale: Tensor, offset: Tensor | None, bias: Tensor | None, result: Tensor
 ) -> None:
     """float32 `x` `[rows, inputs]` times what the codes stand for, into float32 `result` `[rows, outputs]`."""
     (outputs, inputs), count, blocks = codes.shape, len(x), scale.shape[1]
-    # A block that does not start with a tile reaches into one more.
-    words = -(-(codes.width + (3 if codes.width % 4 and blocks > 1 else 0)) // 4)
-    cut = tuning.codes_of(count, outputs, words, blocks)
+    cut = tuning.codes_of(count, outputs, codes.words_of_block(blocks), blocks)
     target = result if cut.splits == 1 else result.new_empty((cut.splits, *result.shape))
     given = (
         x, codes.words, scale, outputs // len(scale), offset, None if offset is None else outputs // len(offset),
         bias if cut.splits == 1 else None, target, count, inputs, outputs, codes.width, blocks, cut.chunks,
         blocks * cut.chunks, cut.per,
     )  # fmt: skip
-    bits, across = (4 if codes.words.dtype == torch.int16 else 8), -(-outputs // cut.n)
+    bits, across = codes.bits, -(-outputs // cut.n)
     if count <= tuning.FEW_ROWS:
         kernels.few_rows_kernel[(across, cut.splits)](
             *given, BITS=bits, ROWS=cut.m, BLOCK_N=cut.n, WORDS=cut.words, num_warps=cut.warps
@@ -103,4 +110,6 @@ def code_linear(
         )  # fmt: skip
     if cut.splits > 1:
         size = result.numel()
-        kernels.splits_kernel[(-(-size // _ELEMENTS),)](target, bias, result, size, outputs, cut.splits, SIZE=_ELEMENTS)
+        kernels.splits_kernel[(-(-size // ELEMENTS),)](
+            target, bias, None, result, size, outputs, cut.splits, SIZE=ELEMENTS
+        )

@@ -27,6 +27,12 @@ EXACT = (
 """One IEEE operation each. The floor flushes denormal numbers, which `attention.exp2` gives it none of."""
 
 
+def first(capability: int) -> list[Any]:
+    """All that are compiled for; the others than the first take minutes, and find the same but for rare defects."""
+    others = [other for other in (80, 90, 100) if other != capability]
+    return [capability, *(pytest.param(other, marks=pytest.mark.exhaustive) for other in others)]
+
+
 def compiled(calls: str, capability: int, cache: Path) -> dict[str, Any]:
     """In a process of its own: here Triton may interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -40,7 +46,7 @@ def compiled(calls: str, capability: int, cache: Path) -> dict[str, Any]:
     return {name: forms[str(capability)] for name, forms in json.loads(result.stdout).items()}
 
 
-@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+@pytest.mark.parametrize("capability", first(90))
 def test_integer_kernels(capability: int, tmp_path: Path) -> None:
     found = compiled("integer_calls", capability, tmp_path)
     assert found.keys() == INTEGER
@@ -49,7 +55,7 @@ def test_integer_kernels(capability: int, tmp_path: Path) -> None:
         assert [form["floats"] for form in forms] == [[]] * len(forms), name
 
 
-@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+@pytest.mark.parametrize("capability", first(100))
 def test_tables(capability: int, tmp_path: Path) -> None:
     """A product of many rows runs on tensor cores in bfloat16, where neither its codes nor its rows are rounded."""
     found = compiled("table_calls", capability, tmp_path)
@@ -60,7 +66,7 @@ def test_tables(capability: int, tmp_path: Path) -> None:
     assert all(".bf16.bf16" in word for word in words) and (words or capability == 100), words
 
 
-@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+@pytest.mark.parametrize("capability", first(80))
 def test_attention_with_float_scores(capability: int, tmp_path: Path) -> None:
     """Each product and sum of floats is rounded by itself, to nearest; none is approximate or in another precision."""
     found = compiled("attention_calls", capability, tmp_path)
@@ -72,7 +78,7 @@ def test_attention_with_float_scores(capability: int, tmp_path: Path) -> None:
         assert not inexact
 
 
-@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+@pytest.mark.parametrize("capability", first(80))
 def test_float_linear_kernels(capability: int, tmp_path: Path) -> None:
     """What has to give the reference's bits rounds every operation by itself, to the nearest, subnormal or not."""
     found = compiled("float_linear_calls", capability, tmp_path)
@@ -88,14 +94,15 @@ def test_float_linear_kernels(capability: int, tmp_path: Path) -> None:
     assert all(any(one.startswith("mul.rn") for one in form["floats"]) for form in found["int8_kernel"])
 
 
-@pytest.mark.parametrize("capability", [90, *(pytest.param(old, marks=pytest.mark.slow) for old in (80, 100))])
+@pytest.mark.parametrize("capability", first(100))
 def test_steps(capability: int, tmp_path: Path) -> None:
     """Attention is float64 from the loads to the last rounding."""
     found = compiled("step_calls", capability, tmp_path)
-    assert found.keys() == {"sweep_kernel", "join_kernel"}
-    for name, forms in found.items():
-        for form in forms:
-            assert not form["tensor_cores"], name
+    wide = {"sweep_kernel", "join_kernel"}
+    assert found.keys() == wide | {"products_kernel", "norm_kernel", "turn_kernel", "gate_kernel", "splits_kernel"}
+    assert not any(form["tensor_cores"] for forms in found.values() for form in forms)
+    for name in wide:
+        for form in found[name]:
             assert not [one for one in form["floats"] if one.startswith(("ex2", "mul.f32", "add.f32", "fma.rn.f32"))]
             assert any(one.startswith("fma.rn.f64") for one in form["floats"]), name
 

@@ -155,6 +155,10 @@ def check_json_target(target: str | None) -> None:
     """Refuse a place where `emit_json` could not write, before any work. Raises InputError."""
     if target in (None, "-"):
         return
+    from qtool.ranks import current
+
+    if not current().first:  # it writes nothing
+        return
     place = Path(target).resolve()
     if place.is_dir() or not place.parent.is_dir():
         raise InputError(f"--json cannot write {target}: it is a folder, or its folder does not exist")

@@ -68,6 +68,11 @@ def said_by_parent(code: int) -> bool:
     return code in STOPPED and os.environ.get(JOBS_PARENT) == str(os.getppid())
 
 
+def tells_failure(body: object) -> bool:
+    """Whether this is what a failed command of several ranks left in place of results (`--json`)."""
+    return isinstance(body, dict) and {"error", "exit_code"} <= body.keys() and not {"task", "results"} & body.keys()
+
+
 def one_of(name: str, known: "list[str] | tuple[str, ...]", what: str) -> str:
     """The message for an unknown `name`: the nearest known names first, else all of them."""
     import difflib

@@ -6,6 +6,7 @@ for every rank. Its exit code is that of the command, which torchrun would not p
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,11 @@ def run(count: int, arguments: Sequence[str]) -> int:
     """Run `qtool` with `arguments` on `count` ranks and return the exit code. Only rank 0 writes and prints."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    with socket.socket() as place:  # torch by itself listens to whole networks
+        place.bind(("127.0.0.1", 0))
+        place.listen(128)
+        port = place.getsockname()[1]
+        store = TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=place.detach())
     children: list[subprocess.Popen[bytes]] = []
     try:
         with _deaf_to_the_terminal():
@@ -31,6 +36,16 @@ def run(count: int, arguments: Sequence[str]) -> int:
         return _wait(children)
     finally:
         _end(children)
+
+
+def _loopback() -> dict[str, str]:
+    """What has gloo, too, listen to this machine alone."""
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    return {"GLOO_SOCKET_IFNAME": names[0]} if names else {}
+
+
+_QUIETLY = {"TORCH_CPP_LOG_LEVEL": "ERROR", **_loopback()}
+"""In the environment of ranks, unless somebody says something else: a store that is gone is a line of qtool's."""
 
 
 @contextmanager
@@ -51,7 +66,7 @@ def _start(rank: int, count: int, port: int, arguments: Sequence[str]) -> "subpr
         "TORCHELASTIC_USE_AGENT_STORE": True,  # torch's word for: the store is there, only connect
         JOBS_PARENT: os.getpid(),
     }  # fmt: skip
-    environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+    environment = {**_QUIETLY, **os.environ, **{name: str(value) for name, value in place.items()}}
     return subprocess.Popen([sys.executable, "-m", "qtool", *arguments], env=environment)
 
 
@@ -67,7 +82,11 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
             raise UnavailableError(f"rank {killed} was ended by a signal ({name}); {RESUMABLE}")
         if any(codes):
             ended = ended or time.monotonic()
-        if all(code is not None for code in codes) or (ended and time.monotonic() - ended > _GRACE):
+        late = bool(ended) and time.monotonic() - (ended or 0) > _GRACE
+        if late:
+            for child in children:  # frozen, maybe
+                child.kill()
+        if late or all(code is not None for code in codes):
             return _verdict(next((code for code in codes if code), 0))
         time.sleep(0.1)
 
@@ -83,10 +102,11 @@ def _end(children: Sequence["subprocess.Popen[bytes]"]) -> None:
     """Nobody stays behind, whatever ended the parent."""
     for child in children:
         child.terminate()
+    deadline = time.monotonic() + _GRACE
     try:
         for child in children:
             with suppress(subprocess.TimeoutExpired):
-                child.wait(_GRACE)
+                child.wait(max(0.0, deadline - time.monotonic()))
     finally:  # also where a second Ctrl-C cuts the waiting short
         for child in children:
             child.kill()

@@ -220,7 +220,9 @@ def test_three_billion_parameters(preset: str, model: Callable[[Size], Path], im
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("config", ["zeroquant-w8a8", "zeroquant-w8a8-static"])
+@pytest.mark.parametrize(
+    "config", ["zeroquant-w8a8", pytest.param("zeroquant-w8a8-static", marks=pytest.mark.exhaustive)]
+)
 def test_the_expected_memory_is_that_of_the_run(config: str, tmp_path: Path, imports: Watched) -> None:
     """150 million parameters. A bound must never be broken, and what is asked for not be twice what is needed."""
     source = write_model(tmp_path / "model", Size(1024, 4, 50304, 0))

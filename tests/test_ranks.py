@@ -29,8 +29,11 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from qtool import aside, errors, ranks
+def farewell(message, code):
+    Path("farewell").write_text(str(code) + " " + message)
+{before}
 def main():
-    with ranks.joined() as group:
+    with ranks.joined(farewell) as group:
         {body}
 code = 0
 try:
@@ -47,10 +50,11 @@ os._exit(code)  # as the command line does
 class Crew:
     """Python processes that meet in a store of this one."""
 
-    def __init__(self, body: str, count: int, folder: Path, *, alone: bool = False) -> None:
-        """`alone` they meet in the first of them."""
+    def __init__(self, body: str, count: int, folder: Path, *, alone: bool = False, before: str = "") -> None:
+        """`alone` they meet in the first of them. What comes `before` they do before they meet."""
         self.store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        code = CODE.format(body=textwrap.indent(textwrap.dedent(body), " " * 8).strip())
+        body = textwrap.indent(textwrap.dedent(body), " " * 8).strip()
+        code = CODE.format(body=body, before=textwrap.dedent(before))
         shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.store.port)}
         shared |= {"TORCHELASTIC_USE_AGENT_STORE": str(not alone), "OMP_NUM_THREADS": "1"}
         if alone:
@@ -197,6 +201,8 @@ def test_an_error_ends_all_ranks_with_its_message(crews: list[Crew], tmp_path: P
     assert [code for code, _, _ in ends] == [3, 3]
     assert ends[culprit][2] == "no such file\n"
     line = f"rank {culprit}: no such file\n"
+    if culprit and "sleep" in waits:  # no exception reaches the first rank
+        assert (tmp_path / "farewell").read_text() == f"3 {line.strip()}"
     if culprit:
         assert ends[0][2].endswith(line)
     elif "sleep" in waits:  # where it waits, it is the code above that prints what ends it
@@ -212,7 +218,7 @@ def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, victim: int
     if not group.first:
         sys.stderr = open(os.devnull, "w")
     group.exchange("nothing", {{}})
-    ranks.life.LOST = 6.0
+    ranks.life.LOST = 4.0
     if group.rank == {victim}:
         os.kill(os.getpid(), signal.SIGKILL)
     {waits}
@@ -226,13 +232,73 @@ def test_a_killed_rank_is_noticed(crews: list[Crew], tmp_path: Path, victim: int
     assert "--resume" in said
 
 
+DYING = """
+ranks.life.LOST = 4.0
+wait = ranks.life.Life.await_all
+def dies(life):
+    wait(life)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.{how})
+ranks.life.Life.await_all = dies
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_a_rank_that_is_gone_while_all_meet(crews: list[Crew], tmp_path: Path, how: str) -> None:
+    """torch itself would wait for it without end."""
+    crews.append(Crew("pass", 2, tmp_path, before=DYING.format(how=how)))
+    first, second = crews[-1].children
+    _, said = first.communicate(timeout=60)
+    second.kill()
+    second.communicate()
+    assert first.returncode == 4 and "--resume" in said
+    assert (tmp_path / "farewell").read_text().startswith("4 rank 1: it is gone")
+
+
+def test_a_rank_that_does_not_come(crews: list[Crew], tmp_path: Path) -> None:
+    before = "ranks.life.COMING = 2.0\nif os.environ['RANK'] == '1': os._exit(0)"
+    crews.append(Crew("pass", 2, tmp_path, before=before))
+    (code, _, said), _ = crews[-1].ends()
+    assert code == 4 and "rank 1 has not come within 0 minutes" in said
+
+
+@pytest.mark.slow
+def test_ranks_that_were_all_stopped_go_on(crews: list[Crew], tmp_path: Path) -> None:
+    """As Ctrl-Z does: the time in which nobody could give a sign of life is no silence."""
+    body = "Path(f'ready-{group.rank}').touch()\ntime.sleep(10)"
+    crews.append(Crew(body, 3, tmp_path, before="ranks.life.LOST = 3.0"))
+    deadline = time.monotonic() + 60
+    while len([*tmp_path.glob("ready-*")]) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for child in crews[-1].children:
+        child.send_signal(signal.SIGSTOP)
+    time.sleep(6)
+    for child in crews[-1].children:
+        child.send_signal(signal.SIGCONT)
+    assert [end[0] for end in crews[-1].ends()] == [0, 0, 0]
+
+
+def test_one_that_others_took_for_dead_learns_of_it() -> None:
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    before = signal.set_wakeup_fd(-1)
+    try:
+        mine = life.Life(1, 2, store)
+        mine._end_by_note = lambda note: None  # type: ignore[method-assign]  # which would end this process
+        store.set("error", json.dumps({"rank": 1, "code": 4, "message": "it is gone", "by": 0}))
+        with pytest.raises(ranks.OtherRankError, match="rank 1: it is gone"):
+            mine.check()
+        mine.end()
+    finally:
+        signal.set_wakeup_fd(before)
+
+
 @pytest.mark.parametrize("waits", ["group.exchange('nothing', {})", "time.sleep(90)"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_rank_in_which_all_meet_is_gone(crews: list[Crew], tmp_path: Path, how: int, waits: str) -> None:
     """Killed, or frozen, so that no connection breaks: a call to its store never returns."""
     body = f"""
     group.exchange("nothing", {{}})
-    ranks.life.LOST = 6.0
+    ranks.life.LOST = 4.0
     if group.first:
         os.kill(os.getpid(), {int(how)})
     {waits}
@@ -316,7 +382,7 @@ def test_nothing_is_left_of_a_file_that_did_not_arrive(crews: list[Crew], tmp_pa
 
 
 def test_nobody_to_meet(tmp_path: Path) -> None:
-    code = CODE.format(body="pass")
+    code = CODE.format(body="pass", before="")
     environment = {**os.environ, "RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -333,7 +399,7 @@ def test_ranks_of_a_parent_that_is_gone_do_not_look_for_it(tmp_path: Path) -> No
         gone.wait()
         place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", JOBS_PARENT: str(gone.pid)}
         place |= {"MASTER_PORT": str(nobody.getsockname()[1]), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        command = [sys.executable, "-c", CODE.format(body="pass")]
+        command = [sys.executable, "-c", CODE.format(body="pass", before="")]
         result = subprocess.run(command, cwd=tmp_path, env={**os.environ, **place}, check=False, timeout=60)
     assert result.returncode == 4
 

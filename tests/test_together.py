@@ -14,9 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-from qtool import cli
+from qtool import cli, console
+from qtool.api.scores import kept_results
 from qtool.cli import together
-from qtool.errors import RESUMABLE, UsageError
+from qtool.errors import JOBS_PARENT, RESUMABLE, InputError, InterruptedRun, UsageError, tells_failure
+from qtool.evaluation.result import check_predictions_path
+from qtool.ranks import Ranks
 from qtool.rundir import beside
 
 Command = Callable[..., Any]
@@ -153,6 +156,48 @@ def test_an_error_of_the_first_rank_alone_is_said_once(tiny: Any, desk: Path) ->
     assert ended.stderr.count("qtool: ") == 1 and "occupied is not empty" in ended.stderr
 
 
+@pytest.mark.parametrize("more", [(), ("--jobs", "two"), ("--nothing",)])
+def test_a_wrong_command_line_is_said_once(desk: Path, more: tuple[str, ...]) -> None:
+    arguments = ["eval", "nowhere", *more, "--jobs", "2", "--json", "result.json"]
+    command = [sys.executable, "-m", "qtool", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and ended.stderr.count("Error: ") == 1
+    result = json.loads(Path("result.json").read_text("utf-8"))
+    assert result["exit_code"] == 2 and result["error"] in ended.stderr
+
+
+def test_stdout_that_cannot_be_written(desk: Path) -> None:
+    arguments = ["eval", str(desk / "nowhere"), "--task", "sst2", "--json", "-", "--jobs", "2", "-q"]
+    command = [sys.executable, "-m", "qtool", *arguments]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 3 and ended.stderr.count("\n") == 1, ended.stderr
+
+
+def test_who_writes_nothing_needs_no_folder_for_it(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError):
+        console.check_json_target("nowhere/a.json")
+    with pytest.raises(InputError):
+        check_predictions_path(Path("nowhere/a.csv"))
+    monkeypatch.setattr(Ranks, "rank", 1)
+    console.check_json_target("nowhere/a.json")
+    check_predictions_path(Path("nowhere/a.csv"))
+
+
+def test_a_signal_that_was_swallowed_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers send one to all and again, which must not cut the way out short; a library may lose the first."""
+    now = [100.0]
+    monkeypatch.setattr(cli, "_heard", [])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    for at, heard in ((100.0, True), (100.1, False), (104.0, False), (106.0, True), (107.0, False)):
+        now[0] = at
+        try:
+            cli._on_signal(signal.SIGTERM, None)
+            assert not heard
+        except InterruptedRun as error:
+            assert heard and error.exit_code == 143
+
+
 def learners(parent: int) -> list[psutil.Process]:
     """The ranks that a process has started, by rank."""
     children = psutil.Process(parent).children(recursive=True)
@@ -166,7 +211,8 @@ def test_a_killed_rank_ends_all_and_one_rank_goes_on(
     tiny: Any, desk: Path, qtool_command: Command, victim: int
 ) -> None:
     steps = 400
-    command = [sys.executable, "-m", "qtool", *learned(tiny, "two", "--jobs", "2", steps=steps)]
+    asked = learned(tiny, "two", "--jobs", "2", "--json", "result.json", steps=steps)
+    command = [sys.executable, "-m", "qtool", *asked]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     shard = beside(Path("two"), "run") / "embeddings.safetensors"
     deadline = time.monotonic() + 120
@@ -180,6 +226,7 @@ def test_a_killed_rank_ends_all_and_one_rank_goes_on(
     assert process.returncode == 4
     told = [line for line in said.splitlines() if line.startswith("qtool: ")]
     assert told == [f"qtool: rank {victim} was ended by a signal (Killed); {RESUMABLE}"] and "Traceback" not in said
+    assert json.loads(Path("result.json").read_text())["exit_code"] == 4
     assert not Path("two").exists()
     assert qtool_command(*learned(tiny, "two", "--resume", steps=steps)).code == 0
     assert qtool_command(*learned(tiny, "one", steps=steps)).code == 0
@@ -196,13 +243,16 @@ def test_a_killed_rank_ends_all_and_one_rank_goes_on(
 )
 def test_a_signal_is_said_once(tiny: Any, desk: Path, number: signal.Signals, to: str) -> None:
     """To the process that was started, to a rank, or to all, as a terminal sends it and some launchers do."""
-    command = [sys.executable, "-m", "qtool", *learned(tiny, "two", "--jobs", "2", "-q", steps=400)]
+    asked = learned(tiny, "two", "--jobs", "2", "-q", "--json", "result.json", steps=400)
+    command = [sys.executable, "-m", "qtool", *asked]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     shard = beside(Path("two"), "run") / "embeddings.safetensors"
     deadline = time.monotonic() + 120
     while not shard.exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     ranks = learners(process.pid)
+    heard = [x.laddr.ip for one in (psutil.Process(process.pid), *ranks) for x in one.net_connections() if not x.raddr]
+    assert {*heard} == {"127.0.0.1"}
     if to == "all":
         os.killpg(process.pid, number)
     else:
@@ -211,6 +261,7 @@ def test_a_signal_is_said_once(tiny: Any, desk: Path, number: signal.Signals, to
     word = "interrupted" if number == signal.SIGINT else "terminated"
     assert (process.returncode, said) == (128 + number, f"qtool: {word}; {RESUMABLE}\n")
     assert len(ranks) == 2 and not any(rank.is_running() for rank in ranks)
+    assert json.loads(Path("result.json").read_text())["exit_code"] == process.returncode
 
 
 def test_what_runs_in_one_process_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +277,7 @@ def test_what_runs_in_one_process_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     [([], None), (["--json", "a"], "a"), (["--json=b", "x"], "b"), (["--json"], None), (["-o", "--json", "-"], "-")],
 )
 def test_where_json_goes(arguments: list[str], target: str | None) -> None:
-    assert together._target(arguments) == target
+    assert together._value(arguments, "--json") == target
 
 
 @pytest.mark.parametrize(
@@ -234,7 +285,7 @@ def test_where_json_goes(arguments: list[str], target: str | None) -> None:
     [
         ("eval m --task sst2 --jobs 3", 3), ("eval --jobs=2 m", 2), ("analyze heads m --jobs 4 -o x", 4), ("eval m", 1),
         ("eval m --jobs 0", 1), ("eval m --jobs many", 1), ("eval m --jobs", 1), ("bench m --jobs 2", 1),
-        ("nothing --jobs 2", 1),        ("", 1), ("--jobs 2", 1),
+        ("nothing --jobs 2", 1), ("", 1), ("--jobs 2", 1), ("eval m --jobs +2", 2), ("eval m --jobs 2 --help", 1),
     ],
 )  # fmt: skip
 def test_how_many_processes_are_asked_for(arguments: str, count: int) -> None:
@@ -250,6 +301,29 @@ def test_a_failure_in_json_never_replaces_results(desk: Path, monkeypatch: pytes
     wanted = {"schema_version": 1, "error": "it failed", "exit_code": 4}
     assert Path("kept.json").read_text() == "{}" and json.loads(Path("new.json").read_text()) == wanted
     assert json.loads(capsys.readouterr().out) == wanted
+    together.tell_in_json("it failed again", 3, ["eval", "--json", "new.json"])
+    assert json.loads(Path("new.json").read_text())["exit_code"] == 3
+    together.tell_in_json("the gate failed", 5, ["eval", "--json", "-"])  # whose result is there already
+    assert capsys.readouterr().out == ""
     monkeypatch.setenv("RANK", "1")
     together.tell_in_json("it failed", 4, ["--json", "other.json"])
     assert sorted(os.listdir()) == ["kept.json", "new.json"]
+
+
+def test_the_process_that_was_asked_for_jobs_tells_what_ranks_do_not(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    together.tell_in_json("interrupted", 130, ["eval", "--json", "alone.json"])
+    together.tell_in_json("interrupted", 130, ["eval", "--json", "parent.json", "--jobs", "2"])
+    together.tell_in_json("interrupted", 130, ["eval", "--json", "-", "--jobs=2"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(JOBS_PARENT, str(os.getppid()))
+    together.tell_in_json("terminated", 143, ["eval", "--json", "rank.json", "--jobs", "2"])
+    assert os.listdir() == ["parent.json"] and capsys.readouterr().out == ""
+    assert kept_results("parent.json") == []  # and the same command with --resume begins anew
+
+
+def test_results_are_told_from_failures() -> None:
+    failure = {"schema_version": 1, "error": "it failed", "exit_code": 4}
+    assert tells_failure(failure) and not tells_failure([]) and not tells_failure({**failure, "results": []})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qtool.api.jobs import latest
-from qtool.errors import InputError, QtoolError
+from qtool.errors import InputError, QtoolError, tells_failure
 from qtool.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -164,6 +164,8 @@ def kept_results(file: str | Path | None) -> list[dict[str, Any]]:
         body = json.loads(Path(file).read_text("utf-8"))
     except ValueError:
         body = None
+    if tells_failure(body):
+        return []
     results = body.get("results", [body]) if isinstance(body, dict) else None
     known = isinstance(results, list) and all(isinstance(r, dict) and {"task", "candidate"} <= set(r) for r in results)
     if not isinstance(results, list) or not known:

@@ -3,13 +3,15 @@
 import os
 import signal
 import sys
+import time
+from contextlib import suppress
 from typing import Any
 
 import click
 
 from qtool import __version__
 from qtool.cli import analyze, bench, evaluate, look, quantize
-from qtool.cli.together import jobs_of, meeting, speaks, tell_in_json
+from qtool.cli.together import jobs_of, meeting, shares, speaks, tell_in_json
 from qtool.errors import InterruptedRun, QtoolError, UnavailableError, UsageError, said_by_parent, stopped
 
 CONTEXT = {
@@ -36,9 +38,16 @@ for command in (
     cli.add_command(command)
 
 
+_WAY_OUT = 5.0
+"""Seconds after a signal in which others change nothing: launchers send it to all, and again."""
+_heard: list[float] = []
+
+
 def _on_signal(number: int, frame: Any) -> None:
-    signal.signal(number, signal.SIG_IGN)  # launchers send it to all, and again: the way out must not be cut short
-    raise InterruptedRun(stopped(128 + number), number)
+    now = time.monotonic()
+    if not _heard or now - _heard[-1] > _WAY_OUT:  # a library may have swallowed what the last one raised
+        _heard.append(now)
+        raise InterruptedRun(stopped(128 + number), number)
 
 
 def main() -> None:
@@ -49,26 +58,32 @@ def main() -> None:
     code = _status()
     if "RANK" in os.environ:
         # A thread of torch.distributed that lets go of a tensor while the interpreter ends would abort the process.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
         os._exit(code)
     sys.exit(code)
 
 
 def _status() -> int:
     try:
+        if shares(cli, sys.argv[1:]):
+            import numpy  # noqa: F401  # before torch, which loses what a signal raises while it imports numpy itself
         if (count := jobs_of(cli, sys.argv[1:])) > 1:
             from qtool import jobs
 
             return jobs.run(count, sys.argv[1:])
         with meeting(cli):
             ended = cli.main(prog_name="qtool", standalone_mode=False)
+        sys.stdout.flush()  # while it still makes a difference that it cannot be written
     except (QtoolError, InterruptedRun) as error:
         return _fail(str(error), error.exit_code)
     except click.exceptions.Exit as error:
         return int(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        tell_in_json(error.format_message(), UsageError.exit_code, sys.argv[1:])
+        if speaks():
+            error.show()
         return UsageError.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _fail(stopped(128 + signal.SIGINT), 128 + signal.SIGINT)

@@ -10,7 +10,9 @@ from typing import Any
 
 import click
 
-from qtool.errors import UsageError
+from qtool.errors import GateError, UsageError, said_by_parent, tells_failure
+
+HELP = {"-h", "--help"}
 
 
 def several() -> bool:
@@ -36,13 +38,13 @@ def speaks() -> bool:
 @contextmanager
 def meeting(group: click.Group) -> Iterator[None]:
     """The ranks of this command together; only the first one is heard. Commands that share nothing meet nobody."""
-    if not several() or not _shares(group, sys.argv[1:]) or {"-h", "--help"} & {*sys.argv[1:]}:
+    if not several() or not shares(group, sys.argv[1:]) or HELP & {*sys.argv[1:]}:
         yield
         return
     from qtool import ranks
 
     _set_threads()
-    with ranks.joined() as met:
+    with ranks.joined(lambda message, code: tell_in_json(message, code, sys.argv[1:])) as met:
         if met.first:
             yield
             return
@@ -66,23 +68,31 @@ def _set_threads() -> None:
 
 
 def tell_in_json(message: str, code: int, arguments: Sequence[str]) -> None:
-    """Where `--json` was asked for, leave the exit code of a failed command there: launchers swallow it.
+    """Where several ranks were to leave results by `--json`, leave there the exit code of a command that failed:
+    launchers swallow it.
 
-    A file that exists holds results of an earlier run, and stays.
+    The process that `--jobs` was asked of does so where it speaks for its ranks, and in a file alone: they may have
+    written to stdout. A file with results of an earlier run stays, and so does what a failed gate has written there.
     """
-    target = _target(arguments)
-    if target is None or "RANK" not in os.environ or not speaks():
+    target, parent = _value(arguments, "--json"), "RANK" not in os.environ
+    if target is None or not speaks() or said_by_parent(code) or (parent and not _jobs(arguments) > 1):
         return
     text = json.dumps({"schema_version": 1, "error": message, "exit_code": code}, indent=2) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-    elif not Path(target).exists():
-        with suppress(OSError):  # the line on stderr is what counts
-            Path(target).write_text(text, "utf-8")
+    with suppress(OSError):  # the line on stderr is what counts
+        if target != "-":
+            if not Path(target).exists() or tells_failure(read_json(Path(target))):
+                Path(target).write_text(text, "utf-8")
+        elif not parent and code != GateError.exit_code:
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
 
-def _target(arguments: Sequence[str]) -> str | None:
-    return _value(arguments, "--json")
+def read_json(file: Path) -> Any:
+    """What a file holds; None where that is no JSON."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError:
+        return None
 
 
 def _value(arguments: Sequence[str], option: str) -> str | None:
@@ -104,17 +114,21 @@ jobs_option = click.option(
 
 def jobs_of(group: click.Group, arguments: Sequence[str]) -> int:
     """How many processes a command line asks for with `--jobs`; 1 where it is wrong, which click will say."""
-    count = _value(arguments, "--jobs")
-    if count is None or not count.isdecimal() or not 1 <= int(count) <= 1024 or several():
-        return 1
-    return int(count) if _shares(group, arguments) else 1
+    return 1 if several() or HELP & {*arguments} or not shares(group, arguments) else _jobs(arguments)
 
 
-def _shares(group: click.Group, arguments: Sequence[str]) -> bool:
+def _jobs(arguments: Sequence[str]) -> int:
+    with suppress(ValueError):  # read as click reads it
+        count = int(_value(arguments, "--jobs") or 1)
+        return count if 1 <= count <= 1024 else 1
+    return 1
+
+
+def shares(group: click.Group, arguments: Sequence[str]) -> bool:
     """Whether a command line is of a command whose work ranks share."""
     command = group.commands.get(arguments[0]) if arguments else None
     if isinstance(command, click.Group):
-        return _shares(command, arguments[1:])
+        return shares(command, arguments[1:])
     return command is not None and any("--jobs" in option.opts for option in command.params)
 
 

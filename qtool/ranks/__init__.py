@@ -9,7 +9,7 @@ Tensors travel between CPUs, as safetensors: hidden states and statistics lie th
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -31,12 +31,13 @@ def current() -> Ranks:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(farewell: Callable[[str, int], None] | None = None) -> Iterator[Ranks]:
     """Meet the other ranks of the environment, and part at the end. An error on any rank ends all of them.
 
+    Where that happens while no exception can reach the first rank, it calls `farewell` with the line and the exit code.
     Raises UnavailableError where they cannot be met, OtherRankError for what ended another rank.
     """
-    group = Group.of_environment()
+    group = Group.of_environment(farewell)
     token = _CURRENT.set(group)
     try:
         yield group

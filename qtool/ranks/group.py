@@ -5,7 +5,7 @@ import signal
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -27,12 +27,12 @@ _HEADER = struct.Struct("<q120s")  # bytes that follow, and what they are
 class Group(Ranks):
     """One of several ranks, which all make the same calls in the same order."""
 
-    def __init__(self, rank: int, size: int, store: Any) -> None:
+    def __init__(self, rank: int, size: int, life: Life) -> None:
         self.rank, self.size = rank, size
-        self._life = Life(rank, size, store)
+        self._life = life
 
     @classmethod
-    def of_environment(cls) -> "Group":
+    def of_environment(cls, farewell: Callable[[str, int], None] | None) -> "Group":
         """See `qtool.ranks.joined`."""
         import torch.distributed as dist
 
@@ -41,19 +41,25 @@ class Group(Ranks):
         ours = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
         met = threading.Event()
         threading.Thread(target=_end_without_parent, args=(met,), daemon=True).start()
+        life = None
         try:  # while torch waits for the others no handler of Python's would run
             store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+            life = Life(rank, size, store, farewell)
+            life.await_all()  # and they are watched from now on, for torch would wait for whoever dies here
             work = dist.PrefixStore("work", store)  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=work, rank=rank, world_size=size, timeout=_PATIENCE)
-        except (RuntimeError, ValueError, dist.DistError) as error:
+        except (RuntimeError, ValueError, dist.DistError, UnavailableError) as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UnavailableError(f"cannot meet the other ranks at {where}: {said}") from error
+            problem = UnavailableError(f"cannot meet the other ranks at {where}: {said}")
+            if life is not None:
+                life.tell(problem)
+            raise problem from error
         finally:
             met.set()
             for number, handler in ours.items():
                 if handler is not None:  # one that Python did not install
                     signal.signal(number, handler)
-        return cls(rank, size, store)
+        return cls(rank, size, life)
 
     def exchange(self, what: str, mine: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """See `Ranks`. Each part travels as it is: one that is large costs nothing where others are small or empty."""
@@ -121,10 +127,11 @@ class Group(Ranks):
 
         part = file.with_name(f"{file.name}.part")
         try:
-            with self._working(), _writing(part) as stream:
+            with _writing(part) as stream:
                 for start in range(0, size, _CHUNK):
                     chunk = torch.empty(min(_CHUNK, size - start), dtype=torch.uint8)
-                    dist.recv(chunk, source)
+                    with self._working():
+                        dist.recv(chunk, source)
                     stream.write(chunk.numpy().tobytes())
             os.replace(part, file)
         finally:

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +27,8 @@ BEAT = 1.0
 """Seconds between two signs of life."""
 LOST = 30.0
 """Seconds without one after which a rank is taken for dead: also the longest that a call may hold Python's lock."""
+COMING = 1800.0
+"""Seconds in which all ranks must have come: a launcher may start them minutes apart."""
 ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that ask a process to end."""
 _ENDED = "error"
@@ -40,10 +43,13 @@ class OtherRankError(QtoolError):
 
 
 class Life:
-    """Of one of several ranks. `store` is shared memory of all, for what is not work: signs of life, and errors."""
+    """Of one of several ranks. `store` is shared memory of all, for what is not work: signs of life, and errors.
 
-    def __init__(self, rank: int, size: int, store: Any) -> None:
-        self._rank, self._size, self._store = rank, size, store
+    When this ends the first rank, it first calls `farewell` with the line and the exit code.
+    """
+
+    def __init__(self, rank: int, size: int, store: Any, farewell: Callable[[str, int], None] | None = None) -> None:
+        self._rank, self._size, self._store, self._farewell = rank, size, store, farewell
         self._stop, self._over = threading.Event(), threading.Event()
         self._signals, pen = socket.socketpair()
         self._signals.setblocking(False)
@@ -52,9 +58,23 @@ class Life:
         self._pen_before = signal.set_wakeup_fd(pen.fileno(), warn_on_full_buffer=False)
         self._missed = 0
         """Beats since the watch was last heard of."""
+        self._give_sign(store)
         self._watch = threading.Thread(target=self._watching, args=(store.clone(),), daemon=True)
         self._watch.start()
         threading.Thread(target=self._guarding, daemon=True).start()
+
+    def _give_sign(self, store: Any) -> None:
+        store.set(_beat(self._rank), repr(time.monotonic()))
+
+    def await_all(self) -> None:
+        """Wait until every rank has given a sign of life. Raises UnavailableError for one that does not come."""
+        keys = [_beat(rank) for rank in range(self._size)]
+        deadline = time.monotonic() + COMING
+        while not self._store.check(keys):
+            if time.monotonic() > deadline:
+                missing = next(rank for rank, key in enumerate(keys) if not self._store.check([key]))
+                raise UnavailableError(f"rank {missing} has not come within {COMING / 60:.0f} minutes")
+            time.sleep(BEAT / 10)
 
     def end(self) -> None:
         """After all have said goodbye: look no more."""
@@ -95,18 +115,18 @@ class Life:
             return
 
     def _others(self, store: Any) -> dict[str, Any] | None:
-        """What ended another rank."""
+        """What ended another rank, or this one as another saw it, which took it for dead."""
         found = store.get(_ENDED) if store.check([_ENDED]) else b""
         note = dict(json.loads(found)) if found else None
-        return note if note and note["rank"] != self._rank else None
+        return note if note and note["by"] != self._rank else None
 
     def _watching(self, store: Any) -> None:
         """Give signs of life, and end this process when another rank has failed or gives none."""
-        seen: dict[int, tuple[bytes, float]] = {}
+        seen: dict[int, tuple[bytes, int]] = {}
         while not self._stop.wait(BEAT):
             try:
                 note = self._others(store)
-                store.set(f"beat {self._rank}", repr(time.monotonic()))
+                self._give_sign(store)
                 silent, gone = self._silent(store, seen), False
             except RuntimeError:
                 note, silent, gone = None, [], True
@@ -162,15 +182,17 @@ class Life:
             return 0
         return next((number for number in found if number in ASKED), 0)
 
-    def _silent(self, store: Any, seen: dict[int, tuple[bytes, float]]) -> list[int]:
-        """Ranks without a sign of life for too long. The first one looks at all, the others at the first."""
-        now = time.monotonic()
+    def _silent(self, store: Any, seen: dict[int, tuple[bytes, int]]) -> list[int]:
+        """Ranks that came and give no sign of life for too long. The first one looks at all, the others at the first.
+
+        Looks are counted, as in `_guarding`.
+        """
         for rank in range(self._size) if self._rank == 0 else (0,):
-            key = f"beat {rank}"
-            beat = store.get(key) if store.check([key]) else b""
-            if rank not in seen or seen[rank][0] != beat:
-                seen[rank] = beat, now
-        return [rank for rank, (_, since) in seen.items() if now - since > LOST]
+            if store.check([_beat(rank)]):
+                beat = store.get(_beat(rank))
+                known, looks = seen.get(rank, (b"", 0))
+                seen[rank] = beat, looks + 1 if beat == known else 0
+        return [rank for rank, (_, looks) in seen.items() if looks * BEAT > LOST]
 
     def _exit(self, message: str, code: int, culprit: int) -> None:
         """The first rank that is left speaks."""
@@ -178,8 +200,14 @@ class Life:
         if self._rank == speaker and not said_by_parent(code):
             with suppress(OSError):  # not to sys.stderr, which ranks of a command have turned off but for the first
                 os.write(2, f"qtool: {message}\n".encode())
+        if self._rank == 0 and self._farewell is not None:
+            self._farewell(message, code)
         aside.clear()
         os._exit(code)
+
+
+def _beat(rank: int) -> str:
+    return f"beat {rank}"
 
 
 def ending(error: BaseException) -> tuple[int, str]:

@@ -82,7 +82,7 @@ def _wait(children: Sequence["subprocess.Popen[bytes]"]) -> int:
             raise UnavailableError(f"rank {killed} was ended by a signal ({name}); {RESUMABLE}")
         if any(codes):
             ended = ended or time.monotonic()
-        late = bool(ended) and time.monotonic() - (ended or 0) > _GRACE
+        late = ended is not None and time.monotonic() - ended > _GRACE
         if late:
             for child in children:  # frozen, maybe
                 child.kill()

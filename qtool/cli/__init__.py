@@ -11,7 +11,7 @@ import click
 
 from qtool import __version__
 from qtool.cli import analyze, bench, evaluate, look, quantize
-from qtool.cli.together import jobs_of, meeting, shares, speaks, tell_in_json
+from qtool.cli.together import HELP, jobs_of, meeting, shares, speaks, tell_in_json
 from qtool.errors import InterruptedRun, QtoolError, UnavailableError, UsageError, said_by_parent, stopped
 
 CONTEXT = {
@@ -67,7 +67,7 @@ def main() -> None:
 
 def _status() -> int:
     try:
-        if shares(cli, sys.argv[1:]):
+        if shares(cli, sys.argv[1:]) and not HELP & {*sys.argv[1:]}:
             import numpy  # noqa: F401  # before torch, which loses what a signal raises while it imports numpy itself
         if (count := jobs_of(cli, sys.argv[1:])) > 1:
             from qtool import jobs

@@ -75,7 +75,7 @@ def tell_in_json(message: str, code: int, arguments: Sequence[str]) -> None:
     written to stdout. A file with results of an earlier run stays, and so does what a failed gate has written there.
     """
     target, parent = _value(arguments, "--json"), "RANK" not in os.environ
-    if target is None or not speaks() or said_by_parent(code) or (parent and not _jobs(arguments) > 1):
+    if target is None or not speaks() or said_by_parent(code) or (parent and _jobs(arguments) == 1):
         return
     text = json.dumps({"schema_version": 1, "error": message, "exit_code": code}, indent=2) + "\n"
     with suppress(OSError):  # the line on stderr is what counts

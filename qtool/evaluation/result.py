@@ -11,7 +11,6 @@ from typing import Any
 
 from qtool.artifact import write_text
 from qtool.errors import InputError, UsageError
-from qtool.ranks import current
 
 SCHEMA_VERSION = 1
 INTERVAL_LEVEL = 0.95
@@ -195,6 +194,8 @@ def check_predictions_path(path: Path) -> None:
     """
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"predictions are written as {' or '.join(_FORMATS)}, not to {path.name}")
+    from qtool.ranks import current  # not at the top: it imports torch
+
     if current().first and not path.parent.is_dir():  # others write nothing
         raise InputError(f"predictions cannot go to {path}: the folder {path.parent} does not exist")
 

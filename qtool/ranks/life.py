@@ -29,8 +29,8 @@ LOST = 30.0
 """Seconds without one after which a rank is taken for dead: also the longest that a call may hold Python's lock."""
 COMING = 1800.0
 """Seconds in which all ranks must have come: a launcher may start them minutes apart."""
-ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Signals that ask a process to end."""
+ASKED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+"""Signals that ask a process to end; Windows has no SIGHUP."""
 _ENDED = "error"
 
 

@@ -91,15 +91,18 @@ class Graphs:
     def call(self, function: Callable[..., Any], tensors: Tensors, words: Hashable = ()) -> Any:
         """`function(**tensors)`. `words` is what the result depends on beside numbers and shapes."""
         key = words, *((name, x.shape, x.dtype, x.device) for name, x in tensors.items())
-        with self._alone(next(iter(tensors.values()))):
+        x = next(iter(tensors.values()))
+        with self._alone(x):
             self._calls += 1
-            if key not in self._recorded and not self._record(key, function, tensors):
-                result = function(**tensors)  # compiles kernels; what fails here is not recorded next time
-                self._remember(key)
-                return result
-            self._recorded.move_to_end(key)
-            self._played[key] = self._calls
-            return self._recorded[key].play(tensors)
+            if key in self._recorded or self._record(key, function, tensors):
+                self._recorded.move_to_end(key)
+                self._played[key] = self._calls
+                return self._recorded[key].play(tensors)
+        with _on(x):
+            result = function(**tensors)  # compiles kernels; what fails here is not recorded next time
+        with self._turn:
+            self._remember(key)
+        return result
 
     @contextmanager
     def _alone(self, x: torch.Tensor) -> Iterator[None]:

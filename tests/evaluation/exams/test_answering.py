@@ -367,7 +367,7 @@ def test_files_and_json(zoo: Any, examples: list[tuple[str, str]], tmp_path: Pat
             assert (json.loads(row["label"]), json.loads(row["n_best"])) == (wanted["label"], wanted["n_best"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # that score is also the float one of `test_real_models.test_answers`
 def test_the_real_model_scores_what_its_maker_measured(test_models: Find, shared_data: Find) -> None:
     result = evaluate(test_models("minilm-qa"), SQUAD, data=shared_data("xquad-en"), doc_stride=0)
     assert (result.n, f"{result.candidate.value:.2f}") == (612, "57.76")

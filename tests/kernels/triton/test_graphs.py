@@ -1,5 +1,6 @@
 """Calls as CUDA graphs; without a GPU, as tapes of their operations."""
 
+import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +134,18 @@ def test_recordings_share_a_place_and_are_made_one_at_a_time(made: list[Tape], m
         list(pool.map(calls, models))
     assert len(made) == 6 and most == [1]
     assert len({id(one.place) for one in made}) == 3
+
+
+def test_calls_that_are_not_recorded_wait_for_nobody(made: list[Tape]) -> None:
+    known, meeting = Graphs(), threading.Barrier(2, timeout=20)
+
+    def meets(x: torch.Tensor) -> torch.Tensor:
+        meeting.wait()
+        return x + 1
+
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda size: known.call(meets, {"x": torch.zeros(size)}).tolist(), (1, 2))
+        assert [*found] == [[1], [1, 1]]
 
 
 HERE = torch.cuda.is_available()

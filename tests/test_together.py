@@ -213,7 +213,8 @@ def test_a_killed_rank_ends_all_and_one_rank_goes_on(
     steps = 400
     asked = learned(tiny, "two", "--jobs", "2", "--json", "result.json", steps=steps)
     command = [sys.executable, "-m", "qtool", *asked]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    place = {**os.environ, "TMPDIR": str(desk)}  # where what the killed one had aside stays
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=place)
     shard = beside(Path("two"), "run") / "embeddings.safetensors"
     deadline = time.monotonic() + 120
     while not shard.exists() and time.monotonic() < deadline and process.poll() is None:

@@ -79,7 +79,7 @@ def _plan(layer: Any, hidden: Any, angles: Any) -> DecoderPlan | StepPlan | None
     name = kernels.backend(hidden.device).name
     if name not in _PLANS or layer.training or layer.self_attn.training:
         return None
-    if name == "triton" and hidden.shape[:-1].numel() > FEW_ROWS:  # then the products are not all that it waits for
+    if name == "triton" and not 0 < hidden.shape[:-1].numel() <= FEW_ROWS:  # with more it waits for more than weights
         return None
     plan: Any = kept_plan(layer, [layer], lambda: _made(layer, name), backends=tuple(_PLANS))
     return None if plan is None or isinstance(plan, NoPlan) or not _plain(hidden, angles, plan.heads) else plan

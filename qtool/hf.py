@@ -209,6 +209,8 @@ def _one_query(
     states = (query, key, value)
     if query.shape[2] != 1 or key.shape != value.shape or query.shape[1] % key.shape[1]:
         return False
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        return False
     if any(x.dtype != torch.float32 or x.is_meta or x.stride(-1) != 1 for x in states):
         return False
     if torch.is_grad_enabled() and any(x.requires_grad for x in states):

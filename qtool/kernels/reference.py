@@ -566,10 +566,10 @@ class Reference:
         shared = query.shape[1] // key.shape[1]
         key, value = (x.double().repeat_interleave(shared, dim=1) for x in (key, value))
         scores = (query.double() @ key.mT) * scaling
-        if mask is None:
-            return (scores.softmax(-1) @ value).transpose(1, 2).float()
-        weights = scores.masked_fill(~mask, -math.inf).softmax(-1).masked_fill(~mask, 0)
-        return (weights @ value.masked_fill(~mask.mT, 0)).transpose(1, 2).float()
+        if mask is not None:
+            scores, value = scores.masked_fill(~mask, -math.inf), value.masked_fill(~mask.mT, 0)
+        weights = scores.softmax(-1).masked_fill(scores.amax(-1, keepdim=True) == -math.inf, 0)
+        return (weights @ value).transpose(1, 2).float()
 
     def row_table_linear(
         self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None

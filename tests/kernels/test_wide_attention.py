@@ -86,6 +86,8 @@ def test_what_is_left_to_torch() -> None:
     assert not _one_query(query.double(), key, key, None, {})
     assert not _one_query(query, key, key, mask.float(), {}), "a mask that is added"
     assert not _one_query(query, key, key, mask[..., :4], {})
+    assert not _one_query(query[:1], key, key, None, {}) and not _one_query(query, key[:1], key[:1], None, {})
+    assert not _one_query(query, key[..., :4], key[..., :4], None, {}), "heads of another size"
     assert not _one_query(
         query, key, key, torch.ones(2, 1, 5, 1, dtype=torch.bool).transpose(2, 3)[..., ::1][:, [0, 0, 0]], {}
     )

@@ -1,8 +1,8 @@
 """The GPU backend: the reference's integers from Triton kernels.
 
 This file says whether it can run here and imports neither triton nor a kernel. The kernels lie by what they compute:
-`arithmetic` (functions that others are made of), `rows`, `linear`, `attention`, `float_linear`, `codes`, and `encoder`,
-a whole forward of integers.
+`arithmetic` (functions that others are made of), `rows`, `linear`, `attention`, `float_linear`, `float_attention`,
+`codes`, `tables`, `wide_attention`; `encoder` is a whole forward of integers, `step` a decoder's block for few rows.
 """
 
 import functools

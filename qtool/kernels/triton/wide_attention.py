@@ -19,7 +19,11 @@ _INFINITY = tl.constexpr(math.inf)
 
 
 # Lengths grow from call to call: a form of the kernel for those that 16 divides would be compiled amid a generation.
-@triton.jit(do_not_specialize=["mask_text", "mask_head", "keys", "per"])
+@triton.jit(
+    do_not_specialize=[
+        "key_text", "key_group", "value_text", "value_group", "mask_text", "mask_head", "keys", "per",
+    ]
+)  # fmt: skip
 def sweep_kernel(
     query: tl.tensor, key: tl.tensor, value: tl.tensor, mask: tl.tensor,
     query_text: tl.tensor, query_head: tl.tensor, key_text: tl.tensor, key_group: tl.tensor, key_step: tl.tensor,
@@ -37,7 +41,7 @@ def sweep_kernel(
     heads computes its last one again.
     """
     cut, text, parts = tl.program_id(0), tl.program_id(2).to(tl.int64), tl.cdiv(shared, HEADS)
-    group, first = tl.program_id(1) // parts, tl.program_id(1) % parts * HEADS
+    group, first = (tl.program_id(1) // parts).to(tl.int64), tl.program_id(1) % parts * HEADS
     heads = tl.num_programs(1) // parts * shared
     channels = tl.arange(0, SIZE)
     known = channels < size
@@ -132,7 +136,8 @@ def attend(
     shared, across = heads // groups, tuning.power_of_two(size)
     cut = tuning.keys_of(batch * groups, shared, keys, across)
     cuts = -(-keys // (cut.keys * cut.per))
-    tops, totals = query.new_empty((2, cuts, batch, heads), dtype=torch.float64).unbind(0)
+    # Apart: one behind the other would start at a multiple of 16 bytes for some cuts only, which is another form.
+    tops, totals = (query.new_empty((cuts, batch, heads), dtype=torch.float64) for _ in range(2))
     sums = query.new_empty((cuts, batch, heads, size), dtype=torch.float64)
     result = query.new_empty((batch, 1, heads, size))
     steps = (0, 0) if seen is None else (seen.stride(0), seen.stride(1))

@@ -13,7 +13,8 @@ def attention() -> None:
     for number, (groups, shared, size) in enumerate([(32, 1, 64), (8, 4, 128), (2, 7, 128), (1, 8, 256)]):
         query = torch.zeros((2, groups * shared, 1, size))
         key = torch.zeros((2, groups, 384, size))
-        mask = torch.ones((2, 1, 1, 384), dtype=torch.bool) if number % 3 else None
+        own = groups * shared if number == 1 else 1
+        mask = torch.ones((2, own, 1, 384), dtype=torch.bool) if number % 3 else None
         Triton.wide_attention(query, key, key, mask, size**-0.5)
 
 

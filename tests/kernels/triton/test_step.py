@@ -11,7 +11,7 @@ from taped_graph import tape
 from transformers import StaticCache
 
 from qtool import kernels
-from qtool.decoder import FEW_ROWS
+from qtool.decoder import FEW_ROWS, _plan
 from qtool.kernels.triton import step, tuning
 from qtool.kernels.triton.float_launch import Codes
 from qtool.nn.plan import NoPlan, one_by_one
@@ -129,21 +129,19 @@ def test_halves_of_a_block_are_those_of_float64(
 
 
 def planned(layer: Any, x: torch.Tensor, turns: Any) -> Any:
-    from qtool.decoder import _plan
-
     plan = _plan(layer, x, turns)
     assert isinstance(plan, StepPlan)
     return plan
 
 
 @torch.no_grad()
-def steps(model: Any, rows: int, device: torch.device) -> torch.Tensor:
-    """Scores of two steps behind a prompt of four."""
-    ids = torch.randint(5, 65, (rows, 6), generator=torch.Generator().manual_seed(rows)).to(device)
+def steps(model: Any, rows: int, device: torch.device, count: int = 2) -> torch.Tensor:
+    """Scores of steps behind a prompt of four."""
+    ids = torch.randint(5, 65, (rows, 4 + count), generator=torch.Generator().manual_seed(rows)).to(device)
     cache = StaticCache(config=model.config, max_cache_len=12)
     model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
     given = {"past_key_values": cache, "use_cache": True}
-    return torch.stack([model(input_ids=ids[:, place, None], **given).logits for place in (4, 5)]).cpu()
+    return torch.stack([model(input_ids=ids[:, place, None], **given).logits for place in range(4, 4 + count)]).cpu()
 
 
 def plans(model: Any) -> set[type]:
@@ -162,6 +160,13 @@ def test_steps_are_joined(artifacts: Artifacts, architecture: str, device: torch
     assert not torch.equal(found, wanted)  # or they were not joined
 
 
+def test_no_text_at_all(artifacts: Artifacts, device: torch.device) -> None:
+    model = load(artifacts.make("LlamaForCausalLM", ("zeroquant",), *RECIPES["minimum"])).to(device)
+    layer, angles = model.model.layers[0], torch.zeros(1, 1, 8, device=device)
+    with kernels.using("triton"):
+        assert _plan(layer, torch.zeros(0, 1, 32, device=device), (angles, angles)) is None
+
+
 @pytest.mark.parametrize("why", ["rows", "int8 activations", "another form", "half"])
 def test_what_is_not_joined(artifacts: Artifacts, why: str, device: torch.device) -> None:
     recipe: tuple[str, ...] = RECIPES["minimum"]
@@ -176,8 +181,32 @@ def test_what_is_not_joined(artifacts: Artifacts, why: str, device: torch.device
     assert plans(model) == {type(None) if why == "rows" else NoPlan}
 
 
+TAPED = pytest.mark.skipif(torch.cuda.is_available(), reason="tapes are of interpreted kernels")
+
+
+@TAPED
+def test_what_is_joined_is_recorded(artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of a step is a number that Python had when it was recorded, and what changes is recorded anew."""
+    made = tape(monkeypatch)
+    model = load(artifacts.make("Qwen2ForCausalLM", ("zeroquant",), *RECIPES["minimum"]))
+    with kernels.using("triton"):
+        found = steps(model, 1, torch.device("cpu"), 4)
+        assert plans(model) == {StepPlan} and [one.plays for one in made] == [3]
+        with one_by_one():
+            wanted = steps(model, 1, torch.device("cpu"), 4)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(found[2], found[3])
+        model.model.layers[0].self_attn.q_proj.bias.add_(1)
+        changed = steps(model, 1, torch.device("cpu"), 4)
+        with one_by_one():
+            wanted = steps(model, 1, torch.device("cpu"), 4)
+    torch.testing.assert_close(changed, wanted, rtol=1e-4, atol=1e-4)
+    assert (changed - found).abs().max() > 0.01
+
+
+@TAPED
 def test_a_block_takes_few_kernels(artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three before its attention, two of that, five of transformers' cache, and six behind."""
+    """Three before its attention, two of that, and six behind; five are of transformers' cache, in version 5.23."""
     made, folder = tape(monkeypatch), artifacts.make("LlamaForCausalLM", ("zeroquant",), *RECIPES["minimum"])
 
     def kernels_of_a_block() -> int:
@@ -191,6 +220,6 @@ def test_a_block_takes_few_kernels(artifacts: Artifacts, monkeypatch: pytest.Mon
         one, two = made
         return two.kernels - one.kernels
 
-    assert kernels_of_a_block() == 16
+    assert 11 < kernels_of_a_block() < 20
     monkeypatch.setattr("qtool.decoder._PLANS", {})
-    assert kernels_of_a_block() > 40  # 47, with transformers 5.23
+    assert kernels_of_a_block() > 40

@@ -85,6 +85,8 @@ def test_who_sees_nothing_gets_nothing_and_what_is_hidden_stays_hidden(
     value[0, 0, 30, 3] = float("nan")  # the second head sees it, and the first does not
     found = ops.wide_attention(query, key, value, seen, 1.0)
     assert found[0, 0, 1, 3].isnan() and found.isnan().sum() == 1
+    nothing = torch.full_like(key, -torch.inf)  # what is seen weighs nothing
+    assert not ops.wide_attention(query.abs(), nothing, value[1:].expand_as(value), seen, 1.0).any()
     key[0, 0, 31, 0] = float("nan")
     assert ops.wide_attention(query, key, value, seen, 1.0).isnan().sum() == 16
 

@@ -80,14 +80,14 @@ def tell_in_json(message: str, code: int, arguments: Sequence[str]) -> None:
     text = json.dumps({"schema_version": 1, "error": message, "exit_code": code}, indent=2) + "\n"
     with suppress(OSError):  # the line on stderr is what counts
         if target != "-":
-            if not Path(target).exists() or tells_failure(read_json(Path(target))):
+            if not Path(target).exists() or tells_failure(_read_json(Path(target))):
                 Path(target).write_text(text, "utf-8")
         elif not parent and code != GateError.exit_code:
             sys.stdout.write(text)
             sys.stdout.flush()
 
 
-def read_json(file: Path) -> Any:
+def _read_json(file: Path) -> Any:
     """What a file holds; None where that is no JSON."""
     try:
         return json.loads(file.read_text("utf-8"))

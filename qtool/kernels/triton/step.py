@@ -133,11 +133,12 @@ class Matrix(NamedTuple):
     offset: Tensor | None
 
     @property
-    def form(self) -> tuple[object, ...]:
+    def form(self) -> tuple[int, int, int, int, int | None, int | None]:
         """What matrices have in common that are multiplied together."""
         outputs, inputs = self.codes.shape
-        shares = [None if x is None else outputs // len(x) for x in (self.scale, self.offset)]
-        return self.codes.bits, self.codes.width, inputs, self.scale.shape[1], *shares
+        offset_share = None if self.offset is None else outputs // len(self.offset)
+        share = outputs // len(self.scale)
+        return self.codes.bits, self.codes.width, inputs, self.scale.shape[1], share, offset_share
 
 
 class Product(NamedTuple):
@@ -159,7 +160,7 @@ def multiply(x: Tensor, product: Product) -> Parts:
     head, rows = product.matrices[0], len(x)
     sizes = [matrix.codes.shape[0] for matrix in product.matrices]
     _, width, inputs, blocks, share, offset_share = head.form
-    cut = tuning.codes_of(rows, sum(sizes), head.codes.words_of_block(head.scale.shape[1]), head.scale.shape[1])
+    cut = tuning.codes_of(rows, sum(sizes), head.codes.words_of_block(blocks), blocks)
     result = x.new_empty((cut.splits, rows, sum(sizes)))
     given = [
         value
@@ -168,7 +169,7 @@ def multiply(x: Tensor, product: Product) -> Parts:
     ]
     given += [None, None, None, 0] * (3 - len(sizes))
     products_kernel[(sum(-(-size // cut.n) for size in sizes), cut.splits)](
-        x, inputs, share, offset_share, width, blocks, cut.chunks, head.scale.shape[1] * cut.chunks, cut.per, result,
+        x, inputs, share, offset_share, width, blocks, cut.chunks, blocks * cut.chunks, cut.per, result,
         sum(sizes), *given,
         BITS=head.codes.bits, ROWS=rows, BLOCK_N=cut.n, WORDS=cut.words, num_warps=cut.warps,
     )  # fmt: skip
